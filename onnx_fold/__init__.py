@@ -1,0 +1,1 @@
+"""Fold consecutive linear projections of ONNX transformers into single initializers."""

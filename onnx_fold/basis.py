@@ -1,0 +1,164 @@
+"""The free basis of a stream: ``T`` and ``T⁻¹`` in wide precision, conditioning, and the error probe.
+
+For every invertible ``T`` (``[d, d]``), writers ``W → W T`` with readers ``R → T⁻¹ R`` is the same
+function. Nothing here inverts a matrix: ``T⁻¹ R`` is an LU solve with partial pivoting in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import scipy.linalg
+
+from onnx_fold.constants import Array
+
+Expression = Callable[[], Array]
+"""A matrix that is evaluated when it is needed, in float32 or float64."""
+
+TOLERANCES: Mapping[ir.DataType, float] = {
+    ir.DataType.DOUBLE: 1e-12,
+    ir.DataType.FLOAT: 1e-5,
+    ir.DataType.FLOAT16: 5e-3,
+    ir.DataType.BFLOAT16: 4e-2,
+}
+"""Largest predicted relative error at which a fold is taken, by storage type."""
+
+
+def product_dtype(dtype: ir.DataType) -> npt.DTypeLike:
+    """Type in which products of stored weights accumulate: float32 for 16 bits, else float64."""
+    return np.float32 if dtype.bitwidth <= 16 else np.float64
+
+
+class FoldedTensor(ir.LazyTensor):
+    """An initializer given by an expression: evaluated wide, rounded once to its storage type."""
+
+    __slots__ = ("_expression",)
+
+    def __init__(self, expression: Expression, dtype: ir.DataType, shape: Sequence[int]) -> None:
+        """Store ``expression()``, of shape ``shape``, as ``dtype``."""
+        super().__init__(self._round, dtype, ir.Shape(shape), cache=True)
+        self._expression = expression
+
+    def wide(self) -> Array:
+        """The values before rounding, float32 or float64."""
+        array = self._expression()
+        if array.shape != tuple(self.shape.numpy()):
+            raise AssertionError(f"expected shape {self.shape}, evaluated to {array.shape}")
+        return array
+
+    def _round(self) -> ir.TensorProtocol:
+        with np.errstate(over="ignore"):  # an overflow is found by `is_finite`
+            rounded = np.ascontiguousarray(self.wide().astype(self.dtype.numpy()))
+        return ir.Tensor(rounded, dtype=self.dtype)
+
+    def is_finite(self) -> bool:
+        """Whether no stored value is NaN or overflows the storage type."""
+        return bool(np.isfinite(self.numpy()).all())
+
+
+@dataclass(frozen=True, eq=False)
+class Basis:
+    """A basis ``T`` given by the weight of a layer of the stream, ``matrix`` (``[d, d]``).
+
+    A reader ``R`` gives ``T = R`` (R becomes the identity); a writer ``P`` gives ``T = P⁻¹``
+    (``inverted``: P becomes the identity).
+    """
+
+    matrix: Expression
+    inverted: bool = False
+
+    def of_writer(self, w: Array) -> Array:
+        """``w T``, for ``w`` of shape ``[..., d]``."""
+        if not self.inverted:
+            return w @ self.matrix().astype(w.dtype, copy=False)
+        rows = w.reshape(-1, w.shape[-1])
+        return self._solve(rows.T, transposed=True).T.reshape(w.shape)
+
+    def of_reader(self, r: Array) -> Array:
+        """``T⁻¹ r``, for ``r`` of shape ``[d, n]``."""
+        if self.inverted:
+            return self.matrix().astype(r.dtype, copy=False) @ r
+        return self._solve(r, transposed=False)
+
+    def _solve(self, rhs: Array, *, transposed: bool) -> Array:
+        solution: Array = scipy.linalg.lu_solve(
+            _factors(self)[0], rhs.astype(np.float64), trans=int(transposed), check_finite=False
+        )
+        return solution
+
+    @property
+    def condition(self) -> float:
+        """Condition number of ``T`` in the 1-norm, estimated by LAPACK; infinite if singular."""
+        return _factors(self)[1]
+
+
+@lru_cache(maxsize=2)
+def _factors(basis: Basis) -> tuple[tuple[Array, npt.NDArray[np.int32]], float]:
+    """LU factors of a basis and its condition number; the last two are kept."""
+    matrix = basis.matrix().astype(np.float64)
+    lu, pivots, singular = scipy.linalg.lapack.dgetrf(matrix)
+    norm = float(np.linalg.norm(matrix, 1))
+    reciprocal = 0.0
+    if not singular and np.isfinite(norm):
+        reciprocal = float(scipy.linalg.lapack.dgecon(lu, norm)[0])
+    return (lu, pivots), 1.0 / reciprocal if reciprocal > 0.0 else float("inf")
+
+
+@dataclass(frozen=True)
+class Side:
+    """One writer or reader for the probe: its matrix before and after; None is the identity.
+
+    Attributes:
+        before: ``[n, d]`` for a writer, ``[d, n]`` for a reader.
+        after: What is stored in its place.
+        is_table: A writer whose rows are taken one by one (an embedding), not multiplied by a value.
+    """
+
+    before: Expression
+    after: Expression | None
+    is_table: bool = False
+
+
+def probe(
+    writers: Sequence[Side], readers: Sequence[Side], dtype: ir.DataType, rows: int = 32
+) -> float:
+    """Predict the relative error that a fold adds, for values and weights stored as ``dtype``.
+
+    Random rows ``h ~ N(0, 1)`` go through the writers and the readers. The reference is
+    ``y = (Σ h W) R`` in float64; the folded side rounds its weights and the stream's value to the
+    storage type. Returned is the largest ``‖y' - y‖ / ‖y‖`` (Frobenius) of all readers. A probe, not
+    a bound.
+    """
+    generator = np.random.default_rng(0)
+    narrow = dtype.numpy()
+
+    def rounded(array: Array) -> Array:
+        return array.astype(narrow).astype(np.float64)
+
+    x: Array = np.zeros(())
+    x_folded: Array = np.zeros(())
+    for side in writers:
+        w = side.before().astype(np.float64)
+        if side.is_table:
+            index = generator.integers(0, len(w), rows)
+            x = x + w[index]
+            x_folded = x_folded + (w if side.after is None else side.after())[index]
+        else:
+            h = rounded(generator.standard_normal((rows, len(w))))
+            x = x + h @ w
+            x_folded = x_folded + (h if side.after is None else h @ side.after().astype(np.float64))
+    x_folded = rounded(x_folded)
+    worst = 0.0
+    for side in readers:
+        y = x @ side.before().astype(np.float64)
+        y_folded = x_folded if side.after is None else x_folded @ side.after().astype(np.float64)
+        norm = float(np.linalg.norm(y))
+        error = float(np.linalg.norm(y_folded - y))
+        if error > 0.0:
+            worst = max(worst, error / norm if norm > 0.0 else float("inf"))
+    return worst

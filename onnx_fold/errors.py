@@ -1,0 +1,38 @@
+"""Errors that a user can act on; each carries the exit code of the command line."""
+
+from __future__ import annotations
+
+
+class OnnxFoldError(Exception):
+    """Base of all errors raised on purpose: the message is meant for the user."""
+
+    exit_code = 1
+
+
+class CheckFailedError(OnnxFoldError):
+    """Two models do not compute the same function."""
+
+
+class UsageError(OnnxFoldError):
+    """The request itself makes no sense, such as an unknown input name or pass."""
+
+    exit_code = 2
+
+
+class MissingExtraError(UsageError, ImportError):
+    """An optional dependency is not installed; the message names the extra."""
+
+    def __init__(self, what: str, extra: str) -> None:
+        super().__init__(f"{what} is not installed: pip install 'onnx-fold[{extra}]'")
+
+
+class InvalidModelError(OnnxFoldError):
+    """The model cannot be read, or what was read is not a valid model."""
+
+    exit_code = 3
+
+
+class CannotWriteError(OnnxFoldError):
+    """The output cannot be written; nothing was changed."""
+
+    exit_code = 4

@@ -1,0 +1,154 @@
+"""Models in and out: any source becomes an ``onnx_ir.Model``, and files are written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import onnx
+import onnx_ir as ir
+from google.protobuf.message import DecodeError
+
+from onnx_fold.errors import CannotWriteError, InvalidModelError, UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+ModelSource: TypeAlias = (
+    "str | os.PathLike[str] | onnx.ModelProto | ir.Model | torch.onnx.ONNXProgram"
+)
+"""What every public function takes for a model."""
+
+PROTOBUF_LIMIT = 2**31 - 1
+"""Bytes that one protobuf message may have; larger models need external data."""
+
+
+def load(source: ModelSource) -> ir.Model:
+    """Return ``source`` as an ``onnx_ir.Model``; weights of a file stay on disk until they are read.
+
+    An ``onnx_ir.Model`` (and the one inside a ``torch.onnx.ONNXProgram``) is returned as it is, not
+    copied.
+
+    Raises:
+        InvalidModelError: The file is missing, truncated, not ONNX, or its external data is missing,
+            too short, or outside the model's folder.
+        UsageError: ``source`` is of none of the supported types.
+    """
+    if isinstance(source, ir.Model):
+        return source
+    if isinstance(source, onnx.ModelProto):
+        return ir.from_proto(source)
+    if isinstance(source, str | os.PathLike):
+        return _load_file(Path(source))
+    model: Any = getattr(source, "model", None)  # torch.onnx.ONNXProgram, without importing torch
+    if isinstance(model, ir.Model):
+        return model
+    raise UsageError(
+        f"expected a path, onnx.ModelProto, onnx_ir.Model or torch.onnx.ONNXProgram, got {type(source).__name__}"
+    )
+
+
+def _load_file(path: Path) -> ir.Model:
+    try:
+        proto = onnx.load(path, load_external_data=False)
+    except OSError as error:
+        raise InvalidModelError(f"cannot read {path}: {error.strerror}") from error
+    except (DecodeError, UnicodeDecodeError, ValueError) as error:
+        raise InvalidModelError(f"{path} is not an ONNX model, or is truncated") from error
+    if not proto.HasField("graph") or not proto.opset_import:
+        raise InvalidModelError(f"{path} is not an ONNX model: it holds no graph")
+    try:
+        model = ir.from_proto(proto)
+    except Exception as error:
+        raise InvalidModelError(f"{path} is not a valid ONNX model: {error}") from error
+    folder = path.parent.resolve()
+    ir.external_data.set_base_dir(model.graph, folder)
+    for tensor in external_tensors(model):
+        _check_external(tensor, folder, path)
+    return model
+
+
+def external_tensors(model: ir.Model) -> Iterator[ir.ExternalTensor]:
+    """Yield the initializers, of all graphs, whose data lies in another file."""
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            if isinstance(value.const_value, ir.ExternalTensor):
+                yield value.const_value
+
+
+def _check_external(tensor: ir.ExternalTensor, folder: Path, path: Path) -> None:
+    file = (folder / tensor.location).resolve()
+    if not file.is_relative_to(folder):
+        raise InvalidModelError(
+            f"{path}: initializer '{tensor.name}' points outside the model's folder, to {tensor.location}"
+        )
+    if not file.is_file():
+        raise InvalidModelError(
+            f"{path}: external data file {tensor.location} is missing (initializer '{tensor.name}')"
+        )
+    end = (tensor.offset or 0) + (tensor.length or tensor.nbytes)
+    if (tensor.length is not None and tensor.length != tensor.nbytes) or end > file.stat().st_size:
+        raise InvalidModelError(
+            f"{path}: external data file {tensor.location} is too short for initializer"
+            f" '{tensor.name}' ({end} bytes needed, {file.stat().st_size} there)"
+        )
+
+
+def weight_bytes(model: ir.Model) -> int:
+    """Bytes of all initializers of all graphs."""
+    return sum(
+        value.const_value.nbytes
+        for graph in model.graphs()
+        for value in graph.initializers.values()
+        if value.const_value is not None
+    )
+
+
+def save(model: ir.Model, path: str | os.PathLike[str]) -> None:
+    """Write ``model`` to ``path``: both files (graph and external data) or none.
+
+    Weights go to ``<path>.data`` if some of the model's already lie outside its graph or if they
+    do not fit one protobuf message. Everything is written beside the target, flushed to the disk
+    and then renamed, data before graph.
+
+    Raises:
+        CannotWriteError: The folder is missing or read-only, or the disk is full. An earlier file
+            of that name is then still what it was.
+    """
+    target = Path(path)
+    data = target.name + ".data"
+    external = weight_bytes(model) > PROTOBUF_LIMIT // 2 or any(external_tensors(model))
+    with replacing(target, data if external else None) as folder:
+        ir.save(model, folder / target.name, external_data=data if external else None)
+
+
+@contextlib.contextmanager
+def replacing(target: Path, data: str | None = None) -> Iterator[Path]:
+    """Give a folder beside ``target`` to write into; on success move ``data``, then ``target`` out.
+
+    Raises:
+        CannotWriteError: Anything that the operating system refused, inside the block or out.
+    """
+    folder: Path | None = None
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+        yield folder
+        for name in filter(None, (data, target.name)):
+            if (folder / name).exists():
+                _flush(folder / name)
+                (folder / name).replace(target.parent / name)
+    except OSError as error:
+        raise CannotWriteError(f"cannot write {target}: {error.strerror or error}") from error
+    finally:
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

@@ -1,0 +1,166 @@
+"""Attention in the graph: which layer is Q, K or V, how its heads lie, and the parts of a fused QKV."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from onnx_fold.constants import constant, integers
+from onnx_fold.linear import Linear
+from onnx_fold.shapes import Dims, Shapes
+
+_ATTENTION_OPERATORS = frozenset(("Attention", "MultiHeadAttention", "GroupQueryAttention"))
+_AFTER_SCORES = frozenset("Cast Where IsNaN Identity Dropout Mul Div Add Reshape Transpose".split())
+
+
+def role(value: ir.Value) -> str | None:
+    """``"q"``, ``"k"`` or ``"v"`` if ``value`` flows into an attention core, else None.
+
+    Followed forwards to the first product of two computed values: the scores (Q on the left, K on
+    the right) or the product of probabilities and V; or to an attention operator.
+    """
+    queue, seen = [value], {value}
+    while queue:
+        current = queue.pop(0)
+        for node, index in current.uses():
+            if node.op_type in _ATTENTION_OPERATORS:
+                return "qkv"[index] if index < 3 else None
+            if node.op_type in ("MatMul", "Gemm", "Einsum") and len(node.inputs) > 1:
+                left, right = node.inputs[0], node.inputs[1]
+                if left is None or right is None or constant(left) or constant(right):
+                    return None  # another linear layer: no attention between
+                if index == 1 and _is_probability(left):
+                    return "v"
+                return "k" if index == 1 else "q"
+            if node.op_type == "Softmax":
+                return None
+            for output in node.outputs:
+                if output not in seen and node.op_type not in ("Shape", "Size"):
+                    seen.add(output)
+                    queue.append(output)
+    return None
+
+
+def _is_probability(value: ir.Value) -> bool:
+    """Whether ``value`` comes out of a Softmax, a few harmless operators back."""
+    queue = [value]
+    for _ in range(16):
+        if not queue:
+            return False
+        node = queue.pop(0).producer()
+        if node is None:
+            continue
+        if node.op_type == "Softmax":
+            return True
+        if node.op_type in _AFTER_SCORES:
+            queue.extend(operand for operand in node.inputs if operand is not None)
+    return False
+
+
+@dataclass(frozen=True)
+class Part:
+    """Columns of a fused projection that are cut out by a Split.
+
+    Attributes:
+        start: First column.
+        size: Number of columns.
+        output: The output of the Split.
+    """
+
+    start: int
+    size: int
+    output: ir.Value
+
+
+@dataclass(frozen=True)
+class Fused:
+    """A linear layer whose output is split along its channels, as in a fused QKV.
+
+    Attributes:
+        linear: The layer.
+        path: Operators between the layer and the Split (bias, Reshape), in order.
+        split: The Split.
+        parts: What it cuts out, in the order of the columns.
+    """
+
+    linear: Linear
+    path: tuple[ir.Node, ...]
+    split: ir.Node
+    parts: tuple[Part, ...]
+
+
+def fused(linear: Linear, shapes: Shapes) -> Fused | None:
+    """Read ``linear`` as a fused projection with contiguous parts (GPT-2), if it is one."""
+    if linear.y_axis != -1:
+        return None
+    value, path = linear.y, []
+    while len(value.uses()) == 1 and not value.is_graph_output():
+        ((node, index),) = value.uses()
+        if node.op_type == "Split":
+            return _at_split(linear, path, node, shapes)
+        if node.op_type == "Add":
+            if constant(node.inputs[1 - index]) is None:
+                return None
+        elif node.op_type not in ("Reshape", "Identity") or index != 0:
+            return None
+        path.append(node)
+        value = node.outputs[0]
+    return None
+
+
+def _at_split(linear: Linear, path: list[ir.Node], split: ir.Node, shapes: Shapes) -> Fused | None:
+    axis = split.attributes.get_int("axis", 0)
+    sizes = _split_sizes(split, linear.out_features)
+    rank = shapes.rank(split.outputs[0])
+    if sizes is None or axis not in (-1, -1 if rank is None else rank - 1):
+        return None
+    starts = [sum(sizes[:index]) for index in range(len(sizes))]
+    parts = tuple(map(Part, starts, sizes, split.outputs))
+    return Fused(linear, tuple(path), split, parts)
+
+
+def _split_sizes(split: ir.Node, width: int) -> Sequence[int] | None:
+    given = split.attributes.get_ints("split")
+    if not given and len(split.inputs) > 1 and split.inputs[1] is not None:
+        given = integers(split.inputs[1])
+        if given is None:
+            return None
+    count = len(split.outputs)
+    sizes = given or (width // count,) * count
+    return sizes if sum(sizes) == width and len(sizes) == count else None
+
+
+@dataclass(frozen=True)
+class HeadLayout:
+    """Heads of one projection: ``heads`` of ``head_dim`` channels each."""
+
+    heads: int
+    head_dim: int
+
+
+def head_layout(value: ir.Value, width: int, shapes: Shapes) -> HeadLayout | None:
+    """How the ``width`` channels of ``value`` are cut into heads, where a Reshape does so."""
+    for _ in range(8):
+        for node, index in value.uses():
+            dims = shapes(node.outputs[0]) if node.op_type == "Reshape" and index == 0 else None
+            if dims is not None and len(dims) == 4 and (found := _layout(dims, width)) is not None:
+                return found
+        onward = [n for n, _ in value.uses() if n.op_type in ("Add", "Identity", "Cast", "Reshape")]
+        if not onward:
+            return None
+        value = onward[0].outputs[0]
+    return None
+
+
+def _layout(dims: Dims, width: int) -> HeadLayout | None:
+    """The layout from ``[..., heads, head_dim]``, one of which may be known at run time only."""
+    heads, head_dim = dims[-2:]
+    if isinstance(heads, int) and not isinstance(head_dim, int):
+        head_dim = width // heads
+    elif isinstance(head_dim, int) and not isinstance(heads, int):
+        heads = width // head_dim
+    if isinstance(heads, int) and isinstance(head_dim, int) and heads * head_dim == width:
+        return HeadLayout(heads, head_dim)
+    return None

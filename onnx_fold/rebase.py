@@ -1,0 +1,141 @@
+"""A stream in another basis: the new weight of every writer and reader."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as ir
+
+from onnx_fold.basis import Basis, Expression, FoldedTensor, Side, product_dtype
+from onnx_fold.constants import Array, constant
+from onnx_fold.linear import Linear
+from onnx_fold.rewrite import Rewrite, unused_name, unused_node_name
+from onnx_fold.stream import ConstantWriter, Edge, Stream
+
+
+@dataclass
+class Rebased:
+    """New weights by node input, with what the probe needs to judge them."""
+
+    stored: dict[Edge, ir.TensorProtocol] = field(default_factory=dict)
+    writers: list[Side] = field(default_factory=list)
+    readers: list[Side] = field(default_factory=list)
+
+
+def rebase(stream: Stream, basis: Basis, width: int, pivot: Linear) -> Rebased:
+    """Express every writer (``W T``) and reader (``T⁻¹ R``) but ``pivot`` in ``basis``.
+
+    Args:
+        stream: A closed stream.
+        basis: The new basis, ``[stream.width, width]``.
+        width: Channels of the stream afterwards.
+        pivot: The layer that becomes the identity; it gets no new weight.
+    """
+    result = Rebased()
+    tied: dict[tuple[ir.Value, bool, bool, float], FoldedTensor] = {}
+
+    def store(layer: Linear, is_writer: bool) -> FoldedTensor:
+        rows, columns = (layer.in_features, width) if is_writer else (width, layer.out_features)
+        key = (layer.weight.leaf, is_writer, layer.transposed, layer.alpha)
+        if key not in tied:
+            tied[key] = FoldedTensor(
+                _expression(layer, basis, is_writer),
+                layer.weight.dtype,
+                layer.packed_shape(rows, columns),
+            )
+        return tied[key]
+
+    for layer in stream.writers:
+        after = None
+        if layer is not pivot:
+            tensor = result.stored[layer.edge] = store(layer, is_writer=True)
+            after = stored_matrix(layer, tensor)
+        result.writers.append(Side(layer.matrix, after))
+    for layer in stream.readers:
+        after = None
+        if layer is not pivot:
+            tensor = result.stored[layer.edge] = store(layer, is_writer=False)
+            after = stored_matrix(layer, tensor)
+        result.readers.append(Side(layer.matrix, after))
+    for writer in stream.constants:
+        if not writer.is_zero():
+            tensor = _constant(writer, basis, width)
+            result.stored[writer.edge] = tensor
+            result.writers.append(_constant_side(writer, tensor))
+        elif width != stream.width:
+            result.stored[writer.edge] = _constant(writer, basis, width)
+    return result
+
+
+def stored_matrix(layer: Linear, tensor: FoldedTensor) -> Expression:
+    """What ``layer`` multiplies by once it stores ``tensor``, rounding included, float64."""
+    return lambda: layer.unpack(tensor.numpy().astype(np.float64))
+
+
+def _expression(layer: Linear, basis: Basis, is_writer: bool) -> Expression:
+    dtype = product_dtype(layer.weight.dtype)
+
+    def evaluate() -> Array:
+        matrix = layer.matrix(dtype)
+        return layer.pack(basis.of_writer(matrix) if is_writer else basis.of_reader(matrix))
+
+    return evaluate
+
+
+def _constant(writer: ConstantWriter, basis: Basis, width: int) -> FoldedTensor:
+    shape = list(writer.shape)
+    shape[writer.axis] = width
+
+    def evaluate() -> Array:
+        return np.moveaxis(basis.of_writer(writer.channels_last()), -1, writer.axis)
+
+    return FoldedTensor(evaluate, writer.constant.dtype, shape)
+
+
+def _constant_side(writer: ConstantWriter, tensor: FoldedTensor) -> Side:
+    def after() -> Array:
+        rows = np.moveaxis(tensor.numpy().astype(np.float64), writer.axis, -1)
+        return rows.reshape(-1, rows.shape[-1])
+
+    return Side(lambda: writer.channels_last().reshape(-1, writer.width), after, is_table=True)
+
+
+def become_identity(rewrite: Rewrite, layer: Linear) -> bool:
+    """Let what ``layer`` reads take the place of what it writes; its Gemm bias stays as an Add.
+
+    Returns:
+        False if that cannot be said in the graph: the axes differ, or a bias computed at run time
+        is scaled.
+    """
+    node = layer.node
+    bias = node.inputs[2] if node.op_type == "Gemm" and len(node.inputs) > 2 else None
+    if not layer.keeps_layout:
+        return False
+    if bias is None:
+        rewrite.replaced[layer.y] = layer.x
+        return True
+    beta = node.attributes.get_float("beta", 1.0)
+    if beta != 1.0:
+        held, stored = constant(bias), rewrite.stored.get((node, 2))
+        if held is None:
+            return False
+        wide = stored.wide if isinstance(stored, FoldedTensor) else held.wide
+        shape = stored.shape.numpy() if stored is not None else held.shape
+        rewrite.stored[node, 2] = FoldedTensor(lambda: beta * wide(), held.dtype, shape)
+    if (node, 2) not in rewrite.stored:
+        rewrite.kept.add(bias)
+
+    def build(graph: ir.Graph) -> ir.Value:
+        add = ir.node(
+            "Add", [layer.x, node.inputs[2]], name=unused_node_name(graph, f"{node.name}_bias")
+        )
+        total = add.outputs[0]
+        total.name = unused_name(graph, f"{layer.y.name}_biased")
+        total.type, total.shape = layer.y.type, layer.y.shape
+        graph.insert_before(node, add)
+        return total
+
+    rewrite.replaced[layer.y] = build
+    rewrite.nodes_added += 1
+    return True

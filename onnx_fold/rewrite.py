@@ -1,0 +1,215 @@
+"""A planned change of the graph: what it would cost can be asked before anything is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+import onnx_ir as ir
+from onnx_ir.convenience import replace_all_uses_with
+
+from onnx_fold.basis import FoldedTensor
+from onnx_fold.constants import FLOATS, Constant, constant
+from onnx_fold.stream import Edge
+
+Build = Callable[[ir.Graph], ir.Value]
+"""Makes, when the change is applied, the value that takes the place of another."""
+
+
+@dataclass
+class Rewrite:
+    """New initializers and replaced values.
+
+    Attributes:
+        stored: Node inputs that get a new initializer.
+        rewired: Node inputs that get a value built for them.
+        biases: Values to which a vector is added, along their channel axis: value → (axis, vector).
+        replaced: Values and what their readers read instead.
+        resized: Values whose channel axis gets another width: value → (axis, width).
+        added: Further initializers that ``replaced`` makes.
+        kept: Constants that ``replaced`` still reads.
+        nodes_added: Operators that ``rewired`` and ``replaced`` build.
+    """
+
+    stored: dict[Edge, ir.TensorProtocol] = field(default_factory=dict)
+    rewired: dict[Edge, Build] = field(default_factory=dict)
+    biases: dict[ir.Value, tuple[int, FoldedTensor]] = field(default_factory=dict)
+    replaced: dict[ir.Value, ir.Value | Build] = field(default_factory=dict)
+    resized: dict[ir.Value, tuple[int, int]] = field(default_factory=dict)
+    added: list[FoldedTensor] = field(default_factory=list)
+    kept: set[ir.Value] = field(default_factory=set)
+    nodes_added: int = 0
+
+    def weights_removed(self) -> int:
+        """Elements of floating-point initializers that go, less those that come."""
+        gone = {held.leaf: held.size for held in self._dropped() if self._dies(held.leaf)}
+        come = {id(tensor): tensor for tensor in self._new_tensors()}
+        return sum(gone.values()) - sum(tensor.size for tensor in come.values())
+
+    def nodes_change(self) -> int:
+        """Operators that come, less those that go."""
+        producers = {value.producer() for value in self.replaced if not value.is_graph_output()}
+        gone = sum(1 for node in producers if node is not None and self._is_dead(node))
+        return self.nodes_added + len(self.biases) - gone
+
+    def is_finite(self) -> bool:
+        """Whether every new initializer can be stored. Evaluates them."""
+        return all(tensor.is_finite() for tensor in self._new_tensors())
+
+    def shared(self) -> list[str]:
+        """Names of initializers that have to stay because something else reads them too."""
+        staying = (
+            c.leaf for c in self._dropped() if not self._dies(c.leaf) and c.value not in self.kept
+        )
+        return sorted({value.name or "?" for value in staying})
+
+    def _new_tensors(self) -> Iterator[FoldedTensor]:
+        yield from (tensor for tensor in self.stored.values() if isinstance(tensor, FoldedTensor))
+        yield from (tensor for _, tensor in self.biases.values())
+        yield from self.added
+
+    def _dropped(self) -> Iterator[Constant]:
+        """The weights behind the inputs that this change replaces or makes unnecessary."""
+        edges = list(self.stored)
+        for value in self.replaced:
+            if (node := value.producer()) is not None and self._is_dead(node):
+                edges.extend((node, index) for index in range(len(node.inputs)))
+        for node, index in edges:
+            held = constant(node.inputs[index]) if index < len(node.inputs) else None
+            if held is not None and held.dtype in FLOATS:
+                yield held
+
+    def _dies(self, value: ir.Value) -> bool:
+        """Whether nothing reads ``value`` any more once the change is applied."""
+        if value in self.kept or value.is_graph_output():
+            return False
+        return all(
+            (node, index) in self.stored or (node, index) in self.rewired or self._is_dead(node)
+            for node, index in value.uses()
+        )
+
+    def _is_dead(self, node: ir.Node) -> bool:
+        return all(
+            value in self.replaced or (not value.is_graph_output() and self._dies(value))
+            for value in node.outputs
+        )
+
+    def _resolve(self, value: ir.Value) -> ir.Value:
+        """What ``value`` has become, where replacements follow on each other."""
+        while isinstance(new := self.replaced.get(value), ir.Value):
+            value = new
+        return value
+
+    def apply(self, graph: ir.Graph) -> None:
+        """Change ``graph`` and remove what nothing reads any more because of it."""
+        suspects: list[ir.Value | None] = []
+        new: dict[int, tuple[ir.Value, str]] = {}
+        for (node, index), tensor in self.stored.items():
+            if index >= len(node.inputs):
+                node.resize_inputs(index + 1)
+            old = node.inputs[index]
+            held = constant(old)
+            name = (held and held.leaf.name) or f"{node.name or node.op_type}_weight"
+            value, _ = new.setdefault(id(tensor), (initializer(tensor), name))
+            node.replace_input_with(index, value)
+            suspects.append(old)
+        for (node, index), build in self.rewired.items():
+            suspects.append(node.inputs[index])
+            node.replace_input_with(index, build(graph))
+        for value, (axis, tensor) in self.biases.items():
+            bias = initializer(tensor)
+            new[id(tensor)] = (bias, f"{value.name}_bias")
+            _add_bias(graph, value, axis, bias)
+        for value, replacement in self.replaced.items():
+            suspects.append(value)
+            is_built = callable(replacement)
+            _replace(graph, value, replacement(graph) if is_built else self._resolve(replacement))
+        for value, (axis, width) in self.resized.items():
+            if value.shape is not None:
+                dims = list(value.shape)
+                dims[axis] = width
+                value.shape = ir.Shape(dims)
+        _remove_dead(graph, suspects)
+        for value, name in new.values():
+            value.name = unused_name(graph, name)
+            graph.register_initializer(value)
+
+
+def initializer(tensor: ir.TensorProtocol) -> ir.Value:
+    """A nameless constant value that holds ``tensor``."""
+    value = ir.Value(shape=ir.Shape(tensor.shape), const_value=tensor)
+    value.type = ir.TensorType(tensor.dtype)
+    return value
+
+
+def _add_bias(graph: ir.Graph, value: ir.Value, axis: int, bias: ir.Value) -> None:
+    """Insert an Add behind ``value``; the sum takes the name if it is a graph output."""
+    producer = value.producer()
+    assert producer is not None
+    add = ir.node("Add", [value, bias], name=unused_node_name(graph, f"{producer.name}_bias"))
+    total = add.outputs[0]
+    total.type, total.shape = value.type, value.shape
+    graph.insert_after(producer, add)
+    uses = [use for use in value.uses() if use.node is not add]
+    if value.is_graph_output():
+        position = list(graph.outputs).index(value)
+        graph.outputs[position] = total
+        total.name, value.name = value.name, unused_name(graph, f"{value.name}_product")
+    else:
+        total.name = unused_name(graph, f"{value.name}_biased")
+    for node, index in uses:
+        node.replace_input_with(index, total)
+
+
+def _replace(graph: ir.Graph, old: ir.Value, new: ir.Value) -> None:
+    """Let everything that reads ``old`` read ``new``; a graph output keeps its name."""
+    if old.is_graph_output():
+        node = old.producer()
+        assert node is not None
+        identity = ir.node("Identity", [new], name=unused_node_name(graph, f"{node.name}_output"))
+        output = identity.outputs[0]
+        output.type, output.shape, output.name = old.type, old.shape, old.name
+        graph.insert_before(node, identity)
+        replace_all_uses_with(old, output, replace_graph_outputs=True)
+        old.name = f"{old.name}_unused"
+    else:
+        replace_all_uses_with(old, new)
+
+
+def _remove_dead(graph: ir.Graph, suspects: Iterable[ir.Value | None]) -> None:
+    """Remove the producers and initializers among ``suspects`` that nothing reads, and what only they read."""
+    queue = list(suspects)
+    while queue:
+        value = queue.pop()
+        if value is None or value.uses() or value.is_graph_output():
+            continue
+        node = value.producer()
+        if node is None:
+            if value.is_initializer() and not value.is_graph_input() and value.name:
+                graph.initializers.pop(value.name, None)
+            continue
+        if node.graph is None or any(out.uses() or out.is_graph_output() for out in node.outputs):
+            continue
+        queue.extend(node.inputs)
+        graph.remove(node, safe=True)
+
+
+def unused_name(graph: ir.Graph, name: str) -> str:
+    """``name``, or ``name_folded``, ``name_folded_1``, ... if it is taken."""
+    taken = set(graph.initializers) | {v.name for node in graph for v in node.outputs}
+    taken |= {value.name for value in graph.inputs}
+    candidate, count = name, 0
+    while candidate in taken:
+        candidate = f"{name}_folded" + (f"_{count}" if count else "")
+        count += 1
+    return candidate
+
+
+def unused_node_name(graph: ir.Graph, name: str) -> str:
+    """``name``, or ``name_1``, ``name_2``, ... if a node is called so."""
+    taken = {node.name for node in graph}
+    candidate, count = name, 0
+    while candidate in taken:
+        count += 1
+        candidate = f"{name}_{count}"
+    return candidate

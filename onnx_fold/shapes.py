@@ -1,0 +1,70 @@
+"""Shapes of every value, found without touching the model."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+import onnx_ir as ir
+from onnx_ir.passes.common import ShapeInferencePass
+
+logger = logging.getLogger(__name__)
+
+Dim = int | str | None
+"""A size: a number, a symbol, or unknown."""
+
+Dims = tuple[Dim, ...]
+
+
+class Shapes:
+    """Shapes by value: freshly inferred, else as the model states them.
+
+    Stated shapes can be stale, so inference starts without them and wins where the two differ.
+    """
+
+    def __init__(self, model: ir.Model) -> None:
+        self._inferred = _infer(model)
+
+    def __call__(self, value: ir.Value) -> Dims | None:
+        """Dimensions of ``value``, or None if not even its rank is known."""
+        inferred = self._inferred.get(value.name or "")
+        stated = None if value.shape is None else _dims(value.shape)
+        if inferred is None or stated is None or len(inferred) != len(stated):
+            return inferred if inferred is not None else stated
+        return tuple(b if a is None else a for a, b in zip(inferred, stated, strict=True))
+
+    def rank(self, value: ir.Value) -> int | None:
+        """Number of dimensions of ``value``, if known."""
+        dims = self(value)
+        return None if dims is None else len(dims)
+
+    def dim(self, value: ir.Value, axis: int) -> Dim:
+        """Size of one axis of ``value``; 1 for an axis that broadcasting would add in front."""
+        dims = self(value)
+        if dims is None:
+            return None
+        return dims[axis] if -len(dims) <= axis < len(dims) else 1
+
+
+def _infer(model: ir.Model) -> Mapping[str, Dims]:
+    scratch = model.clone()
+    for node in scratch.graph.all_nodes():
+        for value in node.outputs:
+            if not value.is_graph_output():
+                value.shape = None
+    logging_was = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # what cannot be inferred is simply not known
+    try:
+        ShapeInferencePass(check_type=False, strict_mode=False)(scratch)
+    finally:
+        logging.disable(logging_was)
+    return {
+        value.name: _dims(value.shape)
+        for node in scratch.graph
+        for value in node.outputs
+        if value.name and value.shape is not None
+    }
+
+
+def _dims(shape: ir.Shape) -> Dims:
+    return tuple(dim if isinstance(dim, int) else dim.value for dim in shape)

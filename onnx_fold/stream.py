@@ -1,0 +1,271 @@
+"""Streams: values that share a channel axis, who writes them, who reads them, and what opens them.
+
+A stream is *closed* when every writer and every reader is known and constant. A closed stream has a
+free choice of basis (see :mod:`onnx_fold.basis`) and so carries ``d²`` weights too many.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as ir
+
+from onnx_fold.commute import OpensStreamError, Port, ports
+from onnx_fold.constants import Array, Constant, constant
+from onnx_fold.linear import Linear, find_linears, label
+from onnx_fold.shapes import Shapes
+
+Edge = tuple[ir.Node, int]
+
+
+@dataclass(frozen=True)
+class ConstantWriter:
+    """A constant that enters the stream: a bias, an embedding or position table, a class token.
+
+    Attributes:
+        node: The operator that brings it in.
+        index: Which input of ``node`` it is.
+        constant: What it holds.
+        axis: Its channel axis, from the end.
+        width: Width of the stream; the constant may be broadcast to it.
+    """
+
+    node: ir.Node
+    index: int
+    constant: Constant
+    axis: int
+    width: int
+
+    @property
+    def edge(self) -> Edge:
+        """The input that holds the constant."""
+        return self.node, self.index
+
+    @property
+    def label(self) -> str:
+        """The name a person knows it by."""
+        return label(self.node, self.constant)
+
+    @property
+    def is_table(self) -> bool:
+        """Whether it has rows to be looked up (an embedding), more than it has channels to add."""
+        return self.constant.size > self.width
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of :meth:`channels_last` with the channels moved back."""
+        shape = list(self.constant.shape)
+        shape = [1] * (-self.axis - len(shape)) + shape
+        shape[self.axis] = self.width
+        return tuple(shape)
+
+    def channels_last(self) -> Array:
+        """The values as float64 rows, ``[..., width]``."""
+        array = self.constant.wide()
+        array = array.reshape((1,) * (len(self.shape) - array.ndim) + array.shape)
+        return np.moveaxis(np.broadcast_to(array, self.shape), self.axis, -1)
+
+    def is_zero(self) -> bool:
+        """Whether it adds nothing in any basis."""
+        return not self.is_table and not self.constant.numpy().any()
+
+
+@dataclass(frozen=True)
+class Opening:
+    """Why a stream is open: the value, and the node or graph boundary that looks at its channels."""
+
+    value: str
+    node: str | None
+    operator: str | None
+    text: str
+
+    def __str__(self) -> str:
+        return f"'{self.value}' {self.text}"
+
+
+@dataclass(eq=False)
+class Stream:
+    """One stream of a graph.
+
+    Attributes:
+        width: Number of channels, ``d``.
+        shapes: Shapes of all values of the graph.
+        values: The values of the stream and the channel axis of each, from the end.
+        writers: Linear layers whose output is in it.
+        readers: Linear layers whose input is in it.
+        constants: Constants that enter it.
+        openings: What stands against a change of basis; empty if the stream is closed.
+        measures: Nodes that read the shape of its values (Shape, Size).
+    """
+
+    width: int
+    shapes: Shapes
+    values: dict[ir.Value, int] = field(default_factory=dict)
+    writers: list[Linear] = field(default_factory=list)
+    readers: list[Linear] = field(default_factory=list)
+    constants: list[ConstantWriter] = field(default_factory=list)
+    openings: list[Opening] = field(default_factory=list)
+    measures: list[ir.Node] = field(default_factory=list)
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether its basis is free."""
+        return not self.openings
+
+    @property
+    def tables(self) -> list[ConstantWriter]:
+        """The constants that have rows: embeddings, positions."""
+        return [writer for writer in self.constants if writer.is_table]
+
+    @property
+    def dtype(self) -> ir.DataType:
+        """Narrowest storage type among its layers."""
+        layers = [*self.writers, *self.readers]
+        return min((layer.weight.dtype for layer in layers), key=lambda dtype: dtype.bitwidth)
+
+    @property
+    def nodes(self) -> set[ir.Node]:
+        """The nodes that write or read it, whose weights a fold would change."""
+        return {member.node for member in (*self.writers, *self.readers, *self.constants)}
+
+
+def find_streams(model: ir.Model) -> list[Stream]:
+    """The streams of the main graph that at least one linear layer writes or reads."""
+    search = _Search(model.graph, Shapes(model))
+    streams = []
+    for linear in search.linears.values():
+        for value, axis, width in (
+            (linear.x, linear.x_axis, linear.in_features),
+            (linear.y, linear.y_axis, linear.out_features),
+        ):
+            if value not in search.seen:
+                streams.append(search.stream(value, axis, width))
+    return streams
+
+
+class _Search:
+    """Follows channel axes through one graph."""
+
+    def __init__(self, graph: ir.Graph, shapes: Shapes) -> None:
+        self.graph = graph
+        self.shapes = shapes
+        self.linears = {linear.node: linear for linear in find_linears(graph)}
+        self.order = {node: position for position, node in enumerate(graph)}
+        self.seen: set[ir.Value] = set()
+
+    def stream(self, value: ir.Value, axis: int, width: int) -> Stream:
+        """Collect everything that shares the channel axis ``axis`` of ``value``."""
+        stream = Stream(width, self.shapes)
+        queue = [(value, axis)]
+        while queue:
+            value, axis = queue.pop()
+            if value in stream.values:
+                if stream.values[value] != axis:
+                    _open(stream, value, "carries two channel axes")
+                continue
+            stream.values[value] = axis
+            self.seen.add(value)
+            if self.shapes.dim(value, axis) not in (width, None):
+                _open(stream, value, f"is {self.shapes.dim(value, axis)} wide, not {width}")
+            queue.extend(self._upstream(stream, value, axis))
+            queue.extend(self._downstream(stream, value, axis))
+        for members in (stream.writers, stream.readers, stream.constants):
+            members.sort(key=lambda member: (self.order[member.node], member.index))
+        stream.openings.sort(key=lambda opening: (opening.node is None, opening.text))
+        both = {layer.node for layer in stream.writers} & {layer.node for layer in stream.readers}
+        for layer in stream.writers:
+            if layer.node in both:
+                _open(stream, layer.y, "is both read and written", layer.node)
+        return stream
+
+    def _upstream(
+        self, stream: Stream, value: ir.Value, axis: int
+    ) -> Iterator[tuple[ir.Value, int]]:
+        node = value.producer()
+        if value.is_initializer():
+            _open(stream, value, "is also a graph input, so a caller can override it")
+        elif value.is_graph_input() or node is None:
+            _open(stream, value, "is a graph input")
+        elif (linear := self.linears.get(node)) is not None:
+            if linear.y_axis != axis:
+                _open(stream, value, "is written along another axis", node)
+            else:
+                stream.writers.append(linear)
+                yield from self._gemm_bias(stream, linear)
+        else:
+            yield from self._across(
+                stream, value, node, Port(True, value.index() or 0, axis), "written"
+            )
+
+    def _downstream(
+        self, stream: Stream, value: ir.Value, axis: int
+    ) -> Iterator[tuple[ir.Value, int]]:
+        if value.is_graph_output():
+            _open(stream, value, "is a graph output")
+        for node, index in value.uses():
+            linear = self.linears.get(node)
+            if node.graph is not self.graph:
+                _open(stream, value, "is used inside the body of a control-flow operator", node)
+            elif linear is None:
+                if node.op_type in ("Shape", "Size"):
+                    stream.measures.append(node)
+                else:
+                    yield from self._across(stream, value, node, Port(False, index, axis), "read")
+            elif linear.x is value and linear.x_axis == axis and index != 2:
+                stream.readers.append(linear)
+            elif index == 2 and axis == -1:  # C of a Gemm: its output is a sum in this stream
+                yield linear.y, -1
+            else:
+                _open(stream, value, "is read along another axis", node)
+
+    def _gemm_bias(self, stream: Stream, linear: Linear) -> Iterator[tuple[ir.Value, int]]:
+        bias = linear.node.inputs[2] if len(linear.node.inputs) > 2 else None
+        if bias is None:
+            return
+        if (found := constant(bias)) is not None:
+            stream.constants.append(ConstantWriter(linear.node, 2, found, -1, stream.width))
+        elif self.shapes.dim(bias, -1) == stream.width:
+            yield bias, -1
+        else:
+            _open(stream, linear.y, "adds a value that has no channel axis", linear.node)
+
+    def _across(
+        self, stream: Stream, value: ir.Value, node: ir.Node, known: Port, verb: str
+    ) -> Iterator[tuple[ir.Value, int]]:
+        """Follow the stream through ``node``, or open it there."""
+        try:
+            found = ports(node, known, stream.width, self.shapes)
+        except OpensStreamError as reason:
+            _open(stream, value, f"is {verb} by", node, f", which {reason}")
+            return
+        if found is None:
+            _open(stream, value, f"is {verb} by", node)
+            return
+        for is_output, index, axis in found:
+            if is_output:
+                yield node.outputs[index], axis
+                continue
+            other = node.inputs[index]
+            if other is None:
+                continue
+            if (held := constant(other)) is None:
+                yield other, axis
+            elif not any(writer.edge == (node, index) for writer in stream.constants):
+                stream.constants.append(ConstantWriter(node, index, held, axis, stream.width))
+
+
+def _open(
+    stream: Stream, value: ir.Value, text: str, node: ir.Node | None = None, detail: str = ""
+) -> None:
+    if node is not None:
+        name = label(node)
+        text = (
+            f"{text} {node.op_type}{'' if name.startswith(node.op_type) else f' {name!r}'}{detail}"
+        )
+    opening = Opening(
+        value.name or "?", node.name if node is not None else None, node and node.op_type, text
+    )
+    if opening not in stream.openings:
+        stream.openings.append(opening)

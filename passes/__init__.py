@@ -1,0 +1,12 @@
+"""Fold strategies, one a file; each is an :class:`onnx_ir.passes.InPlacePass`.
+
+A new strategy is a new file here and one entry in :data:`PASSES`.
+"""
+
+from onnx_fold.passes.absorb import AbsorbPass
+from onnx_fold.passes.merge import MergePass
+
+__all__ = ["PASSES", "AbsorbPass", "MergePass"]
+
+PASSES = (MergePass, AbsorbPass)
+"""All strategies, in the order in which they propose."""

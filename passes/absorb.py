@@ -1,0 +1,211 @@
+"""Absorb a square reader (or writer) into everything else that touches the stream.
+
+With ``T = Q``: ``O* = O Q``, ``K* = Q⁻¹ K``, ``V* = Q⁻¹ V``, and Q is the identity (Graef,
+arXiv 2404.12362, fig. 2(b); 2(c) and 2(d) for K and V of MHA; the embedding table takes O's place in the first block).
+A square writer gives ``T = P⁻¹``, the choice for P in a parallel block. The matrix has to be inverted, so the error
+grows with its condition number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import onnx_ir as ir
+
+from onnx_fold.basis import Basis, FoldedTensor, Side
+from onnx_fold.constants import Array, constant
+from onnx_fold.folding import Candidate, FoldPass
+from onnx_fold.heads import Fused, Part, fused, role
+from onnx_fold.linear import Linear
+from onnx_fold.rebase import Rebased, become_identity, rebase, stored_matrix
+from onnx_fold.resize import CannotResizeError, resized_shape
+from onnx_fold.rewrite import Rewrite, initializer, unused_name, unused_node_name
+from onnx_fold.stream import Stream
+
+
+class AbsorbPass(FoldPass):
+    """Make a square layer of the stream the identity."""
+
+    name = "absorb"
+
+    def candidates(self, stream: Stream) -> Iterator[Candidate]:
+        """Yield a candidate for each square layer that the pivot option admits."""
+        for reader in stream.readers:
+            if reader.is_square and self._admits(role(reader.y)):
+                yield from _absorb(stream, reader, Basis(reader.matrix))
+            elif (parts := fused(reader, stream.shapes)) is not None:
+                for part in parts.parts:
+                    if part.size == stream.width and self._admits(role(part.output)):
+                        yield from _absorb_part(stream, parts, part)
+        for writer in stream.writers:
+            if writer.is_square and self._admits("p"):
+                yield from _absorb(stream, writer, Basis(writer.matrix, inverted=True))
+
+    def _admits(self, kind: str | None) -> bool:
+        return self.options.pivot == "auto" or kind is None or kind == self.options.pivot
+
+
+def _absorb(stream: Stream, pivot: Linear, basis: Basis) -> Iterator[Candidate]:
+    rebased = rebase(stream, basis, stream.width, pivot)
+    rewrite = Rewrite(stored=rebased.stored)
+    if become_identity(rewrite, pivot):
+        yield _candidate(stream, pivot.label, rewrite, rebased, basis)
+
+
+def _candidate(
+    stream: Stream, pivot: str, rewrite: Rewrite, rebased: Rebased, basis: Basis
+) -> Candidate:
+    others = (*stream.tables, *stream.writers, *stream.readers)
+    into = ", ".join(dict.fromkeys(layer.label for layer in others if layer.label != pivot))
+    return Candidate(
+        strategy=AbsorbPass.name,
+        text=f"{pivot} into {into}",
+        rewrite=rewrite,
+        writers=rebased.writers,
+        readers=rebased.readers,
+        basis=basis,
+    )
+
+
+def _absorb_part(stream: Stream, fused: Fused, part: Part) -> Iterator[Candidate]:
+    """Absorb the columns of ``part``: the fused weight, its bias and its Split lose them."""
+    linear = fused.linear
+    columns = slice(part.start, part.start + part.size)
+    kept = np.r_[0 : part.start, part.start + part.size : linear.out_features]
+    basis = Basis(lambda: linear.matrix()[:, columns])
+    rebased = rebase(stream, basis, stream.width, pivot=linear)
+    rewrite = Rewrite(stored=rebased.stored)
+
+    def shrunk() -> Array:
+        return linear.pack(basis.of_reader(linear.matrix()[:, kept]))
+
+    shape = linear.packed_shape(stream.width, len(kept))
+    tensor = FoldedTensor(shrunk, linear.weight.dtype, shape)
+    rewrite.stored[linear.edge] = tensor
+    position = stream.readers.index(linear)
+    rebased.readers[position : position + 1] = [
+        Side(lambda: linear.matrix()[:, kept], stored_matrix(linear, tensor)),
+        Side(lambda: linear.matrix()[:, columns], None),
+    ]
+    try:
+        _shrink_path(fused, kept, rewrite)
+        _replay_path(fused, part, columns, rewrite)
+    except CannotResizeError:
+        return
+    _shrink_split(fused, part, rewrite)
+    yield _candidate(
+        stream, f"{linear.label}[{columns.start}:{columns.stop}]", rewrite, rebased, basis
+    )
+
+
+def _shrink_path(fused: Fused, kept: Array, rewrite: Rewrite) -> None:
+    """Let the operators between the layer and its Split handle the ``kept`` columns only."""
+    for node, index in _vectors(fused):
+        rewrite.stored[node, index] = _columns(node, index, kept, len(kept))
+    for node in fused.path:
+        if node.op_type == "Reshape":
+            shape = resized_shape(node, -1, len(kept))
+            if isinstance(shape, ir.TensorProtocol):
+                rewrite.stored[node, 1] = shape
+            elif shape is not None:
+                rewrite.rewired[node, 1] = shape
+
+
+def _replay_path(fused: Fused, part: Part, columns: slice, rewrite: Rewrite) -> None:
+    """Let ``part`` come from what the layer reads, by way of the same biases and Reshapes."""
+    biases = {node: _columns(node, index, columns, part.size) for node, index in _vectors(fused)}
+    reshapes = {n: resized_shape(n, -1, part.size) for n in fused.path if n.op_type == "Reshape"}
+    shape_inputs = {node: node.inputs[1] for node in reshapes}
+    rewrite.added.extend(biases.values())
+    rewrite.nodes_added += len(biases) + len(reshapes)
+
+    def build(graph: ir.Graph) -> ir.Value:
+        value = fused.linear.x
+        for node in (fused.linear.node, *fused.path):
+            operand: ir.Value | None = None
+            if node in biases:
+                operand = _new_constant(graph, biases[node], f"{part.output.name}_bias")
+            elif node in reshapes:
+                shape = reshapes[node]
+                if shape is None:
+                    operand = shape_inputs[node]
+                elif isinstance(shape, ir.TensorProtocol):
+                    operand = _new_constant(graph, shape, f"{part.output.name}_shape")
+                else:
+                    operand = shape(graph)
+            if operand is None:
+                continue
+            operator = "Reshape" if node in reshapes else "Add"
+            name = unused_node_name(graph, f"{node.name}_{operator}")
+            step = ir.node(operator, [value, operand], name=name)
+            graph.insert_before(fused.split, step)
+            value = step.outputs[0]
+            value.name = unused_name(graph, f"{part.output.name}_{operator}")
+        return value
+
+    rewrite.replaced[part.output] = build
+
+
+def _shrink_split(fused: Fused, part: Part, rewrite: Rewrite) -> None:
+    """Split what is left into the other parts, or pass it on if there is only one."""
+    others = [other for other in fused.parts if other is not part]
+    if len(others) == 1:
+        rewrite.replaced[others[0].output] = lambda graph: fused.split.inputs[0]
+        return
+    made: list[ir.Node] = []
+
+    def split(graph: ir.Graph) -> ir.Node:
+        if not made:
+            made.append(_new_split(graph, fused.split, [other.size for other in others]))
+        return made[0]
+
+    for index, other in enumerate(others):
+        rewrite.replaced[other.output] = lambda graph, index=index: split(graph).outputs[index]
+    rewrite.nodes_added += 1
+
+
+def _new_split(graph: ir.Graph, old: ir.Node, sizes: list[int]) -> ir.Node:
+    attributes: dict[str, int | list[int]] = {"axis": old.attributes.get_int("axis", 0)}
+    operands = [old.inputs[0]]
+    if "split" in old.attributes:  # before opset 13
+        attributes["split"] = sizes
+    else:
+        tensor = ir.tensor(np.asarray(sizes, dtype=np.int64))
+        operands.append(_new_constant(graph, tensor, f"{old.name}_sizes"))
+    name = unused_node_name(graph, f"{old.name}_kept")
+    new = ir.node("Split", operands, attributes=attributes, num_outputs=len(sizes), name=name)
+    graph.insert_before(old, new)
+    for index, value in enumerate(new.outputs):
+        value.name = unused_name(graph, f"{name}_{index}")
+    return new
+
+
+def _vectors(fused: Fused) -> Iterator[tuple[ir.Node, int]]:
+    """Inputs on the path that hold a constant along the columns."""
+    linear = fused.linear.node
+    edges = [(linear, 2)] if linear.op_type == "Gemm" and len(linear.inputs) > 2 else []
+    for node in fused.path:
+        if node.op_type == "Add":
+            edges.append((node, 0 if constant(node.inputs[0]) is not None else 1))
+    for node, index in edges:
+        held = constant(node.inputs[index])
+        if held is None or held.shape[-1:] != (fused.linear.out_features,):
+            raise CannotResizeError(f"{node.op_type} '{node.name}' adds something else than a bias")
+        yield node, index
+
+
+def _columns(node: ir.Node, index: int, columns: Array | slice, size: int) -> FoldedTensor:
+    held = constant(node.inputs[index])
+    assert held is not None
+    beta = node.attributes.get_float("beta", 1.0) if node.op_type == "Gemm" else 1.0
+    factor = beta if isinstance(columns, slice) else 1.0  # the part taken out leaves the Gemm
+    shape = (*held.shape[:-1], size)
+    return FoldedTensor(lambda: held.wide()[..., columns] * factor, held.dtype, shape)
+
+
+def _new_constant(graph: ir.Graph, tensor: ir.TensorProtocol, name: str) -> ir.Value:
+    value = initializer(tensor)
+    value.name = unused_name(graph, name)
+    graph.register_initializer(value)
+    return value
