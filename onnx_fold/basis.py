@@ -1,4 +1,4 @@
-"""The free basis of a stream: ``T`` and ``T⁻¹`` in wide precision, conditioning, and the error probe.
+"""The free basis of a stream: ``T`` and ``T⁻¹`` in wide precision, conditioning, the error probe.
 
 For every invertible ``T`` (``[d, d]``), writers ``W → W T`` with readers ``R → T⁻¹ R`` is the same
 function. Nothing here inverts a matrix: ``T⁻¹ R`` is an LU solve with partial pivoting in float64.
@@ -42,11 +42,11 @@ class FoldedTensor(ir.LazyTensor):
     def __init__(self, expression: Expression, dtype: ir.DataType, shape: Sequence[int]) -> None:
         """Store ``expression()``, of shape ``shape``, as ``dtype``."""
         super().__init__(self._round, dtype, ir.Shape(shape), cache=True)
-        self._expression = expression
+        self._expression: Expression = expression
 
     def wide(self) -> Array:
         """The values before rounding, float32 or float64."""
-        array = self._expression()
+        array: Array = self._expression()
         if array.shape != tuple(self.shape.numpy()):
             raise AssertionError(f"expected shape {self.shape}, evaluated to {array.shape}")
         return array
@@ -75,21 +75,23 @@ class Basis:
     def of_writer(self, w: Array) -> Array:
         """``w T``, for ``w`` of shape ``[..., d]``."""
         if not self.inverted:
-            return w @ self.matrix().astype(w.dtype, copy=False)
+            product: Array = w @ self.matrix().astype(w.dtype, copy=False)
+            return product
         rows = w.reshape(-1, w.shape[-1])
         return self._solve(rows.T, transposed=True).T.reshape(w.shape)
 
     def of_reader(self, r: Array) -> Array:
         """``T⁻¹ r``, for ``r`` of shape ``[d, n]``."""
         if self.inverted:
-            return self.matrix().astype(r.dtype, copy=False) @ r
+            product: Array = self.matrix().astype(r.dtype, copy=False) @ r
+            return product
         return self._solve(r, transposed=False)
 
     def _solve(self, rhs: Array, *, transposed: bool) -> Array:
-        solution: Array = scipy.linalg.lu_solve(
-            _factors(self)[0], rhs.astype(np.float64), trans=int(transposed), check_finite=False
+        factors, wide = _factors(self)[0], rhs.astype(np.float64)
+        return scipy.linalg.lu_solve(
+            factors, wide, trans=1 if transposed else 0, check_finite=False
         )
-        return solution
 
     @property
     def condition(self) -> float:
@@ -116,7 +118,7 @@ class Side:
     Attributes:
         before: ``[n, d]`` for a writer, ``[d, n]`` for a reader.
         after: What is stored in its place.
-        is_table: A writer whose rows are taken one by one (an embedding), not multiplied by a value.
+        is_table: A writer whose rows are taken one by one (an embedding), not multiplied.
     """
 
     before: Expression
@@ -131,8 +133,8 @@ def probe(
 
     Random rows ``h ~ N(0, 1)`` go through the writers and the readers. The reference is
     ``y = (Σ h W) R`` in float64; the folded side rounds its weights and the stream's value to the
-    storage type. Returned is the largest ``‖y' - y‖ / ‖y‖`` (Frobenius) of all readers. A probe, not
-    a bound.
+    storage type. Returned is the largest ``‖y' - y‖ / ‖y‖`` (Frobenius) of all readers. A probe,
+    not a bound.
     """
     generator = np.random.default_rng(0)
     narrow = dtype.numpy()

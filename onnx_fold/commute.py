@@ -1,15 +1,15 @@
 """Operators that commute with a change of basis of the channel axis: they lie inside a stream.
 
 Each rule takes a node, one port of it that is known to carry the channel axis, and answers which
-other ports then carry it, and at which axis. Axes count from the end. An operator without a rule, or
-a rule that answers None, opens the stream.
+other ports then carry it, and at which axis. Axes count from the end. An operator without a rule,
+or a rule that answers None, opens the stream.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import onnx_ir as ir
 
@@ -17,7 +17,8 @@ from onnx_fold.constants import FLOATS, constant, integers, scalar
 from onnx_fold.shapes import Dims, Shapes
 
 
-class Port(NamedTuple):
+@dataclass(frozen=True)
+class Port:
     """An input or output of a node that carries the channel axis."""
 
     is_output: bool
@@ -193,7 +194,7 @@ def _split(node: ir.Node, known: Port, width: int, shapes: Shapes) -> list[Port]
 def _gather(node: ir.Node, known: Port, width: int, shapes: Shapes) -> list[Port] | None:
     """Gather along another axis; an embedding table is the constant that it reads."""
     data, indices = _input(node), node.inputs[1]
-    rank = shapes.rank(data) if constant(data) is None else len(_constant_shape(data))
+    rank = shapes.rank(data)
     index_rank = shapes.rank(indices) if indices is not None else None
     if rank is None or index_rank is None or known.index != 0:
         return None
@@ -206,12 +207,6 @@ def _gather(node: ir.Node, known: Port, width: int, shapes: Shapes) -> list[Port
     if known.is_output and outer != known.axis:
         return None
     return [Port(False, 0, inner), Port(True, 0, outer)]
-
-
-def _constant_shape(value: ir.Value) -> tuple[int, ...]:
-    found = constant(value)
-    assert found is not None
-    return found.shape
 
 
 def _concat(node: ir.Node, known: Port, width: int, shapes: Shapes) -> list[Port] | None:

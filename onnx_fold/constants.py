@@ -51,7 +51,7 @@ class Constant:
         return self.tensor.numpy().transpose(self.permutation)
 
     def wide(self, dtype: npt.DTypeLike = np.float64) -> Array:
-        """The values as ``dtype``; a weight folded before is not rounded to its storage type first."""
+        """The values as ``dtype``; a weight folded before is not rounded to its own type first."""
         evaluate = getattr(self.tensor, "wide", None)
         array = evaluate() if evaluate is not None else self.tensor.numpy()
         return np.asarray(array, dtype=dtype).transpose(self.permutation)

@@ -1,4 +1,4 @@
-"""Models in and out: any source becomes an ``onnx_ir.Model``, and files are written whole or not at all."""
+"""Models in and out: any source becomes an ``onnx_ir.Model``; files are written whole or not."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ PROTOBUF_LIMIT = 2**31 - 1
 
 
 def load(source: ModelSource) -> ir.Model:
-    """Return ``source`` as an ``onnx_ir.Model``; weights of a file stay on disk until they are read.
+    """Return ``source`` as an ``onnx_ir.Model``; weights of a file stay on disk until read.
 
     An ``onnx_ir.Model`` (and the one inside a ``torch.onnx.ONNXProgram``) is returned as it is, not
     copied.
 
     Raises:
-        InvalidModelError: The file is missing, truncated, not ONNX, or its external data is missing,
-            too short, or outside the model's folder.
+        InvalidModelError: The file is missing, truncated, not ONNX, or its external data is
+            missing, too short, or outside the model's folder.
         UsageError: ``source`` is of none of the supported types.
     """
     if isinstance(source, ir.Model):
@@ -49,7 +49,8 @@ def load(source: ModelSource) -> ir.Model:
     if isinstance(model, ir.Model):
         return model
     raise UsageError(
-        f"expected a path, onnx.ModelProto, onnx_ir.Model or torch.onnx.ONNXProgram, got {type(source).__name__}"
+        "expected a path, onnx.ModelProto, onnx_ir.Model or torch.onnx.ONNXProgram,"
+        f" got {type(source).__name__}"
     )
 
 
@@ -85,7 +86,8 @@ def _check_external(tensor: ir.ExternalTensor, folder: Path, path: Path) -> None
     file = (folder / tensor.location).resolve()
     if not file.is_relative_to(folder):
         raise InvalidModelError(
-            f"{path}: initializer '{tensor.name}' points outside the model's folder, to {tensor.location}"
+            f"{path}: initializer '{tensor.name}' points outside the model's folder,"
+            f" to {tensor.location}"
         )
     if not file.is_file():
         raise InvalidModelError(

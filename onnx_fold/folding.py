@@ -14,7 +14,7 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from onnx_fold.basis import TOLERANCES, Basis, FoldedTensor, Side, probe
+from onnx_fold.basis import TOLERANCES, Basis, Side, probe
 from onnx_fold.report import CandidateReport, StreamReport
 from onnx_fold.rewrite import Rewrite
 from onnx_fold.stream import Stream, find_streams
@@ -30,7 +30,8 @@ class Options:
 
     Attributes:
         pivot: Which matrix of a stream becomes the identity where there is a choice: ``"q"``,
-            ``"k"``, ``"v"`` of the attention, ``"p"`` the writer of a parallel block, or ``"auto"``.
+            ``"k"``, ``"v"`` of the attention, ``"p"`` the writer of a parallel block, or
+            ``"auto"``.
         protect: Names of initializers, nodes or values that must stay as they are.
         tolerance: Largest predicted relative error; None takes the default of the storage type.
     """
@@ -81,6 +82,15 @@ class Candidate:
             return 0.0  # products only: no more rounding than the layers had
         return probe(self.writers, self.readers, dtype)
 
+    def _growth(self) -> str:
+        shared = self.rewrite.shared()
+        if shared:
+            names = " and ".join(map(repr, shared))
+            return f"{names} has other readers, and a copy would cost as much as is saved"
+        if self.weights_removed == 0:
+            return "no weights would be saved"
+        return f"weights would grow by {-self.weights_removed:,}"
+
     def judged(self, stream: Stream, options: Options) -> CandidateReport:
         """Weigh it: cheap checks first, the weights are evaluated last."""
         report = CandidateReport(
@@ -90,13 +100,7 @@ class Candidate:
             nodes_added=self.nodes,
         )
         if self.weights_removed <= 0:
-            shared = self.rewrite.shared()
-            return replace(
-                report,
-                refused=f"{' and '.join(map(repr, shared))} is shared, and a copy would cost as much as is saved"
-                if shared
-                else f"weights would grow by {-self.weights_removed:,}",
-            )
+            return replace(report, refused=self._growth())
         report = replace(report, condition=self.condition)
         if self.condition is not None and self.condition > 1e15:
             return replace(report, refused="the matrix to invert is singular")
@@ -142,20 +146,24 @@ def fold_streams(
     """Fold every closed stream of ``model`` in place, to a fixpoint.
 
     Returns:
-        A report for each stream with a writer and a reader, in graph order: what was folded, or why
-        nothing was.
+        A report for each stream, in graph order: what was folded, or why nothing was. Streams that
+        no fold could be asked of are reported as they were at first.
     """
     order = {node: position for position, node in enumerate(model.graph)}
     reports: list[tuple[int, StreamReport]] = []
     finished: set[ir.Node] = set()
+    is_first_round = True
     while True:
         left: list[tuple[int, StreamReport]] = []
         touched: set[ir.Node] = set()
         for stream in find_streams(model):
-            if not (stream.writers or stream.tables) or not stream.readers:
-                continue
             nodes = stream.nodes
             position = min(order.get(node, 0) for node in nodes)
+            report = StreamReport.of(stream)
+            if not report.is_foldable:
+                if is_first_round:
+                    reports.append((position, report))
+                continue
             if nodes & touched:
                 continue  # a neighbour has just changed: look again in the next round
             report = _fold_stream(model.graph, stream, passes, options)
@@ -168,6 +176,7 @@ def fold_streams(
                 left.append((position, report))
         if not touched:
             break
+        is_first_round = False
     return [report for _, report in sorted([*reports, *left], key=lambda item: item[0])]
 
 
@@ -203,7 +212,6 @@ def _fold_stream(
 
 def _names(stream: Stream) -> set[str]:
     names = {value.name for value in stream.values}
-    for member in (*stream.writers, *stream.readers, *stream.constants):
-        held = member.constant if hasattr(member, "constant") else member.weight
-        names |= {held.leaf.name, member.node.name, member.label}
+    for member in stream.members:
+        names |= {member.weight.leaf.name, member.node.name, member.label}
     return {name for name in names if name}

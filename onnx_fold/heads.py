@@ -1,18 +1,21 @@
-"""Attention in the graph: which layer is Q, K or V, how its heads lie, and the parts of a fused QKV."""
+"""Attention in the graph: which layer is Q, K or V, its heads, and the parts of a fused QKV."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 
 import onnx_ir as ir
 
 from onnx_fold.constants import constant, integers
-from onnx_fold.linear import Linear
+from onnx_fold.linear import Linear, compact
 from onnx_fold.shapes import Dims, Shapes
+from onnx_fold.stream import Stream
 
 _ATTENTION_OPERATORS = frozenset(("Attention", "MultiHeadAttention", "GroupQueryAttention"))
-_AFTER_SCORES = frozenset("Cast Where IsNaN Identity Dropout Mul Div Add Reshape Transpose".split())
+_AFTER_SCORES = frozenset(
+    ("Cast", "Where", "IsNaN", "Identity", "Dropout", "Mul", "Div", "Add", "Reshape", "Transpose")
+)
 
 
 def role(value: ir.Value) -> str | None:
@@ -95,7 +98,8 @@ def fused(linear: Linear, shapes: Shapes) -> Fused | None:
     """Read ``linear`` as a fused projection with contiguous parts (GPT-2), if it is one."""
     if linear.y_axis != -1:
         return None
-    value, path = linear.y, []
+    value = linear.y
+    path: list[ir.Node] = []
     while len(value.uses()) == 1 and not value.is_graph_output():
         ((node, index),) = value.uses()
         if node.op_type == "Split":
@@ -122,7 +126,7 @@ def _at_split(linear: Linear, path: list[ir.Node], split: ir.Node, shapes: Shape
 
 
 def _split_sizes(split: ir.Node, width: int) -> Sequence[int] | None:
-    given = split.attributes.get_ints("split")
+    given: Sequence[int] | None = split.attributes.get_ints("split")
     if not given and len(split.inputs) > 1 and split.inputs[1] is not None:
         given = integers(split.inputs[1])
         if given is None:
@@ -164,3 +168,77 @@ def _layout(dims: Dims, width: int) -> HeadLayout | None:
     if isinstance(heads, int) and isinstance(head_dim, int) and heads * head_dim == width:
         return HeadLayout(heads, head_dim)
     return None
+
+
+def attention_kind(num_heads: int, num_kv_heads: int) -> str:
+    """MHA (as many key/value heads as query heads), MQA (one), or GQA (between)."""
+    if num_heads == num_kv_heads:
+        return "MHA"
+    return "MQA" if num_kv_heads == 1 else "GQA"
+
+
+@dataclass
+class Attention:
+    """The projections of one attention layer and how its heads lie.
+
+    Attributes:
+        projections: Labels of the layers that make Q, K and V.
+        num_heads: Query heads; None if the graph does not tell.
+        num_kv_heads: Key and value heads.
+        head_dim: Channels of a head.
+    """
+
+    projections: str
+    num_heads: int | None
+    num_kv_heads: int | None
+    head_dim: int | None
+
+    @property
+    def kind(self) -> str:
+        """MHA, GQA or MQA; a question mark if the graph does not tell."""
+        if self.num_heads is None or self.num_kv_heads is None:
+            return "?"
+        return attention_kind(self.num_heads, self.num_kv_heads)
+
+    def to_dict(self) -> dict[str, object]:
+        """As JSON-ready data."""
+        return {"kind": self.kind, **asdict(self)}
+
+
+def find_attention(streams: Iterable[Stream]) -> list[Attention]:
+    """The attention layers whose Q, K and V read one of ``streams``, in their order."""
+    found = []
+    for stream in streams:
+        group: dict[str, tuple[str, HeadLayout | None]] = {}
+        for name, kind, layout in _projections(stream):
+            if kind in group:  # the next layer that reads the same stream
+                found.append(_attention(group))
+                group = {}
+            group[kind] = (name, layout)
+        if "q" in group or "k" in group:
+            found.append(_attention(group))
+    return found
+
+
+def _projections(stream: Stream) -> Iterator[tuple[str, str, HeadLayout | None]]:
+    for reader in stream.readers:
+        parts = fused(reader, stream.shapes)
+        if parts is None and (kind := role(reader.y)) is not None:
+            yield reader.label, kind, head_layout(reader.y, reader.out_features, stream.shapes)
+        elif parts is not None:
+            for part in parts.parts:
+                if (kind := role(part.output)) is not None:
+                    name = f"{reader.label}[{part.start}:{part.start + part.size}]"
+                    yield name, kind, head_layout(part.output, part.size, stream.shapes)
+
+
+def _attention(group: dict[str, tuple[str, HeadLayout | None]]) -> Attention:
+    q = group.get("q", ("", None))[1]
+    kv = group.get("k", group.get("v", ("", None)))[1]
+    known = q or kv
+    return Attention(
+        compact([name for name, _ in group.values()]),
+        q.heads if q else None,
+        kv.heads if kv else None,
+        known.head_dim if known else None,
+    )

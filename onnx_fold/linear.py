@@ -1,13 +1,13 @@
 """One linear layer in the graph, ``y = x W (+ b)``: how it is read and how it is written back.
 
-Row-vector convention: ``W`` is ``[in, out]`` whatever the node stores. ``x`` and ``y`` are values of any
-rank; the axis that ``W`` contracts or produces is the channel axis, counted from the end.
+Row-vector convention: ``W`` is ``[in, out]`` whatever the node stores. ``x`` and ``y`` are values
+of any rank; the axis that ``W`` contracts or produces is the channel axis, counted from the end.
 """
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -151,3 +151,23 @@ def label(node: ir.Node, weight: Constant | None = None) -> str:
     if node.name and node.name.startswith("/"):
         return ".".join(node.name.split("/")[1:-1]) or node.name
     return node.name or f"{node.op_type} -> {node.outputs[0].name}"
+
+
+MAX_LABELS = 3
+"""Groups of labels that :func:`compact` shows."""
+
+
+def compact(labels: Sequence[str]) -> str:
+    """``a.q, a.k`` as ``a.{q, k}``, and a long list cut short."""
+    groups: dict[str, list[str]] = {}
+    for name in labels:
+        parent, _, leaf = name.rpartition(".")
+        groups.setdefault(parent, []).append(leaf)
+    texts = []
+    for parent, leaves in groups.items():
+        prefix = f"{parent}." if parent else ""
+        texts.append(
+            f"{prefix}{leaves[0]}" if len(leaves) == 1 else f"{prefix}{{{', '.join(leaves)}}}"
+        )
+    more = len(texts) - MAX_LABELS
+    return ", ".join(texts if more <= 0 else [*texts[:MAX_LABELS], f"{more} more"])

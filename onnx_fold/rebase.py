@@ -90,7 +90,7 @@ def _constant(writer: ConstantWriter, basis: Basis, width: int) -> FoldedTensor:
     def evaluate() -> Array:
         return np.moveaxis(basis.of_writer(writer.channels_last()), -1, writer.axis)
 
-    return FoldedTensor(evaluate, writer.constant.dtype, shape)
+    return FoldedTensor(evaluate, writer.weight.dtype, shape)
 
 
 def _constant_side(writer: ConstantWriter, tensor: FoldedTensor) -> Side:

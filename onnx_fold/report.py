@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
+from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
+from onnx_fold.cost import Saving, predicted
+from onnx_fold.heads import attention_kind, role
+from onnx_fold.linear import compact
+
 if TYPE_CHECKING:
+    from onnx_fold.linear import Linear
     from onnx_fold.parity import ParityReport
-    from onnx_fold.stream import Stream
+    from onnx_fold.stream import ConstantWriter, Opening, Stream
+
+MAX_REASONS = 2
+"""Reasons shown for one stream; all of them are in the JSON report."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +58,9 @@ class StreamReport:
         writers: Labels of the layers and tables that write it.
         readers: Labels of the layers that read it.
         is_closed: Whether its basis was free.
+        is_foldable: Whether a fold could be asked of it: it runs from one projection to another, or
+            to a norm that could be removed.
+        ending: Where it ends if it does not; None for what such a place writes.
         reasons: Why it was left alone; empty if it was folded.
         candidates: All ways that were weighed.
         folded: The one that was taken.
@@ -57,6 +71,8 @@ class StreamReport:
     writers: list[str]
     readers: list[str]
     is_closed: bool
+    is_foldable: bool = True
+    ending: str | None = None
     reasons: list[str] = field(default_factory=list)
     candidates: list[CandidateReport] = field(default_factory=list)
     folded: CandidateReport | None = None
@@ -64,12 +80,205 @@ class StreamReport:
     @classmethod
     def of(cls, stream: Stream) -> StreamReport:
         """Describe ``stream`` before anything is done to it."""
-        writers = [*stream.tables, *stream.writers]
+        writers: list[Linear | ConstantWriter] = [*stream.tables, *stream.writers]
+        has_norm = any(opening.is_norm for opening in stream.openings)
+        is_foldable = bool(writers and (stream.readers or has_norm))
         return cls(
             width=stream.width,
             dtype=stream.dtype.name.lower(),
             writers=[writer.label for writer in writers],
             readers=[reader.label for reader in stream.readers],
             is_closed=stream.is_closed,
-            reasons=[str(opening) for opening in stream.openings],
+            is_foldable=is_foldable,
+            ending=_ending(stream) if writers and not is_foldable else None,
+            reasons=[_reason(opening) for opening in stream.openings],
         )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON-ready data."""
+        return asdict(self)
+
+
+def _ending(stream: Stream) -> str:
+    if any(role(writer.y) for writer in stream.writers):
+        return "attention cores"
+    if any(value.is_graph_output() for value in stream.values):
+        return "graph outputs"
+    return "activations"
+
+
+def _reason(opening: Opening) -> str:
+    hint = "; folding needs a model without norms (the paper removes them by fine-tuning first)"
+    return f"{opening}{hint if opening.is_norm else ''}"
+
+
+@dataclass(frozen=True)
+class FoldReport:
+    """What :func:`onnx_fold.fold` did.
+
+    Attributes:
+        saving: Cost before and after.
+        streams: The streams that a fold could be asked of, in graph order.
+        endings: How many further streams end in attention cores, activations, graph outputs.
+        verification: The parity check of the result, if it was asked for.
+        is_plan: Nothing was written: this is what would be done.
+    """
+
+    saving: Saving
+    streams: list[StreamReport]
+    endings: dict[str, int] = field(default_factory=dict)
+    verification: ParityReport | None = None
+    is_plan: bool = False
+
+    @property
+    def folded(self) -> list[StreamReport]:
+        """The streams that were folded."""
+        return [stream for stream in self.streams if stream.folded]
+
+    @property
+    def left_alone(self) -> list[StreamReport]:
+        """The streams that were not, each with its reasons."""
+        return [stream for stream in self.streams if not stream.folded]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON-ready data."""
+        return {
+            **saving_dict(self.saving),
+            "streams": [stream.to_dict() for stream in self.streams],
+            "other_streams": self.endings,
+            "verification": self.verification.to_dict() if self.verification else None,
+        }
+
+    def __rich__(self) -> RenderableType:
+        """For the terminal: what was folded, what was left alone and why, what was gained."""
+        parts: list[RenderableType] = []
+        if self.folded:
+            parts.append(folds_table(self.folded, "Would fold" if self.is_plan else "Folded"))
+        if self.left_alone:
+            parts.append(reasons_table(self.left_alone))
+        if self.endings:
+            parts.append(endings_text(self.endings))
+        parts.append(saving_text(self.saving))
+        if self.verification is not None:
+            parts.append(self.verification)
+        return Group(*parts)
+
+
+def saving_dict(saving: Saving) -> dict[str, Any]:
+    """``saving`` as JSON-ready data."""
+    return {
+        "before": asdict(saving.before),
+        "after": asdict(saving.after),
+        "weights_removed": saving.weights,
+        "weights_removed_share": saving.share,
+        "bytes_ratio": saving.speedup,
+    }
+
+
+def new_table(title: str) -> Table:
+    """A table in the style of all reports."""
+    return Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+
+
+def counted(count: int, noun: str) -> str:
+    """``1 stream``, ``2 streams``."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def folds_table(streams: Sequence[StreamReport], title: str) -> Table:
+    """One line for each folded stream."""
+    table = new_table(f"{title} ({counted(len(streams), 'stream')})")
+    table.add_column("what into what", overflow="fold")
+    table.add_column("by")
+    table.add_column("weights", justify="right")
+    table.add_column("cond", justify="right")
+    table.add_column("error", justify="right")
+    for stream in streams:
+        assert stream.folded is not None
+        fold = stream.folded
+        table.add_row(
+            fold.text,
+            fold.strategy,
+            f"{-fold.weights_removed:+,}",
+            "" if fold.condition is None else f"{fold.condition:.0e}",
+            "" if fold.error is None else f"{fold.error:.0e}",
+        )
+    return table
+
+
+def reasons_table(streams: Sequence[StreamReport]) -> Table:
+    """One line for each stream that was left alone, with the reasons."""
+    table = new_table(f"Left alone ({counted(len(streams), 'stream')})")
+    table.add_column("stream", overflow="fold")
+    table.add_column("because", overflow="fold")
+    for stream in streams:
+        more = len(stream.reasons) - MAX_REASONS
+        shown = [*stream.reasons[:MAX_REASONS], *([f"and {more} more reasons"] if more > 0 else [])]
+        table.add_row(_arrow(stream), "\n".join(shown))
+    return table
+
+
+def endings_text(endings: Mapping[str, int]) -> Text:
+    """Where the streams end in which nothing could be folded by nature."""
+    parts = [f"{count} in {ending}" for ending, count in endings.items()]
+    return Text(f"Other streams end where a basis matters: {', '.join(parts)}.", style="dim")
+
+
+def saving_text(saving: Saving) -> Text:
+    """Weights, bytes and operators before and after."""
+    before, after = saving.before, saving.after
+    if not saving.weights:
+        return Text(
+            f"Nothing folded: {before.weights:,} weights, {before.nodes:,} operators, unchanged."
+        )
+    return Text.assemble(
+        f"Weights {before.weights:,} → {after.weights:,} (",
+        (f"-{saving.share:.1%}", "bold green"),
+        f"), {decimal(before.bytes)} → {decimal(after.bytes)}, operators {before.nodes:,} →"
+        f" {after.nodes:,}; decode at batch 1 up to ",
+        (f"{saving.speedup:.2f}x", "bold green"),
+        " (bytes ratio).",
+    )
+
+
+def _arrow(stream: StreamReport) -> str:
+    return f"{compact(stream.writers)} → {compact(stream.readers) or '…'}"
+
+
+def presets_table() -> Table:
+    """What folding saves of each preset, by its shape; for the large ones the paper's table.
+
+    The paper (arXiv 2404.12362) counts P and Q of parallel blocks too. That is an architecture to
+    train; an exact rewrite of a trained parallel model removes one of them.
+    """
+    from onnx_fold.models.presets import PRESETS
+
+    table = new_table("Presets")
+    table.add_column("preset")
+    table.add_column("attention")
+    table.add_column("block")
+    for column in ("d", "layers", "weights", "folded", "saved", "decode up to", "by the paper"):
+        table.add_column(column, justify="right")
+    for name, shape in PRESETS.items():
+        exact, paper = predicted(shape), predicted(shape, streams_per_block=2)
+        heads, kv_heads = shape.num_attention_heads, shape.num_key_value_heads
+        table.add_row(
+            name,
+            f"{attention_kind(heads, kv_heads)} {heads}/{kv_heads}",
+            f"{'parallel' if shape.parallel else 'serial'} {shape.ffn}",
+            str(shape.hidden_size),
+            str(shape.num_hidden_layers),
+            _short(exact.before.weights),
+            _short(exact.after.weights),
+            f"{exact.share:.0%}",
+            f"{exact.speedup:.2f}x",
+            f"{paper.share:.0%}, {paper.speedup:.2f}x",
+        )
+    return table
+
+
+def _short(count: int) -> str:
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return str(count)

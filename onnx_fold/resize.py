@@ -40,7 +40,7 @@ def resize_stream(stream: Stream, values: Iterable[ir.Value], width: int, rewrit
 
 
 def resized_shape(node: ir.Node, axis: int, width: int) -> ir.TensorProtocol | Build | None:
-    """The shape input that ``node`` (Reshape, Expand) needs for an ``axis`` (from the end) of ``width``.
+    """The shape input that ``node`` (Reshape, Expand) needs for an ``axis`` of ``width``.
 
     Returns:
         A new constant, a Concat to build, or None if the shape may stay as it is.

@@ -122,8 +122,10 @@ class Rewrite:
             _add_bias(graph, value, axis, bias)
         for value, replacement in self.replaced.items():
             suspects.append(value)
-            is_built = callable(replacement)
-            _replace(graph, value, replacement(graph) if is_built else self._resolve(replacement))
+            if isinstance(replacement, ir.Value):
+                _replace(graph, value, self._resolve(replacement))
+            else:
+                _replace(graph, value, replacement(graph))
         for value, (axis, width) in self.resized.items():
             if value.shape is not None:
                 dims = list(value.shape)
@@ -137,7 +139,7 @@ class Rewrite:
 
 def initializer(tensor: ir.TensorProtocol) -> ir.Value:
     """A nameless constant value that holds ``tensor``."""
-    value = ir.Value(shape=ir.Shape(tensor.shape), const_value=tensor)
+    value = ir.Value(shape=ir.Shape(tensor.shape.numpy()), const_value=tensor)
     value.type = ir.TensorType(tensor.dtype)
     return value
 
@@ -177,7 +179,7 @@ def _replace(graph: ir.Graph, old: ir.Value, new: ir.Value) -> None:
 
 
 def _remove_dead(graph: ir.Graph, suspects: Iterable[ir.Value | None]) -> None:
-    """Remove the producers and initializers among ``suspects`` that nothing reads, and what only they read."""
+    """Remove what makes ``suspects`` if nothing reads it, and then what only that read."""
     queue = list(suspects)
     while queue:
         value = queue.pop()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Mapping
 
 import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
+from onnxscript.optimizer import fold_constants
 
-logger = logging.getLogger(__name__)
+from onnx_fold.constants import constant
 
 Dim = int | str | None
 """A size: a number, a symbol, or unknown."""
@@ -24,9 +26,16 @@ class Shapes:
 
     def __init__(self, model: ir.Model) -> None:
         self._inferred = _infer(model)
+        self._known: dict[tuple[ir.Value, int], int] = {}
+
+    def know(self, value: ir.Value, axis: int, size: int) -> None:
+        """Note the size of one axis, counted from the end, that an operator implies."""
+        self._known[value, axis] = size
 
     def __call__(self, value: ir.Value) -> Dims | None:
         """Dimensions of ``value``, or None if not even its rank is known."""
+        if (held := constant(value)) is not None:
+            return held.shape
         inferred = self._inferred.get(value.name or "")
         stated = None if value.shape is None else _dims(value.shape)
         if inferred is None or stated is None or len(inferred) != len(stated):
@@ -40,6 +49,8 @@ class Shapes:
 
     def dim(self, value: ir.Value, axis: int) -> Dim:
         """Size of one axis of ``value``; 1 for an axis that broadcasting would add in front."""
+        if (value, axis) in self._known:
+            return self._known[value, axis]
         dims = self(value)
         if dims is None:
             return None
@@ -55,6 +66,8 @@ def _infer(model: ir.Model) -> Mapping[str, Dims]:
     logging_was = logging.root.manager.disable
     logging.disable(logging.WARNING)  # what cannot be inferred is simply not known
     try:
+        with contextlib.suppress(Exception):
+            fold_constants(scratch)  # shapes that are computed from constants
         ShapeInferencePass(check_type=False, strict_mode=False)(scratch)
     finally:
         logging.disable(logging_was)

@@ -27,14 +27,14 @@ class ConstantWriter:
     Attributes:
         node: The operator that brings it in.
         index: Which input of ``node`` it is.
-        constant: What it holds.
+        weight: What it holds.
         axis: Its channel axis, from the end.
         width: Width of the stream; the constant may be broadcast to it.
     """
 
     node: ir.Node
     index: int
-    constant: Constant
+    weight: Constant
     axis: int
     width: int
 
@@ -46,43 +46,73 @@ class ConstantWriter:
     @property
     def label(self) -> str:
         """The name a person knows it by."""
-        return label(self.node, self.constant)
+        return label(self.node, self.weight)
 
     @property
     def is_table(self) -> bool:
         """Whether it has rows to be looked up (an embedding), more than it has channels to add."""
-        return self.constant.size > self.width
+        return self.weight.size > self.width
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of :meth:`channels_last` with the channels moved back."""
-        shape = list(self.constant.shape)
+        shape = list(self.weight.shape)
         shape = [1] * (-self.axis - len(shape)) + shape
         shape[self.axis] = self.width
         return tuple(shape)
 
     def channels_last(self) -> Array:
         """The values as float64 rows, ``[..., width]``."""
-        array = self.constant.wide()
+        array = self.weight.wide()
         array = array.reshape((1,) * (len(self.shape) - array.ndim) + array.shape)
         return np.moveaxis(np.broadcast_to(array, self.shape), self.axis, -1)
 
     def is_zero(self) -> bool:
         """Whether it adds nothing in any basis."""
-        return not self.is_table and not self.constant.numpy().any()
+        return not self.is_table and not self.weight.numpy().any()
 
 
 @dataclass(frozen=True)
 class Opening:
-    """Why a stream is open: the value, and the node or graph boundary that looks at its channels."""
+    """Why a stream is open: a value, and the node or graph boundary that looks at its channels."""
 
     value: str
-    node: str | None
-    operator: str | None
+    node: ir.Node | None
     text: str
+
+    @property
+    def is_norm(self) -> bool:
+        """Whether a norm reads the stream: an operator, or what exporters decompose one into."""
+        return self.node is not None and _is_norm(self.node)
 
     def __str__(self) -> str:
         return f"'{self.value}' {self.text}"
+
+
+_NORMS = frozenset(
+    (
+        "BatchNormalization",
+        "GroupNormalization",
+        "InstanceNormalization",
+        "LayerNormalization",
+        "LpNormalization",
+        "RMSNormalization",
+        "SimplifiedLayerNormalization",
+        "SkipLayerNormalization",
+        "SkipSimplifiedLayerNormalization",
+    )
+)
+_STATISTICS = frozenset(("ReduceMean", "ReduceL2", "ReduceSumSquare"))
+_TOWARDS_STATISTICS = frozenset(("Cast", "Mul", "Pow", "Sub"))
+
+
+def _is_norm(node: ir.Node, hops: int = 3) -> bool:
+    """Whether ``node`` is a norm, or leads to a mean within a few element-wise operators."""
+    if node.op_type in _NORMS or node.op_type in _STATISTICS:
+        return True
+    if hops == 0 or node.op_type not in _TOWARDS_STATISTICS:
+        return False
+    return any(_is_norm(reader, hops - 1) for reader, _ in node.outputs[0].uses())
 
 
 @dataclass(eq=False)
@@ -126,9 +156,14 @@ class Stream:
         return min((layer.weight.dtype for layer in layers), key=lambda dtype: dtype.bitwidth)
 
     @property
+    def members(self) -> list[Linear | ConstantWriter]:
+        """Everything that holds a weight of the stream."""
+        return [*self.writers, *self.readers, *self.constants]
+
+    @property
     def nodes(self) -> set[ir.Node]:
         """The nodes that write or read it, whose weights a fold would change."""
-        return {member.node for member in (*self.writers, *self.readers, *self.constants)}
+        return {member.node for member in self.members}
 
 
 def find_streams(model: ir.Model) -> list[Stream]:
@@ -154,6 +189,9 @@ class _Search:
         self.linears = {linear.node: linear for linear in find_linears(graph)}
         self.order = {node: position for position, node in enumerate(graph)}
         self.seen: set[ir.Value] = set()
+        for linear in self.linears.values():
+            shapes.know(linear.x, linear.x_axis, linear.in_features)
+            shapes.know(linear.y, linear.y_axis, linear.out_features)
 
     def stream(self, value: ir.Value, axis: int, width: int) -> Stream:
         """Collect everything that shares the channel axis ``axis`` of ``value``."""
@@ -167,13 +205,15 @@ class _Search:
                 continue
             stream.values[value] = axis
             self.seen.add(value)
-            if self.shapes.dim(value, axis) not in (width, None):
-                _open(stream, value, f"is {self.shapes.dim(value, axis)} wide, not {width}")
+            if isinstance(size := self.shapes.dim(value, axis), int) and size != width:
+                _open(stream, value, f"is {size} wide, not {width}")
+            self.shapes.know(value, axis, width)
             queue.extend(self._upstream(stream, value, axis))
             queue.extend(self._downstream(stream, value, axis))
-        for members in (stream.writers, stream.readers, stream.constants):
-            members.sort(key=lambda member: (self.order[member.node], member.index))
-        stream.openings.sort(key=lambda opening: (opening.node is None, opening.text))
+        for layers in (stream.writers, stream.readers):
+            layers.sort(key=lambda layer: self.order[layer.node])
+        stream.constants.sort(key=lambda writer: (self.order[writer.node], writer.index))
+        stream.openings.sort(key=lambda opening: (not opening.is_norm, opening.text))
         both = {layer.node for layer in stream.writers} & {layer.node for layer in stream.readers}
         for layer in stream.writers:
             if layer.node in both:
@@ -243,17 +283,18 @@ class _Search:
         if found is None:
             _open(stream, value, f"is {verb} by", node)
             return
-        for is_output, index, axis in found:
-            if is_output:
-                yield node.outputs[index], axis
+        for port in found:
+            if port.is_output:
+                yield node.outputs[port.index], port.axis
                 continue
-            other = node.inputs[index]
+            other = node.inputs[port.index]
             if other is None:
                 continue
             if (held := constant(other)) is None:
-                yield other, axis
-            elif not any(writer.edge == (node, index) for writer in stream.constants):
-                stream.constants.append(ConstantWriter(node, index, held, axis, stream.width))
+                yield other, port.axis
+            elif not any(writer.edge == (node, port.index) for writer in stream.constants):
+                writer = ConstantWriter(node, port.index, held, port.axis, stream.width)
+                stream.constants.append(writer)
 
 
 def _open(
@@ -264,8 +305,6 @@ def _open(
         text = (
             f"{text} {node.op_type}{'' if name.startswith(node.op_type) else f' {name!r}'}{detail}"
         )
-    opening = Opening(
-        value.name or "?", node.name if node is not None else None, node and node.op_type, text
-    )
+    opening = Opening(value.name or "?", node, text)
     if opening not in stream.openings:
         stream.openings.append(opening)

@@ -1,9 +1,9 @@
 """Absorb a square reader (or writer) into everything else that touches the stream.
 
 With ``T = Q``: ``O* = O Q``, ``K* = Q⁻¹ K``, ``V* = Q⁻¹ V``, and Q is the identity (Graef,
-arXiv 2404.12362, fig. 2(b); 2(c) and 2(d) for K and V of MHA; the embedding table takes O's place in the first block).
-A square writer gives ``T = P⁻¹``, the choice for P in a parallel block. The matrix has to be inverted, so the error
-grows with its condition number.
+arXiv 2404.12362, fig. 2(b); 2(c) and 2(d) for K and V of MHA). In the first block the embedding
+table takes O's place. A square writer gives ``T = P⁻¹``, the choice for P in a parallel block. The
+matrix has to be inverted, so the error grows with its condition number.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from onnx_fold.basis import Basis, FoldedTensor, Side
 from onnx_fold.constants import Array, constant
 from onnx_fold.folding import Candidate, FoldPass
 from onnx_fold.heads import Fused, Part, fused, role
-from onnx_fold.linear import Linear
+from onnx_fold.linear import Linear, compact
 from onnx_fold.rebase import Rebased, become_identity, rebase, stored_matrix
 from onnx_fold.resize import CannotResizeError, resized_shape
 from onnx_fold.rewrite import Rewrite, initializer, unused_name, unused_node_name
@@ -57,7 +57,7 @@ def _candidate(
     stream: Stream, pivot: str, rewrite: Rewrite, rebased: Rebased, basis: Basis
 ) -> Candidate:
     others = (*stream.tables, *stream.writers, *stream.readers)
-    into = ", ".join(dict.fromkeys(layer.label for layer in others if layer.label != pivot))
+    into = compact(list(dict.fromkeys(layer.label for layer in others if layer.label != pivot)))
     return Candidate(
         strategy=AbsorbPass.name,
         text=f"{pivot} into {into}",
@@ -185,9 +185,8 @@ def _vectors(fused: Fused) -> Iterator[tuple[ir.Node, int]]:
     """Inputs on the path that hold a constant along the columns."""
     linear = fused.linear.node
     edges = [(linear, 2)] if linear.op_type == "Gemm" and len(linear.inputs) > 2 else []
-    for node in fused.path:
-        if node.op_type == "Add":
-            edges.append((node, 0 if constant(node.inputs[0]) is not None else 1))
+    adds = (node for node in fused.path if node.op_type == "Add")
+    edges.extend((node, 0 if constant(node.inputs[0]) is not None else 1) for node in adds)
     for node, index in edges:
         held = constant(node.inputs[index])
         if held is None or held.shape[-1:] != (fused.linear.out_features,):

@@ -1,8 +1,9 @@
 """Merge a sole writer into its readers, or a sole reader into its writers.
 
-``(x P + b) M = x (P M) + b M``: two projections become one, nothing is inverted, and the error is no
-worse than before. This is P into the FFN of Graef, arXiv 2404.12362, fig. 2(a), where ``M`` is the
-FFN's input layer or its gate and up layers. Weights that would grow (a low-rank pair) refuse it.
+``(x P + b) M = x (P M) + b M``: two projections become one, nothing is inverted, and the error is
+no worse than before. This is P into the FFN of Graef, arXiv 2404.12362, fig. 2(a), where ``M`` is
+the FFN's input layer or its gate and up layers. Weights that would grow (a low-rank pair) refuse
+it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import onnx_ir as ir
 from onnx_fold.basis import Basis, FoldedTensor
 from onnx_fold.constants import Array, constant, scalar
 from onnx_fold.folding import Candidate, FoldPass
-from onnx_fold.linear import Linear
+from onnx_fold.linear import Linear, compact
 from onnx_fold.rebase import become_identity, rebase
 from onnx_fold.resize import CannotResizeError, resize_stream
 from onnx_fold.rewrite import Rewrite
@@ -25,8 +26,10 @@ Carried = list[tuple[ConstantWriter, float]]
 """Constants that reach a value, each with its factor."""
 
 _UNIFORM = frozenset(
-    "Identity Cast Dropout Reshape Flatten Squeeze Unsqueeze Transpose Expand Tile Slice Split Gather"
-    " ReduceMean".split()
+    (
+        *("Identity", "Cast", "Dropout", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose"),
+        *("Expand", "Tile", "Slice", "Split", "Gather", "ReduceMean"),
+    )
 )
 """Operators that leave a vector which is the same at every position as it is."""
 
@@ -69,7 +72,7 @@ def _merge_writer(stream: Stream, writer: Linear) -> Iterator[Candidate]:
             resize_stream(stream, kept, width, rewrite)
     except CannotResizeError:
         return
-    into = ", ".join(reader.label for reader in stream.readers)
+    into = compact([reader.label for reader in stream.readers])
     writers = [side for side in rebased.writers if not side.is_table]
     yield Candidate(
         strategy=MergePass.name,
@@ -94,7 +97,7 @@ def _merge_reader(stream: Stream, reader: Linear) -> Iterator[Candidate]:
             resize_stream(stream, stream.values, width, rewrite)
     except CannotResizeError:
         return
-    into = ", ".join(writer.label for writer in (*stream.tables, *stream.writers))
+    into = compact([writer.label for writer in (*stream.tables, *stream.writers)])
     yield Candidate(
         strategy=MergePass.name,
         text=f"{reader.label} into {into}",

@@ -1,0 +1,301 @@
+"""The command line. Each command is a thin shell around the function of the same name."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+
+from onnx_fold import __version__, errors
+from onnx_fold.files import replacing
+
+ModelPath = click.Path(dir_okay=False, path_type=Path)
+
+_PROVIDER = click.option(
+    "--provider",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="Where to run: auto takes CUDA where it works.",
+)
+
+
+def _planning(command: Callable[..., None]) -> Callable[..., None]:
+    """The options that decide what folds."""
+    for option in reversed(
+        (
+            click.option(
+                "--pivot",
+                type=click.Choice(["auto", "q", "k", "v", "p"]),
+                default="auto",
+                show_default=True,
+                help="Which matrix becomes the identity where there is a choice. K and V need MHA;"
+                " P is the output projection of a parallel block; auto takes the most accurate.",
+            ),
+            click.option(
+                "--only", multiple=True, metavar="PASS", help="Run this pass only (merge, absorb)."
+            ),
+            click.option("--skip", multiple=True, metavar="PASS", help="Do not run this pass."),
+            click.option(
+                "--protect",
+                multiple=True,
+                metavar="NAME",
+                help="Leave alone what touches this initializer, node or value.",
+            ),
+            click.option(
+                "--tolerance",
+                type=float,
+                help="Largest predicted relative error of one fold. [default: by storage type]",
+            ),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="onnx-fold")
+def cli() -> None:
+    r"""Fold consecutive linear projections of an ONNX model into single initializers.
+
+    A skipless transformer loses 2·d² weights a block: P goes into the FFN, Q into the layer before
+    (arXiv 2404.12362). Whatever cannot be proved equal stays as it was, and the report says why.
+
+    \b
+      onnx-fold demo                              the whole story on a small trained model
+      onnx-fold inspect model.onnx                what is in it, what would fold, what would not
+      onnx-fold fold model.onnx -o folded.onnx    fold, check, write
+      onnx-fold verify model.onnx folded.onnx     are they the same function?
+      onnx-fold bench model.onnx folded.onnx      how much faster is it?
+
+    \b
+    Exit codes: 0 done, 1 a check failed, 2 usage, 3 unreadable or invalid model, 4 cannot write.
+    """
+
+
+@cli.command()
+@click.argument("model", type=ModelPath)
+@click.option("-o", "--output", type=ModelPath, help="File to write; never the input.")
+@_planning
+@click.option("--dry-run", is_flag=True, help="Fold and check, but write nothing.")
+@click.option("--report", type=ModelPath, metavar="FILE.json", help="Write the report as JSON.")
+@click.option(
+    "--verify/--no-verify",
+    default=True,
+    show_default=True,
+    help="Run both models and compare; if that fails nothing is written.",
+)
+@_PROVIDER
+def fold(
+    model: Path,
+    output: Path | None,
+    dry_run: bool,
+    report: Path | None,
+    verify: bool,
+    provider: str,
+    **options: Any,
+) -> None:
+    """Fold MODEL: same inputs, outputs and function, fewer weights."""
+    import onnx_fold
+
+    if output is None and not dry_run:
+        raise click.UsageError("say where to write with -o FILE, or ask for a --dry-run")
+    for target in filter(None, (output, report)):
+        _check_writable(target, model)
+    with _status(f"folding {model}"):
+        try:
+            result = onnx_fold.fold(model, verify=verify, provider=provider, **options)
+        except errors.CheckFailedError as error:
+            if report is not None:
+                _write_json(report, error.report.to_dict())
+            _console().print(error.report)
+            raise
+    _console().print(result.report)
+    if output is not None and not dry_run:
+        result.save(output)
+        _console().print(f"Wrote {output}.", highlight=False)
+    if report is not None:
+        _write_json(report, result.report.to_dict())
+
+
+@cli.command()
+@click.argument("model", type=ModelPath)
+@_planning
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def inspect(model: Path, as_json: bool, **options: Any) -> None:
+    """Show the streams of MODEL: what would fold into what, and why the rest would not."""
+    import onnx_fold
+
+    with _status(f"inspecting {model}"):
+        report = onnx_fold.inspect(model, **options)
+    _show(report, as_json)
+
+
+def _parse_shape(context: click.Context, option: click.Parameter, values: tuple[str, ...]) -> Any:
+    shapes = []
+    for value in values:
+        try:
+            pairs = (item.split("=") for item in value.split(","))
+            shapes.append({name.strip(): int(size) for name, size in pairs})
+        except ValueError as error:
+            raise click.BadParameter(f"{value!r} is not like batch=2,seq=16") from error
+    return shapes or None
+
+
+@cli.command()
+@click.argument("original", type=ModelPath)
+@click.argument("folded", type=ModelPath)
+@_PROVIDER
+@click.option("--samples", default=1, show_default=True, help="Random inputs of each shape.")
+@click.option(
+    "--shape",
+    "shapes",
+    multiple=True,
+    callback=_parse_shape,
+    metavar="batch=2,seq=16",
+    help="Sizes of the symbolic dimensions; may be given several times.",
+)
+@click.option("--inputs", type=ModelPath, metavar="FILE.npz", help="Inputs to run, by name.")
+@click.option("--tolerance", type=float, help="Relative error that always passes.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def verify(original: Path, folded: Path, as_json: bool, **options: Any) -> None:
+    """Check that ORIGINAL and FOLDED compute the same function: exit code 0 if so, 1 if not."""
+    import onnx_fold
+
+    with _status("running both models"):
+        report = onnx_fold.verify(original, folded, **options)
+    _show(report, as_json)
+    if not report.ok:
+        sys.exit(errors.OnnxFoldError.exit_code)
+
+
+@cli.command()
+@click.argument("original", type=ModelPath)
+@click.argument("folded", type=ModelPath)
+@_PROVIDER
+@click.option("--batch", default=1, show_default=True, help="Rows.")
+@click.option("--prefill", default=128, show_default=True, help="Tokens of a prompt.")
+@click.option("--past", type=int, help="Tokens in the cache in decode. [default: as --prefill]")
+@click.option("--repeats", default=30, show_default=True, help="Pairs of runs of each phase.")
+@click.option("--warmup", default=5, show_default=True, help="Pairs before these.")
+@click.option("--threads", type=int, help="Threads of one operator.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def bench(original: Path, folded: Path, as_json: bool, **options: Any) -> None:
+    """Time ORIGINAL and FOLDED side by side, prefill and decode, beside the bytes ratio."""
+    import onnx_fold
+
+    with _status("timing both models"):
+        report = onnx_fold.bench(original, folded, **options)
+    _show(report, as_json)
+
+
+@cli.command()
+@click.argument("preset")
+@click.option("-o", "--output", type=ModelPath, required=True, help="File to write.")
+@click.option("--layers", type=int, help="Number of blocks. [default: the preset's]")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "float64", "float16", "bfloat16"]),
+    default="float32",
+    show_default=True,
+)
+@click.option(
+    "--exporter", type=click.Choice(["dynamo", "torchscript"]), default="dynamo", show_default=True
+)
+@click.option("--opset", type=int, help="ONNX opset. [default: by exporter]")
+@click.option("--kv-cache", is_flag=True, help="Take and return keys and values.")
+@click.option("--residual", is_flag=True, help="The ordinary twin, with skips and norms.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the weights.")
+def export(preset: str, output: Path, **options: Any) -> None:
+    """Export a freshly initialised skipless transformer of the shape PRESET (see `presets`)."""
+    from onnx_fold.models.export import export as export_preset
+
+    with _status(f"exporting {preset}"):
+        export_preset(preset, output, **options)
+    _console().print(f"Wrote {output}.", highlight=False)
+
+
+@cli.command()
+def presets() -> None:
+    """List the presets, and what folding saves of each shape: the paper's table."""
+    from onnx_fold.report import presets_table
+
+    _console().print(presets_table())
+
+
+@cli.command()
+@click.option("--prompt", help="Text that both models continue.")
+@click.option("--tokens", default=160, show_default=True, help="Characters to write.")
+@_PROVIDER
+def demo(**options: Any) -> None:
+    """Fold the small trained model that comes along, compare the text it writes, and time it."""
+    from onnx_fold.demo import run_demo
+
+    if not run_demo(_console(), **options):
+        sys.exit(errors.OnnxFoldError.exit_code)
+
+
+def _check_writable(target: Path, source: Path) -> None:
+    """Refuse before the work what would be refused after it.
+
+    Raises:
+        CannotWriteError: The target is the source, a folder, or lies where nothing can be written.
+    """
+    if target.exists() and source.exists() and target.samefile(source):
+        raise errors.CannotWriteError(f"{target} is the input; write to another file")
+    if not target.parent.is_dir():
+        raise errors.CannotWriteError(f"cannot write {target}: no folder {target.parent}")
+    if not os.access(target.parent, os.W_OK):
+        raise errors.CannotWriteError(f"cannot write {target}: {target.parent} is read-only")
+
+
+def _write_json(path: Path, data: dict[str, Any]) -> None:
+    with replacing(path) as folder:
+        (folder / path.name).write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+
+
+def _show(report: Any, as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(report.to_dict(), indent=2, ensure_ascii=False))
+    else:
+        _console().print(report)
+
+
+@functools.cache
+def _console() -> Console:
+    """Standard output; as wide as it needs to be where that is no terminal."""
+    return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+
+
+@contextlib.contextmanager
+def _status(text: str) -> Iterator[None]:
+    """A spinner on standard error, where that is a terminal."""
+    with Console(stderr=True).status(text):
+        yield
+
+
+def main() -> None:
+    """Run the command line: errors become one line on standard error and an exit code."""
+    try:
+        cli(standalone_mode=False)
+    except click.exceptions.Exit as leave:
+        sys.exit(leave.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except errors.OnnxFoldError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("interrupted; nothing was written", err=True)
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

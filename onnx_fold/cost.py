@@ -1,0 +1,103 @@
+"""What a model weighs, and what folding saves of it.
+
+At batch 1 a decoder reads every weight once for each token, so the ratio of the weight bytes before
+and after is the limit of the speed-up of decoding (Graef, arXiv 2404.12362, "Examples").
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import onnx_ir as ir
+
+from onnx_fold.constants import FLOATS
+
+if TYPE_CHECKING:
+    from onnx_fold.models.config import SkiplessConfig
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Size of a model.
+
+    Attributes:
+        weights: Elements of all floating-point initializers.
+        bytes: Their size as stored.
+        nodes: Operators, those in the bodies of control flow included.
+    """
+
+    weights: int
+    bytes: int
+    nodes: int = 0
+
+
+@dataclass(frozen=True)
+class Saving:
+    """Cost before and after a fold."""
+
+    before: Cost
+    after: Cost
+
+    @property
+    def weights(self) -> int:
+        """Weights removed."""
+        return self.before.weights - self.after.weights
+
+    @property
+    def share(self) -> float:
+        """Weights removed, as a share of those before."""
+        return self.weights / self.before.weights if self.before.weights else 0.0
+
+    @property
+    def speedup(self) -> float:
+        """Bytes ratio: the limit of the speed-up of decoding at batch 1."""
+        return self.before.bytes / self.after.bytes if self.after.bytes else 1.0
+
+
+def cost(model: ir.Model) -> Cost:
+    """Weigh ``model``; no weight is read."""
+    tensors = [
+        value.const_value
+        for graph in model.graphs()
+        for value in graph.initializers.values()
+        if value.const_value is not None and value.const_value.dtype in FLOATS
+    ]
+    return Cost(
+        weights=sum(tensor.size for tensor in tensors),
+        bytes=sum(tensor.nbytes for tensor in tensors),
+        nodes=sum(1 for _ in model.graph.all_nodes()),
+    )
+
+
+def closed_streams(config: SkiplessConfig) -> int:
+    """Number of streams of a skipless transformer that lose ``d²`` weights each.
+
+    A serial block has two, one between P and the FFN and one in front of Q, K and V. A parallel
+    block has one, in front of it, and there is one more behind the last block, which the last P
+    writes. A model with norms and skips has none.
+    """
+    if config.residual:
+        return 0
+    blocks = config.num_hidden_layers
+    return blocks + 1 if config.parallel else 2 * blocks
+
+
+def predicted(config: SkiplessConfig, streams_per_block: int | None = None) -> Saving:
+    """Saving of a shape, by the formula: ``d²`` for each closed stream, at two bytes a weight.
+
+    Args:
+        config: The shape.
+        streams_per_block: Count this many streams in each block instead of what an exact rewrite
+            folds. The paper counts 2 for parallel blocks too, which is an architecture to train.
+    """
+    from onnx_fold.models.config import num_parameters
+
+    weights = num_parameters(config)
+    streams = (
+        closed_streams(config)
+        if streams_per_block is None
+        else config.num_hidden_layers * streams_per_block
+    )
+    left = weights - streams * config.hidden_size**2
+    return Saving(Cost(weights, 2 * weights), Cost(left, 2 * left))

@@ -1,0 +1,208 @@
+"""The public functions ``fold`` and ``inspect``: load, fold a copy, check it, report."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+from rich.console import Group, RenderableType
+
+from onnx_fold.cost import Saving, cost
+from onnx_fold.errors import CannotWriteError, CheckFailedError, UsageError
+from onnx_fold.files import ModelSource, load, replacing, save
+from onnx_fold.folding import PIVOTS, FoldPass, Options, fold_streams
+from onnx_fold.heads import Attention, find_attention
+from onnx_fold.parity import verify as parity_check
+from onnx_fold.passes import PASSES
+from onnx_fold.report import FoldReport, StreamReport, new_table
+from onnx_fold.runtime import onnxruntime
+from onnx_fold.stream import find_streams
+
+
+@dataclass(frozen=True)
+class FoldResult:
+    """A folded model and what was done to it.
+
+    Attributes:
+        model: The result; the source is never changed.
+        report: What was folded into what, what was not, and why.
+        source: The file that it came from, if it came from a file.
+    """
+
+    model: ir.Model
+    report: FoldReport
+    source: Path | None = None
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the model. Where nothing was folded, a single-file source is copied byte for byte.
+
+        Raises:
+            CannotWriteError: ``path`` is the source itself, or the system refuses to write it.
+        """
+        target = Path(path)
+        if self.source is not None and target.exists() and target.samefile(self.source):
+            raise CannotWriteError(f"{path} is the input; write to another file")
+        if self.source is not None and not self.report.folded and self._is_single_file():
+            with replacing(target) as folder:
+                shutil.copyfile(self.source, folder / target.name)
+        else:
+            save(self.model, target)
+
+    def _is_single_file(self) -> bool:
+        return not any(
+            isinstance(value.const_value, ir.ExternalTensor)
+            for graph in self.model.graphs()
+            for value in graph.initializers.values()
+        )
+
+
+def fold(
+    model: ModelSource,
+    *,
+    pivot: str = "auto",
+    only: Sequence[str] = (),
+    skip: Sequence[str] = (),
+    protect: Iterable[str] = (),
+    tolerance: float | None = None,
+    verify: bool = True,
+    provider: str = "auto",
+) -> FoldResult:
+    """Fold the closed streams of a model; the function it computes stays the same.
+
+    Args:
+        model: A path, ``onnx.ModelProto``, ``onnx_ir.Model`` or ``torch.onnx.ONNXProgram``. It is
+            not changed.
+        pivot: Which matrix becomes the identity where there is a choice: ``"q"``, ``"k"``, ``"v"``,
+            ``"p"`` (the writer of a parallel block), or ``"auto"``: the most accurate.
+        only: Names of the passes to run; empty for all (``"merge"``, ``"absorb"``).
+        skip: Names of passes not to run.
+        protect: Names of initializers, nodes or values whose streams are left alone.
+        tolerance: Largest predicted relative error of one fold. None takes the default of the
+            storage type, :data:`onnx_fold.basis.TOLERANCES`.
+        verify: Run both models in ONNX Runtime and compare them.
+        provider: Where to verify: ``"cpu"``, ``"cuda"`` or ``"auto"``.
+
+    Returns:
+        The folded model and the report.
+
+    Raises:
+        CheckFailedError: The folded model does not compute the same function.
+        InvalidModelError: The model cannot be read.
+        MissingExtraError: ``verify`` is asked for and onnxruntime is not installed.
+        UsageError: An unknown pivot or pass.
+    """
+    if verify:
+        onnxruntime()  # say at once that it is missing, not after the work
+    options = Options(pivot=pivot, protect=frozenset(protect), tolerance=tolerance)
+    passes = _select(options, only, skip)
+    original = load(model)
+    folded = original.clone()
+    before = cost(original)
+    streams = fold_streams(folded, passes, options)
+    report = _report(streams, Saving(before, cost(folded)))
+    if verify and report.folded:
+        parity = parity_check(original, folded, provider=provider)
+        report = replace(report, verification=parity)
+        if not parity.ok:
+            message = f"the folded model is not the same function: {parity.reason}"
+            raise CheckFailedError(message, report)
+    source = Path(model) if isinstance(model, str | os.PathLike) else None
+    return FoldResult(folded, report, source)
+
+
+def _select(options: Options, only: Sequence[str], skip: Sequence[str]) -> list[FoldPass]:
+    names = [each.name for each in PASSES]
+    for name in (*only, *skip):
+        if name not in names:
+            raise UsageError(f"unknown pass '{name}'; there are {', '.join(names)}")
+    if options.pivot not in PIVOTS:
+        raise UsageError(f"unknown pivot '{options.pivot}'; there are {', '.join(PIVOTS)}")
+    wanted = [each for each in PASSES if (not only or each.name in only) and each.name not in skip]
+    return [each(options) for each in wanted]
+
+
+def _report(streams: list[StreamReport], saving: Saving) -> FoldReport:
+    endings: dict[str, int] = {}
+    for stream in streams:
+        if stream.ending is not None:
+            endings[stream.ending] = endings.get(stream.ending, 0) + 1
+    return FoldReport(saving, [stream for stream in streams if stream.is_foldable], endings)
+
+
+@dataclass(frozen=True)
+class InspectReport:
+    """What is in a model and what folding would do to it.
+
+    Attributes:
+        attention: The attention layers and their heads.
+        plan: What :func:`fold` would do.
+        metadata: Opsets, IR version and producer.
+    """
+
+    attention: list[Attention]
+    plan: FoldReport
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON-ready data."""
+        return {
+            "model": self.metadata,
+            "attention": [each.to_dict() for each in self.attention],
+            "plan": self.plan.to_dict(),
+        }
+
+    def __rich__(self) -> RenderableType:
+        """For the terminal."""
+        parts: list[RenderableType] = []
+        if self.attention:
+            table = new_table("Attention")
+            for column in ("layer", "kind", "heads", "kv heads", "head dim", "Q, K, V"):
+                table.add_column(column, overflow="fold")
+            for number, each in enumerate(self.attention):
+                sizes = (each.num_heads, each.num_kv_heads, each.head_dim)
+                table.add_row(str(number), each.kind, *map(str, sizes), each.projections)
+            parts.append(table)
+        return Group(*parts, self.plan)
+
+
+def inspect(
+    model: ModelSource,
+    *,
+    pivot: str = "auto",
+    only: Sequence[str] = (),
+    skip: Sequence[str] = (),
+    protect: Iterable[str] = (),
+    tolerance: float | None = None,
+) -> InspectReport:
+    """Show the streams of a model, what would fold, and why the rest would not.
+
+    Takes the options of :func:`fold`, runs nothing and changes nothing.
+
+    Raises:
+        InvalidModelError: The model cannot be read.
+        UsageError: An unknown pivot or pass.
+    """
+    original = load(model)
+    result = fold(
+        original,
+        pivot=pivot,
+        only=only,
+        skip=skip,
+        protect=protect,
+        tolerance=tolerance,
+        verify=False,
+    )
+    metadata = {
+        "ir_version": original.ir_version,
+        "opsets": {
+            domain or "ai.onnx": version for domain, version in original.opset_imports.items()
+        },
+        "producer": " ".join(filter(None, (original.producer_name, original.producer_version))),
+    }
+    plan = replace(result.report, is_plan=True)
+    return InspectReport(find_attention(find_streams(original)), plan, metadata)

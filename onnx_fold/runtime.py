@@ -1,0 +1,568 @@
+"""ONNX Runtime: sessions that do what was asked or say why not, and inputs for any signature."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib
+import io
+import logging
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes.common import InlinePass
+
+from onnx_fold.errors import InvalidModelError, MissingExtraError, UsageError
+from onnx_fold.files import PROTOBUF_LIMIT, ModelSource, load, weight_bytes
+
+__all__ = [
+    "Array",
+    "MissingKernelError",
+    "RunFailedError",
+    "has_cache",
+    "index_limits",
+    "make_inputs",
+    "model_inputs",
+    "one_line",
+    "onnxruntime",
+    "resolve_provider",
+    "run",
+    "session",
+    "to_ort_value",
+    "token_counts",
+]
+
+logger = logging.getLogger(__name__)
+
+Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
+
+_CUDA = "CUDAExecutionProvider"
+_CPU = "CPUExecutionProvider"
+_FATAL_ONLY = 4
+_NO_CUDA = (
+    "provider 'cuda': ONNX Runtime could not start CUDA; check the driver and that the CUDA and"
+    " cuDNN libraries are installed (pip install 'onnx-fold[cuda]')"
+)
+
+
+class MissingKernelError(InvalidModelError):
+    """The model is valid, but the provider has no kernel for an operator with its types."""
+
+
+class RunFailedError(UsageError):
+    """ONNX Runtime loaded the model but cannot run it on these inputs."""
+
+
+# --- Sessions ------------------------------------------------------------------------------------
+
+
+def session(
+    model: ModelSource,
+    provider: str = "cpu",
+    *,
+    threads: int | None = None,
+    optimize: bool = True,
+    provider_options: Mapping[str, object] | None = None,
+    config: Mapping[str, str] | None = None,
+) -> Any:
+    """Return an ``onnxruntime.InferenceSession`` of ``model`` that runs on ``provider``.
+
+    Args:
+        model: A file is opened by ONNX Runtime itself. Anything else is handed over in memory, or
+            through a temporary folder if it does not fit one protobuf message.
+        provider: ``"cpu"``, ``"cuda"`` (TensorFloat-32 off), or ``"auto"``: cuda if it works.
+        threads: Threads of one operator; None lets ONNX Runtime decide.
+        optimize: Let ONNX Runtime rewrite the graph.
+        provider_options: Further options of the CUDA provider, such as ``enable_cuda_graph``.
+        config: Session configuration entries of ONNX Runtime.
+
+    Raises:
+        MissingExtraError: onnxruntime is not installed.
+        UsageError: The provider is unknown, or cannot be used here; there is no silent fall-back.
+        MissingKernelError: The provider lacks a kernel that the model needs.
+        InvalidModelError: ONNX Runtime cannot load the model.
+    """
+    provider = resolve_provider(provider)
+    ort = onnxruntime()
+    providers = _providers(ort, provider, dict(provider_options or {}))
+    options = ort.SessionOptions()
+    options.log_severity_level = _FATAL_ONLY
+    for key, entry in (config or {}).items():
+        options.add_session_config_entry(key, entry)
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    if not optimize:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    with _as_file_or_bytes(model) as (source, name), _quiet():
+        try:
+            created = ort.InferenceSession(source, options, providers=providers)
+        except Exception as error:
+            raise _load_error(error, name, provider) from error
+    if provider == "cuda" and _CUDA not in created.get_providers():
+        raise UsageError(_NO_CUDA)
+    return created
+
+
+def onnxruntime() -> Any:
+    """Return the onnxruntime module.
+
+    Raises:
+        MissingExtraError: It is not installed.
+    """
+    try:
+        return importlib.import_module("onnxruntime")
+    except ImportError as error:
+        raise MissingExtraError("onnxruntime", "cpu") from error
+
+
+def resolve_provider(provider: str) -> str:
+    """Return ``"cuda"`` or ``"cpu"`` for ``"auto"``, by whether CUDA works; others as they are."""
+    if provider != "auto":
+        return provider
+    trial = ir.from_onnx_text(
+        '<ir_version: 8, opset_import: ["": 17]> trial (float[1] x) => (float[1] y) { y = Neg(x) }'
+    )
+    try:
+        session(trial, "cuda")
+    except MissingExtraError:
+        raise
+    except (UsageError, InvalidModelError) as error:
+        logger.debug("auto: cpu, because %s", error)
+        return "cpu"
+    return "cuda"
+
+
+def _providers(ort: Any, provider: str, options: dict[str, object]) -> list[Any]:
+    if provider == "cpu":
+        return [_CPU]
+    if provider != "cuda":
+        raise UsageError(f"unknown provider '{provider}': expected cpu, cuda or auto")
+    if _CUDA not in ort.get_available_providers():
+        raise UsageError(
+            "provider 'cuda': the installed onnxruntime was built without CUDA:"
+            " pip uninstall onnxruntime, then pip install 'onnx-fold[cuda]'"
+        )
+    if hasattr(ort, "preload_dlls"):
+        with _quiet():
+            ort.preload_dlls()
+    return [(_CUDA, {"use_tf32": 0, **options}), _CPU]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Send what ONNX Runtime prints about missing libraries to the log."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        yield
+    if said.getvalue().strip():
+        logger.debug("onnxruntime: %s", said.getvalue().strip())
+
+
+@contextlib.contextmanager
+def _as_file_or_bytes(source: ModelSource) -> Iterator[tuple[str | bytes, str]]:
+    """Yield what ONNX Runtime opens, and a name for error messages."""
+    if isinstance(source, str | os.PathLike):
+        if not Path(source).is_file():
+            raise InvalidModelError(f"cannot read {source}: No such file")
+        yield os.fspath(source), os.fspath(source)
+        return
+    model = load(source)
+    name = f"model '{model.graph.name}'"
+    if weight_bytes(model) <= PROTOBUF_LIMIT // 2:
+        copy = ir.external_data.load_to_model(model.clone())
+        yield ir.to_proto(copy).SerializeToString(), name
+        return
+    with tempfile.TemporaryDirectory(prefix="onnx-fold-", ignore_cleanup_errors=True) as folder:
+        path = Path(folder) / "model.onnx"
+        ir.save(model.clone(), path, external_data="model.onnx.data")
+        yield os.fspath(path), name
+
+
+_NO_KERNEL = re.compile(r"NOT_IMPLEMENTED|Type Error: Type 'tensor\((bfloat16|float16|double)\)'")
+
+
+def _load_error(error: Exception, name: str, provider: str) -> Exception:
+    reason = one_line(error)
+    if provider == "cuda" and re.search(r"\b(cuda|cudnn|cublas)\w* (error|failure)", reason, re.I):
+        return UsageError(f"{_NO_CUDA}: {reason}")
+    kind = MissingKernelError if _NO_KERNEL.search(str(error)) else InvalidModelError
+    return kind(f"ONNX Runtime cannot load {name}: {reason}")
+
+
+def one_line(error: Exception) -> str:
+    """Return the message of an error of ONNX Runtime in one line, without its codes."""
+    text = " ".join(str(error).split())
+    return re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", text)
+
+
+def run(session: Any, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    """Run ``session`` on ``inputs`` and return its outputs by name, on the CPU.
+
+    bfloat16 and float8 inputs and outputs are arrays of ``ml_dtypes``, of which ONNX Runtime's own
+    ``run`` knows nothing. The elements of a sequence output ``y`` are called ``y[0]``, ``y[1]``.
+
+    Raises:
+        RunFailedError: An input is missing, unknown or of the wrong type or shape, or an operator
+            cannot work with the values.
+    """
+    outputs = session.get_outputs()
+    unknown = any(array.dtype.isbuiltin != 1 for array in inputs.values())
+    try:
+        if unknown or any(value.type in _NOT_IN_NUMPY for value in outputs):
+            results = _run_bound(session, inputs)
+        else:
+            results = session.run(None, dict(inputs))
+    except Exception as error:
+        raise RunFailedError(f"ONNX Runtime cannot run the model: {one_line(error)}") from error
+    return dict(_named([value.name for value in outputs], results))
+
+
+def _run_bound(session: Any, inputs: Mapping[str, Array]) -> list[Array]:
+    binding = session.io_binding()
+    for name, array in inputs.items():
+        binding.bind_ortvalue_input(name, to_ort_value(array))
+    for output in session.get_outputs():
+        binding.bind_output(output.name, "cpu")
+    session.run_with_iobinding(binding)
+    return [_to_numpy(value) for value in binding.get_outputs()]
+
+
+def _named(names: Sequence[str], results: Sequence[Any]) -> Iterator[tuple[str, Array]]:
+    for name, result in zip(names, results, strict=True):
+        if isinstance(result, list):
+            yield from ((f"{name}[{i}]", np.asarray(item)) for i, item in enumerate(result))
+        else:
+            yield name, np.asarray(result)
+
+
+def to_ort_value(array: Array, device: str = "cpu") -> Any:
+    """Return ``array`` as an ``onnxruntime.OrtValue`` on ``device``; bfloat16 keeps its type."""
+    ort = onnxruntime()
+    array = np.require(array, requirements=["C_CONTIGUOUS"])
+    if array.dtype.isbuiltin == 1:
+        return ort.OrtValue.ortvalue_from_numpy(array, device)
+    element = int(ir.DataType.from_numpy(array.dtype))
+    bits = array.view(f"u{array.itemsize}")
+    value = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, element)
+    if device == "cpu":
+        return value
+    moved = ort.OrtValue.ortvalue_from_shape_and_type(array.shape, element, device)
+    moved.update_inplace(value)
+    return moved
+
+
+_NOT_IN_NUMPY = {
+    "tensor(bfloat16)": ir.DataType.BFLOAT16,
+    "tensor(float8e4m3fn)": ir.DataType.FLOAT8E4M3FN,
+    "tensor(float8e4m3fnuz)": ir.DataType.FLOAT8E4M3FNUZ,
+    "tensor(float8e5m2)": ir.DataType.FLOAT8E5M2,
+    "tensor(float8e5m2fnuz)": ir.DataType.FLOAT8E5M2FNUZ,
+}
+"""Types of ONNX Runtime whose values it cannot hand over itself."""
+
+
+def _to_numpy(value: Any) -> Array:
+    dtype = _NOT_IN_NUMPY.get(value.data_type())
+    if dtype is None:
+        return np.asarray(value.numpy())
+    array = np.empty(value.shape(), dtype.numpy())
+    if array.size:
+        ctypes.memmove(array.ctypes.data, value.data_ptr(), array.nbytes)
+    return array
+
+
+# --- Inputs --------------------------------------------------------------------------------------
+
+
+def model_inputs(model: ir.Model) -> list[ir.Value]:
+    """Return the inputs that must be fed: those that no initializer gives a default."""
+    return [value for value in model.graph.inputs if value.name not in model.graph.initializers]
+
+
+def has_cache(model: ir.Model) -> bool:
+    """Whether the model takes the keys and values of earlier tokens."""
+    return any(_is_cache(value) for value in model_inputs(model))
+
+
+def make_inputs(
+    model: ir.Model,
+    *,
+    batch: int = 1,
+    seq: int = 8,
+    past: int = 0,
+    seed: int = 0,
+    sizes: Mapping[str, int] | None = None,
+) -> dict[str, Array]:
+    """Return random inputs that fit the signature of ``model``.
+
+    Symbolic dimensions get their size from their name (``batch``, ``past``, ``seq``, the sum of two
+    of them), else from the input that they belong to (``input_ids`` is ``[batch, seq]``), else 3; a
+    symbol has one size everywhere. Fixed dimensions stay as they are.
+
+    Indices are in the range of the smallest constant table that they are looked up in. Masks are 1
+    except for the last row of a batch, where a few keys are hidden: the first ones of the cache, or
+    without a cache the last ones, so that no query is left without a key (its softmax would have no
+    defined value). Additive float masks are 0. Positions count from ``past``. Floats, and so the
+    cache, are standard normal, in the input's own type.
+
+    Args:
+        model: The model; it is not changed.
+        batch: Rows.
+        seq: New tokens of a row.
+        past: Tokens in the cache, if the model has one.
+        seed: Seed of all random numbers.
+        sizes: Sizes of further symbolic dimensions by their name, such as ``{"height": 224}``.
+
+    Raises:
+        UsageError: An input is not a tensor, has an unknown rank, or a dimension is impossible.
+    """
+    inputs = model_inputs(model)
+    wanted = {"batch": batch, "seq": seq, "past": past if has_cache(model) else 0}
+    shapes = _resolve(inputs, wanted, sizes or {})
+    _, tokens, past = token_counts(model, shapes)
+    seq = tokens or seq
+    limits = index_limits(model)
+    rng = np.random.default_rng(seed)
+    return {
+        name: _fill(value, shapes[name], (seq, past), limits.get(name), rng)
+        for value in inputs
+        for name in [_name(value)]
+    }
+
+
+def _name(value: ir.Value) -> str:
+    assert value.name is not None
+    return value.name
+
+
+def _is_cache(value: ir.Value) -> bool:
+    name = _name(value).lower()
+    deep = value.shape is not None and value.shape.rank() >= 3
+    return deep and "mask" not in name and ("past" in name or "cache" in name)
+
+
+def _is_tokens(value: ir.Value) -> bool:
+    name, rank = _name(value).lower(), None if value.shape is None else value.shape.rank()
+    if "mask" in name or _is_cache(value):
+        return False
+    return rank == 3 or (rank == 2 and name.endswith("ids"))
+
+
+def token_counts(
+    model: ir.Model, shapes: Mapping[str, Sequence[int]]
+) -> tuple[int | None, int | None, int]:
+    """Return rows, new tokens and cached tokens of inputs with these shapes; None where unknown."""
+    values = model_inputs(model)
+    past = next((shapes[_name(v)][-2] for v in values if _is_cache(v)), 0)
+    tokens = next((shapes[_name(v)] for v in values if _is_tokens(v)), None)
+    return (None, None, past) if tokens is None else (tokens[0], tokens[1], past)
+
+
+def _resolve(
+    inputs: Sequence[ir.Value], wanted: Mapping[str, int], sizes: Mapping[str, int]
+) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every input, in numbers."""
+    bound = dict(sizes)
+    for rule in (_size_by_symbol, _size_by_input, _size_by_axis):
+        for value, axis, dim in _symbols(inputs):
+            if dim.value is not None and _is_plain(dim.value) and dim.value not in bound:
+                size = rule(value, axis, dim.value, wanted)
+                if size is not None:
+                    bound[dim.value] = size
+    return {_name(value): _numbers(value, bound, wanted) for value in inputs}
+
+
+def _symbols(inputs: Sequence[ir.Value]) -> Iterator[tuple[ir.Value, int, ir.SymbolicDim]]:
+    for value in inputs:
+        for axis, dim in enumerate(_shape(value)):
+            if isinstance(dim, ir.SymbolicDim):
+                yield value, axis, dim
+
+
+def _shape(value: ir.Value) -> ir.Shape:
+    if not isinstance(value.type, ir.TensorType):
+        raise UsageError(f"input '{value.name}' is not a tensor: pass inputs=")
+    if value.shape is None:
+        raise UsageError(f"input '{value.name}' has no known rank: pass inputs=")
+    return value.shape
+
+
+def _is_plain(symbol: str) -> bool:
+    """Whether ``symbol`` is one name, not a formula such as ``past + seq``."""
+    return re.fullmatch(r"[^-+*/() ,]+", symbol) is not None
+
+
+def _numbers(
+    value: ir.Value, bound: Mapping[str, int], wanted: Mapping[str, int]
+) -> tuple[int, ...]:
+    dims = []
+    for axis, dim in enumerate(_shape(value)):
+        size = dim if isinstance(dim, int) else _size(value, axis, dim, bound, wanted)
+        if size < 0:
+            raise UsageError(f"input '{value.name}': dimension {dim} would be {size}")
+        dims.append(size)
+    return tuple(dims)
+
+
+def _size(
+    value: ir.Value,
+    axis: int,
+    dim: ir.SymbolicDim,
+    bound: Mapping[str, int],
+    wanted: Mapping[str, int],
+) -> int:
+    symbol = dim.value or ""
+    if symbol in bound:
+        return bound[symbol]
+    with contextlib.suppress(ValueError):
+        size = dim.evaluate(
+            {
+                name: bound.get(name, _size_by_symbol(value, axis, name, wanted) or 3)
+                for name in dim.free_symbols()
+            }
+        )
+        if isinstance(size, int):
+            return size
+    by_name = _size_by_symbol(value, axis, symbol, wanted)
+    return by_name if by_name is not None else _size_by_axis(value, axis, symbol, wanted)
+
+
+def _size_by_symbol(
+    value: ir.Value, axis: int, symbol: str, wanted: Mapping[str, int]
+) -> int | None:
+    """Return the size that the name of the dimension tells."""
+    words = symbol.lower()
+    if "batch" in words:
+        return wanted["batch"]
+    if "total" in words or words.startswith("kv_") or ("past" in words and "plus" in words):
+        return wanted["past"] + wanted["seq"]
+    if "past" in words or "cache" in words:
+        return wanted["past"]
+    if any(word in words for word in ("seq", "len", "time", "token")):
+        return wanted["seq"]
+    return 3 if "channel" in words else None
+
+
+def _size_by_input(
+    value: ir.Value, axis: int, symbol: str, wanted: Mapping[str, int]
+) -> int | None:
+    """Return the size that is known from what the input is."""
+    batch, seq, past = wanted["batch"], wanted["seq"], wanted["past"]
+    name, rank = _name(value).lower(), len(_shape(value))
+    layouts: list[tuple[bool, dict[int, int]]] = [
+        (_is_cache(value) and rank == 4, {0: batch, 2: past}),
+        ("mask" in name and rank == 2, {0: batch, 1: past + seq}),
+        ("mask" in name and rank == 4, {0: batch, 2: seq, 3: past + seq}),
+        ("position" in name and rank == 1, {0: seq}),
+        (name.endswith("ids") and rank == 2, {0: batch, 1: seq}),
+        (name.endswith(("embeds", "states")) and rank == 3, {0: batch, 1: seq}),
+    ]
+    return next((layout.get(axis) for applies, layout in layouts if applies), None)
+
+
+def _size_by_axis(value: ir.Value, axis: int, symbol: str, wanted: Mapping[str, int]) -> int:
+    """Return a size for a dimension of which nothing is known; from its place in the shape."""
+    known = _size_by_input(value, axis, symbol, wanted)
+    if known is not None:
+        return known
+    is_index = value.dtype is not None and value.dtype.is_integer()
+    if axis == 0:
+        return wanted["batch"]
+    if axis == 1 and (is_index or len(_shape(value)) == 3):
+        return wanted["seq"]
+    return 3
+
+
+def _fill(
+    value: ir.Value,
+    shape: tuple[int, ...],
+    tokens: tuple[int, int],
+    limit: int | None,
+    rng: np.random.Generator,
+) -> Array:
+    """Return the values of one input, by what its name and type say that it is."""
+    assert value.dtype is not None
+    name, dtype = _name(value).lower(), value.dtype
+    if "mask" in name:
+        return _mask(shape, tokens[1], dtype)
+    if dtype == ir.DataType.STRING:
+        return np.full(shape, "text", dtype=object)
+    if dtype == ir.DataType.BOOL:
+        cached = np.full(shape, tokens[1] > 0)
+        return cached if "use_cache" in name else np.asarray(rng.random(shape) < 0.5)
+    if dtype.is_integer():
+        counted = _counted(name, shape, tokens, limit)
+        drawn = rng.integers(0, limit or 2, shape) if counted is None else counted
+        return np.array(np.broadcast_to(drawn, shape).astype(dtype.numpy()))
+    return np.asarray(rng.standard_normal(shape)).astype(dtype.numpy())
+
+
+def _counted(
+    name: str, shape: tuple[int, ...], tokens: tuple[int, int], limit: int | None
+) -> Array | int | None:
+    """Return positions and lengths, which are counted and not drawn; None for anything else."""
+    seq, past = tokens
+    if "position" in name and shape:
+        positions = np.arange(past, past + shape[-1])
+        return positions if limit is None else positions % limit
+    lengths = {"seqlens_k": past + seq - 1, "total_seq": past + seq, "past_": past, "length": seq}
+    if len(shape) > 2:
+        return None
+    return next((length for word, length in lengths.items() if word in name), None)
+
+
+def _mask(shape: tuple[int, ...], past: int, dtype: ir.DataType) -> Array:
+    additive = dtype.is_floating_point() and len(shape) > 2
+    mask = np.full(shape, 0 if additive else 1).astype(dtype.numpy())
+    if len(shape) == 2 and shape[0] > 1 and shape[1] > 1:
+        hidden = max(1, min(shape[1] // 4, past or shape[1]))
+        mask[-1, slice(hidden) if past else slice(-hidden, None)] = 0
+    return mask
+
+
+_SAME_INDICES = frozenset(
+    {"Cast", "Identity", "Reshape", "Unsqueeze", "Squeeze", "Flatten", "Expand", "Transpose"}
+    | {"Slice", "Split", "Concat", "Where", "Clip", "GatherElements"}
+)
+"""Operators whose results are indices out of those that they were given."""
+
+
+def index_limits(model: ir.Model) -> dict[str, int]:
+    """Return the rows of the smallest constant table that an input indexes, by the input's name."""
+    if model.functions:
+        model = model.clone()
+        InlinePass()(model)
+    limits = {_name(value): list(_table_rows(value)) for value in model.graph.inputs}
+    return {name: min(rows) for name, rows in limits.items() if rows}
+
+
+def _table_rows(value: ir.Value) -> Iterator[int]:
+    seen: set[ir.Value] = set()
+    todo = [value]
+    while todo:
+        value = todo.pop()
+        if value in seen:
+            continue
+        seen.add(value)
+        for node, index in value.uses():
+            if index == 1 and node.op_type.startswith("Gather"):
+                yield from _rows(node)
+            elif node.op_type in _SAME_INDICES:
+                todo.extend(node.outputs)
+
+
+def _rows(node: ir.Node) -> Iterator[int]:
+    table = node.inputs[0]
+    shape = None if table is None else table.shape
+    if table is not None and shape is None:
+        tensor = ir.convenience.get_const_tensor(table)
+        shape = None if tensor is None else ir.Shape(tensor.shape.numpy())
+    axis = node.attributes.get_int("axis", node.attributes.get_int("gather_axis", 0))
+    if shape is not None and shape.rank() and isinstance(shape[axis], int):
+        yield int(shape[axis])  # type: ignore[arg-type]
