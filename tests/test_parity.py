@@ -1,0 +1,460 @@
+"""The parity check: what passes, what fails, and what is said about it."""
+
+import json
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from rich.console import Console
+
+from onnx_fold import parity, runtime
+from onnx_fold.errors import InvalidModelError, UsageError
+from onnx_fold.parity import verify
+
+BFLOAT16 = ir.DataType.BFLOAT16.numpy()
+
+
+def model(text: str, opset: int = 20, **weights: np.ndarray) -> ir.Model:
+    """Return ``text`` as a model; ``weights`` become initializers."""
+    header = f'<ir_version: 9, opset_import: ["": {opset}]> '
+    tensors = [ir.tensor(array, name=name) for name, array in weights.items()]
+    return ir.from_onnx_text(header + text, initializers=tensors)
+
+
+def chain(dtype="float", *, folded=False, noise=0.0, act="Tanh", vocab=16, d=32) -> ir.Model:
+    """A small language model with two projections in a row, or with their product.
+
+    ``noise`` is added to the folded projection, relative to the size of its elements.
+    """
+    rng = np.random.default_rng(0)
+    kind = ir.DataType[dtype.upper()].numpy()
+
+    def weight(*shape):
+        return (rng.standard_normal(shape) / d**0.5).astype(kind)
+
+    table, p, m, head = (
+        weight(vocab, d) * kind.type(8),
+        weight(d, d),
+        weight(d, d),
+        weight(d, vocab),
+    )
+    if folded:
+        product = p.astype(np.float64) @ m.astype(np.float64) + noise * weight(d, d).astype(
+            np.float64
+        )
+        nodes, weights = "h = MatMul(x, pm)", {"pm": product.astype(kind)}
+    else:
+        nodes, weights = "g = MatMul(x, p)  h = MatMul(g, m)", {"p": p, "m": m}
+    return model(
+        f"m (int64[batch, seq] ids) => ({dtype}[batch, seq, {vocab}] logits) "
+        f"{{ x = Gather(table, ids)  {nodes}  a = {act}(h)  logits = MatMul(a, head) }}",
+        table=table,
+        head=head,
+        **weights,
+    )
+
+
+def attention(*, folded=False) -> ir.Model:
+    """One head of attention over a cache, with a mask, and its output projections P and M."""
+    rng = np.random.default_rng(0)
+    q, k, v, p, m = (rng.standard_normal((8, 8)).astype(np.float32) for _ in range(5))
+    tail = "y = MatMul(c, pm)" if folded else "o = MatMul(c, p)  y = MatMul(o, m)"
+    weights = {"pm": (p.astype(float) @ m).astype(np.float32)} if folded else {"p": p, "m": m}
+    return model(
+        """
+        m (float[batch, seq, 8] x, int64[batch, total_seq] attention_mask,
+           float[batch, past_seq, 8] past_key, float[batch, past_seq, 8] past_value)
+            => (float[batch, seq, 8] y, float[batch, total_seq, 8] key,
+                float[batch, total_seq, 8] value)
+        {
+            new_q = MatMul(x, q)
+            new_k = MatMul(x, k)
+            new_v = MatMul(x, v)
+            key = Concat<axis = 1>(past_key, new_k)
+            value = Concat<axis = 1>(past_value, new_v)
+            key_t = Transpose<perm = [0, 2, 1]>(key)
+            scores = MatMul(new_q, key_t)
+            one = Constant<value_ints = [1]>()
+            mask = Unsqueeze(attention_mask, one)
+            is_on = Cast<to = 9>(mask)
+            off = Constant<value_float = -1e30>()
+            masked = Where(is_on, scores, off)
+            weights = Softmax<axis = -1>(masked)
+            c = MatMul(weights, value)
+        """
+        + tail
+        + "}",
+        q=q,
+        k=k,
+        v=v,
+        **weights,
+    )
+
+
+def shown(report) -> str:
+    console = Console(width=160, color_system=None)
+    with console.capture() as capture:
+        console.print(report)
+    return capture.get()
+
+
+# --- What passes and what fails ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float", "float16", "bfloat16", "double"])
+def test_a_correct_fold_passes(dtype):
+    report = verify(chain(dtype), chain(dtype, folded=True))
+    assert report.ok, report.reason
+    (logits,) = report.outputs
+    assert logits.ok
+    assert logits.relative_error <= logits.limit
+    assert logits.top1_agreement == 1.0
+    assert 0 <= logits.kl_divergence < 1e-3
+    if dtype == "double":
+        assert logits.ratio is None
+        assert any("no wider type" in note for note in report.notes)
+    else:
+        assert logits.ratio == pytest.approx(logits.error_folded / logits.error_original)
+        assert logits.ratio < 8
+
+
+@pytest.mark.parametrize("dtype", ["float", "float16", "bfloat16", "double"])
+def test_the_same_model_differs_by_nothing(dtype):
+    (logits,) = verify(chain(dtype), chain(dtype)).outputs
+    assert logits.max_abs_error == logits.relative_error == logits.kl_divergence == 0
+    assert logits.cosine == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "noise"), [("double", 1e-8), ("float", 1e-3), ("float16", 0.1), ("bfloat16", 0.4)]
+)
+def test_perturbed_weights_fail(dtype, noise):
+    report = verify(chain(dtype), chain(dtype, folded=True, noise=noise))
+    assert not report.ok
+    assert "output 'logits': error" in report.reason
+    assert report.outputs[0].relative_error > report.outputs[0].limit
+
+
+def test_the_rule_ratio_and_tolerance():
+    noisy = chain(folded=True, noise=2e-6)
+    by_ratio = verify(chain(), noisy, tolerance=0)
+    (logits,) = by_ratio.outputs
+    assert not by_ratio.ok
+    assert logits.ratio > 8
+    assert logits.limit == pytest.approx(8 * (logits.error_original + 2**-24))
+    assert f"{logits.ratio:.3g}x the original's own" in by_ratio.reason
+    assert verify(chain(), noisy, tolerance=0, max_ratio=1000).ok
+    assert verify(chain(), noisy, tolerance=1e-4, max_ratio=0).ok
+    assert not verify(chain(), noisy, tolerance=1e-7, max_ratio=0).ok
+
+
+def test_the_ratio_never_excuses_the_loss_of_half_of_the_digits():
+    report = verify(chain(), chain(folded=True, noise=1e-2), tolerance=0, max_ratio=1e9)
+    assert not report.ok
+    assert report.outputs[0].limit == pytest.approx(4 * 2**-12)
+
+
+def test_without_a_reference_the_tolerance_decides(monkeypatch):
+    report = verify(chain(), chain(folded=True), reference=False)
+    assert report.ok
+    assert report.outputs[0].error_original is None
+    assert report.outputs[0].limit == parity.TOLERANCE[ir.DataType.FLOAT]
+    monkeypatch.setattr(parity, "REFERENCE_LIMIT", 100)
+    report = verify(chain(), chain(folded=True))
+    assert report.ok
+    assert any("no reference (its weights would take" in note for note in report.notes)
+
+
+def test_a_reference_that_is_far_off_is_no_yardstick():
+    # In float32 (2^24 + 1) - 2^24 is 0, in float64 it is 1.
+    source = model(
+        "m (float[n, 4] x) => (float[n, 4] y)"
+        " { z = Mul(x, w) a = Sub(z, z) b = Add(big, one) c = Sub(b, big) d = Add(a, c)"
+        " y = Add(d, w) }",
+        w=np.array([1, 2, 3, 4], np.float32),
+        big=np.array(2**24, np.float32),
+        one=np.array(1, np.float32),
+    )
+    report = verify(source, source)
+    assert report.ok
+    assert any("which is no yardstick" in note for note in report.notes)
+    assert report.outputs[0].limit == parity.TOLERANCE[ir.DataType.FLOAT]
+
+
+def test_worst_over_samples_and_shapes():
+    report = verify(chain(), chain(folded=True), samples=2, shapes=[{"batch": 3, "seq": 2}])
+    assert report.shapes == ["batch=3 seq=2"] * 2
+    assert verify(chain(), chain(folded=True)).shapes == [
+        "batch=1 seq=8",
+        "batch=2 seq=16",
+    ]
+
+
+# --- Exact types, NaN and infinity ---------------------------------------------------------------
+
+
+def test_integers_and_booleans_must_be_equal():
+    text = (
+        "m (int64[n, 4] ids) => (int64[n, 4] a, bool[n, 4] b)"
+        " { a = Add(ids, k)  z = Sub(ids, ids)  b = Less(z, k) }"
+    )
+    one, two = (model(text, k=np.array([0, 0, 0, value])) for value in (0, 2))
+    assert verify(one, one).ok
+    report = verify(one, two)
+    assert not report.ok
+    a, b = report.outputs
+    assert a.max_abs_error == 2
+    assert a.limit is None
+    assert a.reason == b.reason == "1 of 4 elements differ (batch=1 seq=8)"
+
+
+def test_nan_or_infinity_in_one_model_fails():
+    text = "m (float[batch, 4] x) => (float[batch, 4] y) { a = Add(x, k)  y = Sub(a, k) }"
+    finite, infinite = (model(text, k=np.array(v, np.float32)) for v in (0, np.inf))
+    assert "NaN or infinity in the folded model at 4 of 4" in verify(finite, infinite).reason
+    assert "NaN or infinity in the original at 4 of 4" in verify(infinite, finite).reason
+    both = verify(infinite, infinite)
+    assert both.ok
+    assert any("equal NaN or infinity in both" in note for note in both.notes)
+
+
+def test_overflow_of_the_folded_model_in_sixteen_bits():
+    text = (
+        "m (float16[n, 2] x) => (float16[n, 2] y) { z = Mul(x, big) s = Mul(z, k) y = Add(s, x) }"
+    )
+    small, large = (
+        model(text, big=np.array(1e4, np.float16), k=np.array(k, np.float16)) for k in (1, 1e4)
+    )
+    assert "NaN or infinity in the folded model" in verify(small, large).reason
+
+
+# --- Signatures ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "reason"),
+    [
+        (
+            "(float[n] x) => (float[n] y)",
+            "(float[n] z) => (float[n] y)",
+            "the inputs differ: x became z",
+        ),
+        (
+            "(float[n] x) => (float[n] y)",
+            "(float[n] x) => (float[n] z)",
+            "the outputs differ: y became z",
+        ),
+        (
+            "(float[n] x) => (float[n] y)",
+            "(float16[n] x) => (float16[n] y)",
+            "input 'x' was FLOAT and became FLOAT16",
+        ),
+        ("(float[n] x) => (float[n] y)", "(float[n] x) => (float[n, 1] y)", "output 'y' was [n]"),
+        ("(float[4] x) => (float[4] y)", "(float[5] x) => (float[5] y)", "input 'x' was [4]"),
+    ],
+)
+def test_mismatched_signatures_fail_with_the_reason(before, after, reason):
+    def build(signature):
+        inside, outside = signature.split("=>")
+        x, y = (part.strip(" )").split()[-1] for part in (inside, outside))
+        return model(f"m {signature} {{ {y} = Identity({x}) }}")
+
+    report = verify(build(before), build(after))
+    assert not report.ok
+    assert reason in report.reason
+    assert report.outputs == []
+    assert reason in shown(report)
+
+
+def test_a_folded_model_that_fails_to_load_or_run_is_a_failed_report():
+    text = "m (float[n, 4] x) => (float[n, 4] y) { y = Add(x, k) }"
+    report = verify(*(model(text, k=np.ones(size, np.float32)) for size in (4, 3)))
+    assert not report.ok
+    assert "cannot load model 'm'" in report.reason
+    text = "m (float[n, k] x) => (float[n, k] y) { z = Reshape(x, shape)  y = Reshape(z, back) }"
+    before, after = (
+        model(text, shape=np.array(s), back=np.array([0, 0])) for s in ([0, 0], [7, -1])
+    )
+    report = verify(before, after)
+    assert not report.ok
+    assert "does not run where the original does" in report.reason
+
+
+def test_an_original_that_cannot_be_loaded_is_an_error(tmp_path):
+    broken = model("m (float[4] x) => (float[4] y) { y = Add(x, k) }", k=np.ones(3, np.float32))
+    with pytest.raises(InvalidModelError, match="cannot load"):
+        verify(broken, broken)
+    with pytest.raises(InvalidModelError, match="cannot read"):
+        verify(chain(), tmp_path / "missing.onnx")
+
+
+def test_sequences():
+    text = (
+        "m (float[4, 2] x) => (seq(float[a, b]) parts)"
+        " { y = Mul(x, k)  parts = SplitToSequence(y, two) }"
+    )
+    one, two = (model(text, k=np.array(k, np.float32), two=np.array(2)) for k in (1, 2))
+    assert [output.name for output in verify(one, one).outputs] == ["parts[0]", "parts[1]"]
+    assert not verify(one, two).ok
+
+
+def test_a_shape_that_changed():
+    text = "m (float[n, 4] x) => (float[n, k] y) { y = Slice(x, start, end, axis) }"
+    fixed = {"start": np.array([0]), "axis": np.array([1])}
+    before, after = (model(text, end=np.array([end]), **fixed) for end in (4, 3))
+    assert "shape [1, 4] became [1, 3]" in verify(before, after).reason
+
+
+# --- Inputs --------------------------------------------------------------------------------------
+
+
+def test_cache_and_masks():
+    report = verify(attention(), attention(folded=True), samples=2)
+    assert report.ok, report.reason
+    assert report.shapes[0] == "batch=1 seq=8 past=5"
+    assert [output.name for output in report.outputs] == ["y", "key", "value"]
+    assert report.outputs[1].relative_error == 0
+    assert all(output.ratio is None or output.ratio < 8 for output in report.outputs)
+    assert report.notes == []
+
+
+def test_inputs_from_a_file_and_from_a_dict(tmp_path):
+    ids = np.array([[1, 2, 3]])
+    np.savez(tmp_path / "ids.npz", ids=ids)
+    for inputs in (tmp_path / "ids.npz", {"ids": ids}, {"ids": ids.astype(np.int32)}):
+        report = verify(chain(), chain(folded=True), inputs=inputs)
+        assert report.ok
+        assert report.shapes == ["given inputs"]
+
+
+def test_bfloat16_inputs_survive_an_npz(tmp_path):
+    source = model("m (bfloat16[n] x) => (bfloat16[n] y) { y = Tanh(x) }")
+    np.savez(tmp_path / "x.npz", x=np.ones(3, BFLOAT16))
+    report = verify(source, source, inputs=tmp_path / "x.npz")
+    assert report.ok
+    assert verify(source, source, inputs={"x": np.ones(3)}).ok
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"ids": np.ones((1, 2), int), "mask": np.ones(2)}, "unknown input 'mask': .* takes ids"),
+        ({}, "input 'ids' is missing"),
+        ({"ids": np.ones(2, int)}, "has rank 2, not 1"),
+        ({"ids": np.ones((1, 2))}, "is INT64, not float64"),
+        ({"ids": np.full((1, 2), 99)}, "cannot run"),
+    ],
+)
+def test_inputs_that_do_not_fit(inputs, message):
+    with pytest.raises(UsageError, match=message):
+        verify(chain(), chain(folded=True), inputs=inputs)
+
+
+def test_requests_that_make_no_sense(tmp_path):
+    (tmp_path / "x.npz").write_bytes(b"junk")
+    for options, message in [
+        ({"inputs": tmp_path / "x.npz"}, "cannot read inputs"),
+        ({"inputs": tmp_path / "none.npz"}, "cannot read inputs"),
+        ({"inputs": {}, "shapes": [{}]}, "not both"),
+        ({"shapes": [{"width": 3}]}, "unknown dimension 'width'"),
+        ({"shapes": []}, "nothing to run"),
+        ({"samples": 0}, "nothing to run"),
+        ({"provider": "tpu"}, "unknown provider"),
+    ]:
+        with pytest.raises(UsageError, match=message):
+            verify(chain(), chain(folded=True), **options)
+
+
+def test_a_default_shape_that_the_original_cannot_run_is_skipped():
+    text = "m (float[seq, 4] x) => (float[seq, 4] y) { y = Add(x, k) }"
+    source = model(text, k=np.ones((8, 4), np.float32))
+    report = verify(source, source)
+    assert report.ok
+    assert report.shapes == ["batch=1 seq=8"]
+    assert any("seq=16 was skipped" in note for note in report.notes)
+    with pytest.raises(UsageError, match="cannot run"):
+        verify(source, source, shapes=[{"seq": 16}])
+    with pytest.raises(UsageError, match="pass shapes or inputs that fit"):
+        verify(*[model(text, k=np.ones((5, 4), np.float32))] * 2)
+
+
+# --- How it is run -------------------------------------------------------------------------------
+
+
+def test_bfloat16_is_emulated_on_the_cpu_and_said():
+    report = verify(chain("bfloat16"), chain("bfloat16", folded=True))
+    assert report.dtype == "BFLOAT16"
+    assert report.outputs[0].dtype == "BFLOAT16"
+    assert any("rounded to BFLOAT16" in note for note in report.notes)
+    assert 1e-4 < report.outputs[0].error_original < 0.05
+    with pytest.raises(runtime.MissingKernelError):
+        verify(chain("bfloat16"), chain("bfloat16", folded=True), emulate=False)
+
+
+def test_float16_runs_as_it_is_unless_emulation_is_asked_for():
+    native = verify(chain("float16"), chain("float16", folded=True))
+    emulated = verify(chain("float16"), chain("float16", folded=True), emulate=True)
+    assert native.ok
+    assert native.notes == []
+    assert emulated.ok
+    assert any("rounded to FLOAT16" in note for note in emulated.notes)
+
+
+def test_operators_without_a_float64_kernel_have_a_reference_too():
+    report = verify(chain(act="Gelu"), chain(act="Gelu", folded=True))
+    assert report.ok
+    assert report.notes == ["the reference was computed by onnx.reference"]
+    assert report.outputs[0].error_original < 1e-6
+
+
+def test_a_float64_model_without_kernels_runs_in_numpy():
+    report = verify(chain("double", act="Gelu"), chain("double", act="Gelu", folded=True))
+    assert report.ok
+    assert any("both models ran in onnx.reference" in note for note in report.notes)
+
+
+def test_no_reference_where_nothing_can_compute_it():
+    text = (
+        '<ir_version: 9, opset_import: ["": 18, "com.microsoft": 1]>'
+        " m (float[n, 4] x, float[4] b) => (float[n, 4] y) { y = com.microsoft.BiasGelu(x, b) }"
+    )
+    source = ir.from_onnx_text(text)
+    report = verify(source, source)
+    assert report.ok
+    assert any("no reference in DOUBLE" in note for note in report.notes)
+
+
+def test_sources_are_left_as_they_were(tmp_path):
+    source = chain("bfloat16")
+    before = ir.to_proto(source).SerializeToString()
+    ir.save(chain("bfloat16", folded=True), tmp_path / "b.onnx", external_data="b.onnx.data")
+    assert verify(source, tmp_path / "b.onnx").ok
+    assert ir.to_proto(source).SerializeToString() == before
+
+
+# --- Reports -------------------------------------------------------------------------------------
+
+
+def test_the_report_is_json_and_reads_well():
+    text = "m (float[batch, 4] x) => (float[batch, 4] y) { y = Mul(x, k) }"
+    zero, one = (model(text, k=np.array(value, np.float32)) for value in (0, 1))
+    report = verify(zero, one)
+    assert np.isinf(report.outputs[0].relative_error)
+    assert json.loads(json.dumps(report.to_dict(), allow_nan=False))["ok"] is False
+    text = shown(verify(chain("bfloat16"), chain("bfloat16", folded=True)))
+    for word in ("logits", "ratio", "top-1", "100.0%", "same function", "- both models ran"):
+        assert word in text
+    assert "differs: output 'y'" in shown(report)
+
+
+def test_of_many_outputs_the_worst_are_shown():
+    names = [f"y{i}" for i in range(20)]
+    signature = ", ".join(f"float[batch, 4] {name}" for name in names)
+    nodes = "  ".join(f"{name} = Mul(x, k{i})" for i, name in enumerate(names))
+    scales = {f"k{i}": np.array(1, np.float32) for i in range(20)}
+    text = f"m (float[batch, 4] x) => ({signature}) {{ {nodes} }}"
+    report = verify(model(text, **scales), model(text, **{**scales, "k17": np.array(2, "f4")}))
+    assert len(report.to_dict()["outputs"]) == 20
+    lines = shown(report)
+    assert "8 further outputs" in lines
+    assert "y17" in lines
