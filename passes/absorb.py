@@ -101,6 +101,8 @@ def _absorb_part(stream: Stream, fused: Fused, part: Part) -> Iterator[Candidate
 
 def _shrink_path(fused: Fused, kept: Array, rewrite: Rewrite) -> None:
     """Let the operators between the layer and its Split handle the ``kept`` columns only."""
+    for node in (fused.linear.node, *fused.path):
+        rewrite.resized[node.outputs[0]] = (-1, len(kept))
     for node, index in _vectors(fused):
         rewrite.stored[node, index] = _columns(node, index, kept, len(kept))
     for node in fused.path:
