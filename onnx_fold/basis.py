@@ -28,6 +28,9 @@ TOLERANCES: Mapping[ir.DataType, float] = {
 }
 """Largest predicted relative error at which a fold is taken, by storage type."""
 
+MAX_RATIO = 8.0
+"""How many times the original's own error a folded model may have."""
+
 
 def product_dtype(dtype: ir.DataType) -> npt.DTypeLike:
     """Type in which products of stored weights accumulate: float32 for 16 bits, else float64."""
@@ -52,7 +55,7 @@ class FoldedTensor(ir.LazyTensor):
         return array
 
     def _round(self) -> ir.TensorProtocol:
-        with np.errstate(over="ignore"):  # an overflow is found by `is_finite`
+        with np.errstate(over="ignore", invalid="ignore"):  # is found by `is_finite`
             rounded = np.ascontiguousarray(self.wide().astype(self.dtype.numpy()))
         return ir.Tensor(rounded, dtype=self.dtype)
 
@@ -128,39 +131,51 @@ class Side:
 
 def probe(
     writers: Sequence[Side], readers: Sequence[Side], dtype: ir.DataType, rows: int = 32
-) -> float:
-    """Predict the relative error that a fold adds, for values and weights stored as ``dtype``.
+) -> tuple[float, float]:
+    """Predict the relative error of a fold, for values and weights stored as ``dtype``.
 
     Random rows ``h ~ N(0, 1)`` go through the writers and the readers. The reference is
-    ``y = (Σ h W) R`` in float64; the folded side rounds its weights and the stream's value to the
-    storage type. Returned is the largest ``‖y' - y‖ / ‖y‖`` (Frobenius) of all readers. A probe,
-    not a bound.
+    ``y = (Σ h W) R`` in float64. The folded side has its weights as they would be stored; on both
+    sides the stream's value and the result are rounded to the storage type. A probe, not a bound.
+
+    Returns:
+        The largest ``‖y' - y‖ / ‖y‖`` (Frobenius) of all readers for the folded layers, and the
+        same for the original ones.
     """
     generator = np.random.default_rng(0)
     narrow = dtype.numpy()
 
     def rounded(array: Array) -> Array:
-        return array.astype(narrow).astype(np.float64)
+        with np.errstate(over="ignore"):
+            return array.astype(narrow).astype(np.float64)
 
     x: Array = np.zeros(())
     x_folded: Array = np.zeros(())
     for side in writers:
-        w = side.before().astype(np.float64)
+        w = side.before()
+        w_folded = w if side.after is None else side.after()
         if side.is_table:
             index = generator.integers(0, len(w), rows)
-            x = x + w[index]
-            x_folded = x_folded + (w if side.after is None else side.after())[index]
+            x = x + w[index].astype(np.float64)
+            x_folded = x_folded + w_folded[index].astype(np.float64)
         else:
             h = rounded(generator.standard_normal((rows, len(w))))
-            x = x + h @ w
-            x_folded = x_folded + (h if side.after is None else h @ side.after().astype(np.float64))
-    x_folded = rounded(x_folded)
-    worst = 0.0
+            x = x + h @ w.astype(np.float64)
+            x_folded = x_folded + (h if side.after is None else h @ w_folded.astype(np.float64))
+    x_original, x_folded = rounded(x), rounded(x_folded)
+    worst, worst_original = 0.0, 0.0
     for side in readers:
-        y = x @ side.before().astype(np.float64)
-        y_folded = x_folded if side.after is None else x_folded @ side.after().astype(np.float64)
-        norm = float(np.linalg.norm(y))
-        error = float(np.linalg.norm(y_folded - y))
-        if error > 0.0:
-            worst = max(worst, error / norm if norm > 0.0 else float("inf"))
-    return worst
+        r = side.before().astype(np.float64)
+        r_folded = None if side.after is None else side.after().astype(np.float64)
+        y = x @ r
+        y_folded = rounded(x_folded if r_folded is None else x_folded @ r_folded)
+        worst = max(worst, _relative(y_folded, y))
+        worst_original = max(worst_original, _relative(rounded(x_original @ r), y))
+    return worst, worst_original
+
+
+def _relative(approximate: Array, exact: Array) -> float:
+    error, norm = np.linalg.norm(approximate - exact), np.linalg.norm(exact)
+    if error == 0.0:
+        return 0.0
+    return float(error / norm) if norm > 0.0 else float("inf")

@@ -79,12 +79,18 @@ def _sum(node: ir.Node, known: Port, width: int, shapes: Shapes) -> list[Port] |
     found = [Port(True, 0, known.axis)]
     for index, value in enumerate(node.inputs):
         assert value is not None
-        if constant(value) is None and shapes.dim(value, known.axis) != width:
+        if not _fits(value, known.axis, width, shapes):
             raise OpensStreamError(
                 f"adds '{value.name}', which has no channel axis of width {width}"
             )
         found.append(Port(False, index, known.axis))
     return found
+
+
+def _fits(value: ir.Value, axis: int, width: int, shapes: Shapes) -> bool:
+    """Whether ``value`` has all the channels, or is a constant that broadcasts to them."""
+    size = shapes.dim(value, axis)
+    return size == width or (size == 1 and constant(value) is not None)
 
 
 def _scale(node: ir.Node, known: Port, width: int, shapes: Shapes) -> list[Port] | None:
@@ -96,6 +102,8 @@ def _scale(node: ir.Node, known: Port, width: int, shapes: Shapes) -> list[Port]
         operand = 0 if sizes[0] == width else 1
     if node.op_type == "Div" and operand != 0:
         return None
+    if width == 1 and scalar(node.inputs[1 - operand]) is None:
+        return None  # one channel: the factor may be a value of the stream too
     if sizes[operand] != width or sizes[1 - operand] != 1:
         gain = node.inputs[1 - operand]
         if gain is not None and constant(gain) is not None:
@@ -113,7 +121,7 @@ def _where(node: ir.Node, known: Port, width: int, shapes: Shapes) -> list[Port]
         return None
     for value in branches:
         assert value is not None
-        if constant(value) is None and shapes.dim(value, known.axis) != width:
+        if not _fits(value, known.axis, width, shapes):
             return None
     return [Port(True, 0, known.axis), Port(False, 1, known.axis), Port(False, 2, known.axis)]
 
@@ -228,10 +236,18 @@ def _pad(node: ir.Node, known: Port, width: int, shapes: Shapes) -> list[Port] |
     rank = shapes.rank(_input(node))
     zero = fill is None or scalar(fill) == 0.0
     constant_mode = node.attributes.get_string("mode", "constant") == "constant"
-    if pads is None or rank is None or not zero or not constant_mode or len(pads) != 2 * rank:
+    if pads is None or rank is None or not zero or not constant_mode or known.index != 0:
         return None
-    at = known.axis + rank
-    return _through(known.axis) if known.index == 0 and pads[at] == pads[at + rank] == 0 else None
+    axes: Sequence[int] | None = range(rank)
+    if len(node.inputs) > 3 and node.inputs[3] is not None:
+        axes = integers(node.inputs[3])
+    if axes is None or len(pads) != 2 * len(axes):
+        return None
+    count = len(axes)
+    padded = [axis for i, axis in enumerate(axes) if pads[i] or pads[i + count]]
+    if known.axis in _from_end(padded, rank):
+        raise OpensStreamError("pads the channels")
+    return _through(known.axis)
 
 
 def _reduce(node: ir.Node, known: Port, width: int, shapes: Shapes) -> list[Port] | None:
@@ -239,7 +255,7 @@ def _reduce(node: ir.Node, known: Port, width: int, shapes: Shapes) -> list[Port
     rank = shapes.rank(_input(node))
     given = node.attributes.get_ints("axes")
     axes = given or (integers(node.inputs[1]) if len(node.inputs) > 1 else None)
-    if rank is None or axes is None or known.index != 0:
+    if rank is None or not axes or known.index != 0:
         return None
     reduced = _from_end(axes, rank)
     if node.attributes.get_int("keepdims", 1):

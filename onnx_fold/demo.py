@@ -1,4 +1,4 @@
-"""The whole story on the small trained model that comes along: fold, compare its text, time both."""
+"""The whole story on the small trained model that comes along: fold, compare texts, time both."""
 
 from __future__ import annotations
 

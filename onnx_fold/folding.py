@@ -10,11 +10,12 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import groupby
 from typing import ClassVar
 
 import onnx_ir as ir
 
-from onnx_fold.basis import TOLERANCES, Basis, Side, probe
+from onnx_fold.basis import MAX_RATIO, TOLERANCES, Basis, Side, probe
 from onnx_fold.report import CandidateReport, StreamReport
 from onnx_fold.rewrite import Rewrite
 from onnx_fold.stream import Stream, find_streams
@@ -33,7 +34,8 @@ class Options:
             ``"k"``, ``"v"`` of the attention, ``"p"`` the writer of a parallel block, or
             ``"auto"``.
         protect: Names of initializers, nodes or values that must stay as they are.
-        tolerance: Largest predicted relative error; None takes the default of the storage type.
+        tolerance: Largest predicted relative error. None takes the default of the storage type,
+            and at most :data:`onnx_fold.basis.MAX_RATIO` times the error of the original.
     """
 
     pivot: str = "auto"
@@ -76,10 +78,6 @@ class Candidate:
         """Condition number of the basis that it inverts."""
         return self.basis.condition if self.basis is not None else None
 
-    def error(self, dtype: ir.DataType) -> float:
-        """Predicted relative error; see :func:`onnx_fold.basis.probe`."""
-        return probe(self.writers, self.readers, dtype)
-
     def _growth(self) -> str:
         shared = self.rewrite.shared()
         if shared:
@@ -105,15 +103,21 @@ class Candidate:
         if not self.rewrite.is_finite():
             kind = stream.dtype.name.lower()
             return replace(report, refused=f"a folded weight is not finite in {kind}")
-        error = self.error(stream.dtype)
-        report = replace(report, error=error)
-        limit = options.tolerance or TOLERANCES[stream.dtype]
-        if not error <= limit:
-            return replace(
-                report,
-                refused=f"predicted relative error {error:.1e} is over the tolerance {limit:.0e}",
-            )
-        return report
+        error, own = probe(self.writers, self.readers, stream.dtype)
+        report = replace(report, error=error, error_original=own)
+        return replace(report, refused=_over_tolerance(error, own, stream.dtype, options))
+
+
+def _over_tolerance(error: float, own: float, dtype: ir.DataType, options: Options) -> str | None:
+    limit = TOLERANCES[dtype] if options.tolerance is None else options.tolerance
+    if not error <= limit:
+        return f"predicted relative error {error:.1e} is over the tolerance {limit:.0e}"
+    if options.tolerance is None and error > MAX_RATIO * own:
+        return (
+            f"predicted relative error {error:.1e} is {error / own:.0f} times the model's own"
+            f" ({own:.1e}); at most {MAX_RATIO:.0f} times is taken"
+        )
+    return None
 
 
 class FoldPass(ir.passes.InPlacePass):
@@ -164,10 +168,13 @@ def fold_streams(
                 continue
             if nodes & touched:
                 continue  # a neighbour has just changed: look again in the next round
-            report = _fold_stream(model.graph, stream, passes, options)
-            if report.folded:
+            report, rewrite = _choose(stream, report, passes, options)
+            if rewrite is not None and report.folded is not None:
+                if rewrite.nodes & touched:
+                    continue
+                rewrite.apply(model.graph)
                 logger.info("%s: %s", report.folded.strategy, report.folded.text)
-                touched |= nodes
+                touched |= nodes | rewrite.nodes
                 finished |= nodes
                 reports.append((position, report))
             elif stream.is_closed or not nodes & finished:
@@ -178,34 +185,32 @@ def fold_streams(
     return [report for _, report in sorted([*reports, *left], key=lambda item: item[0])]
 
 
-def _fold_stream(
-    graph: ir.Graph, stream: Stream, passes: Sequence[FoldPass], options: Options
-) -> StreamReport:
-    report = StreamReport.of(stream)
+def _choose(
+    stream: Stream, report: StreamReport, passes: Sequence[FoldPass], options: Options
+) -> tuple[StreamReport, Rewrite | None]:
+    """The best admissible candidate of a stream, or the reasons why there is none."""
     if not stream.is_closed:
-        return report
+        return report, None
     protected = sorted(_names(stream) & options.protect)
     if protected:
-        return replace(report, reasons=[f"'{protected[0]}' is protected"])
-    best: tuple[tuple[float, ...], Candidate, CandidateReport] | None = None
+        return replace(report, reasons=[f"'{protected[0]}' is protected"]), None
     judged: list[CandidateReport] = []
-    for candidate in (c for each in passes for c in each.candidates(stream)):
-        verdict = candidate.judged(stream, options)
-        judged.append(verdict)
-        if verdict.refused:
-            logger.debug("%s refused: %s", verdict.text, verdict.refused)
-            continue
-        rank = (-verdict.weights_removed, verdict.nodes_added, verdict.error or 0.0)
-        if best is None or rank < best[0]:
-            best = (rank, candidate, verdict)
-    if best is None:
-        reasons = [f"{verdict.text}: {verdict.refused}" for verdict in judged]
-        return replace(
-            report, candidates=judged, reasons=reasons or ["no strategy applies to its layers"]
-        )
-    _, candidate, verdict = best
-    candidate.rewrite.apply(graph)
-    return replace(report, candidates=judged, folded=verdict)
+    candidates = [candidate for each in passes for candidate in each.candidates(stream)]
+    for _, group in groupby(sorted(candidates, key=_gain), key=_gain):
+        verdicts = [(candidate.judged(stream, options), candidate) for candidate in group]
+        judged += [verdict for verdict, _ in verdicts]
+        accepted = [(v, candidate) for v, candidate in verdicts if v.refused is None]
+        if accepted:
+            verdict, candidate = min(accepted, key=lambda pair: pair[0].error or 0.0)
+            return replace(report, candidates=judged, folded=verdict), candidate.rewrite
+    reasons = [f"{verdict.text}: {verdict.refused}" for verdict in judged]
+    reasons = reasons or ["no strategy applies to its layers"]
+    return replace(report, candidates=judged, reasons=reasons), None
+
+
+def _gain(candidate: Candidate) -> tuple[int, int]:
+    """Sorts what gains most to the front; only what ties has to be evaluated to be compared."""
+    return -candidate.weights_removed, candidate.nodes
 
 
 def _names(stream: Stream) -> set[str]:

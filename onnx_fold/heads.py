@@ -118,11 +118,20 @@ def _at_split(linear: Linear, path: list[ir.Node], split: ir.Node, shapes: Shape
     axis = split.attributes.get_int("axis", 0)
     sizes = _split_sizes(split, linear.out_features)
     rank = shapes.rank(split.outputs[0])
+    reshaped = any(node.op_type == "Reshape" for node in path)
+    if reshaped and shapes.dim(_operand(split), -1) != linear.out_features:
+        return None  # cut into heads first: the parts are interleaved
     if sizes is None or axis not in (-1, -1 if rank is None else rank - 1):
         return None
     starts = [sum(sizes[:index]) for index in range(len(sizes))]
     parts = tuple(map(Part, starts, sizes, split.outputs))
     return Fused(linear, tuple(path), split, parts)
+
+
+def _operand(node: ir.Node) -> ir.Value:
+    value = node.inputs[0]
+    assert value is not None
+    return value
 
 
 def _split_sizes(split: ir.Node, width: int) -> Sequence[int] | None:

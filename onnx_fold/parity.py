@@ -49,6 +49,7 @@ from rich.text import Text
 from scipy.special import log_softmax
 
 from onnx_fold import runtime
+from onnx_fold.basis import MAX_RATIO
 from onnx_fold.errors import InvalidModelError, UsageError
 from onnx_fold.files import ModelSource, load, weight_bytes
 from onnx_fold.runtime import Array, MissingKernelError, RunFailedError
@@ -68,9 +69,6 @@ TOLERANCE = {
     ir.DataType.BFLOAT16: 5e-2,
 }
 """The relative error that always passes, by the float type of the weights."""
-
-MAX_RATIO = 8.0
-"""The largest ratio of the folded model's error to the original's own that passes."""
 
 REFERENCE_LIMIT = 8 * 2**30
 """Bytes of widened weights up to which a reference is computed."""

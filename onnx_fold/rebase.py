@@ -33,11 +33,12 @@ def rebase(stream: Stream, basis: Basis, width: int, pivot: Linear) -> Rebased:
         pivot: The layer that becomes the identity; it gets no new weight.
     """
     result = Rebased()
-    tied: dict[tuple[ir.Value, bool, bool, float], FoldedTensor] = {}
+    tied: dict[tuple[object, ...], FoldedTensor] = {}
 
     def store(layer: Linear, is_writer: bool) -> FoldedTensor:
         rows, columns = (layer.in_features, width) if is_writer else (width, layer.out_features)
-        key = (layer.weight.leaf, is_writer, layer.transposed, layer.alpha)
+        weight = layer.weight
+        key = (weight.leaf, weight.permutation, is_writer, layer.transposed, layer.alpha)
         if key not in tied:
             tied[key] = FoldedTensor(
                 _expression(layer, basis, is_writer),

@@ -36,6 +36,7 @@ class CandidateReport:
         nodes_added: Operators added, less those removed.
         condition: Condition number of the matrix that is inverted; None if none is.
         error: Predicted relative error; None if it was refused before that was known.
+        error_original: What rounding alone does to the same rows in the original.
         refused: Why it was not taken; None if it could be.
     """
 
@@ -45,6 +46,7 @@ class CandidateReport:
     nodes_added: int
     condition: float | None = None
     error: float | None = None
+    error_original: float | None = None
     refused: str | None = None
 
 

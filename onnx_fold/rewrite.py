@@ -40,6 +40,13 @@ class Rewrite:
     kept: set[ir.Value] = field(default_factory=set)
     nodes_added: int = 0
 
+    @property
+    def nodes(self) -> set[ir.Node]:
+        """The nodes that it changes or replaces."""
+        producers = {value.producer() for value in (*self.replaced, *self.biases)}
+        edges = (*self.stored, *self.rewired)
+        return {node for node, _ in edges} | {node for node in producers if node is not None}
+
     def weights_removed(self) -> int:
         """Elements of floating-point initializers that go, less those that come."""
         gone = {held.leaf: held.size for held in self._dropped() if self._dies(held.leaf)}

@@ -50,8 +50,9 @@ class ConstantWriter:
 
     @property
     def is_table(self) -> bool:
-        """Whether it has rows to be looked up (an embedding), more than it has channels to add."""
-        return self.weight.size > self.width
+        """Whether it differs from position to position: rows to be looked up, an embedding."""
+        dims = self.weight.shape
+        return self.weight.size > (dims[self.axis] if -self.axis <= len(dims) else 1)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -205,6 +206,9 @@ class _Search:
                 continue
             stream.values[value] = axis
             self.seen.add(value)
+            rank = self.shapes.rank(value)
+            if -axis > (1 if rank is None else rank):
+                _open(stream, value, "is not known to have the channel axis")
             if isinstance(size := self.shapes.dim(value, axis), int) and size != width:
                 _open(stream, value, f"is {size} wide, not {width}")
             self.shapes.know(value, axis, width)

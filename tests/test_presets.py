@@ -36,7 +36,7 @@ def exported(tmp_path_factory):
 
 
 def biases_that_go(config: SkiplessConfig) -> int:
-    """Biases of P that end in the FFN's: one a block where P is merged, not where it is absorbed."""
+    """Biases of P that end in the FFN's: one a block where P is merged, none where absorbed."""
     merged = config.num_hidden_layers if config.bias and not config.parallel else 0
     return merged * config.hidden_size
 
@@ -91,7 +91,9 @@ def test_other_storage_types(exported, tmp_path, preset, dtype):
 
 @pytest.mark.parametrize("pivot", ["q", "k", "v"])
 def test_pivot_of_mha(exported, tmp_path, pivot):
-    result = check(exported("tiny-mha", kv_cache=True), tmp_path, expected(PRESETS["tiny-mha"]), pivot=pivot)
+    result = check(
+        exported("tiny-mha", kv_cache=True), tmp_path, expected(PRESETS["tiny-mha"]), pivot=pivot
+    )
     names = set(result.model.graph.initializers)
     for kind in "qkv":
         assert (f"layers.1.attn.{kind}_proj.weight" in names) == (kind != pivot)

@@ -1,0 +1,136 @@
+"""Vectors that are added to a stream, carried through its readers: ``(x + b) R = x R + b R``.
+
+No basis has to be inverted for them, but they must be the same at every position where a reader
+reads.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from onnx_fold.basis import FoldedTensor
+from onnx_fold.constants import Array, constant, scalar
+from onnx_fold.linear import Linear
+from onnx_fold.rewrite import Rewrite
+from onnx_fold.stream import ConstantWriter, Stream
+
+Carried = list[tuple[ConstantWriter, float]]
+"""Constants that reach a value, each with its factor."""
+
+_UNIFORM = frozenset(
+    (
+        *("Identity", "Cast", "Dropout", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose"),
+        *("Expand", "Tile", "Slice", "Split", "Gather", "ReduceMean"),
+    )
+)
+"""Operators that leave a vector which is the same at every position as it is."""
+
+
+def carry_biases(stream: Stream, writer: Linear, rewrite: Rewrite) -> bool:
+    """Plan to take every constant out of ``stream``, whose sole linear writer is ``writer``.
+
+    Returns:
+        False if one of them cannot be carried: it differs from position to position.
+    """
+    if not all(_bypass(constant_writer, rewrite) for constant_writer in stream.constants):
+        return False
+    for reader in stream.readers if stream.constants else ():
+        carried = _carried(reader.x, writer, stream)
+        if carried is None:
+            return False
+        if carried:
+            _add_bias(rewrite, reader, carried)
+    return True
+
+
+def _bypass(writer: ConstantWriter, rewrite: Rewrite) -> bool:
+    """Take an added vector out of the stream; its share is added behind the readers."""
+    node = writer.node
+    if writer.is_table or node.op_type not in ("Add", "Sub", "Gemm"):
+        return False
+    if node.op_type == "Gemm":
+        return True  # goes with the node
+    other = node.inputs[1 - writer.index]
+    if other is None or (node.op_type == "Sub" and writer.index == 0):
+        return False
+    rewrite.replaced[node.outputs[0]] = other
+    return True
+
+
+def _carried(value: ir.Value, writer: Linear, stream: Stream) -> Carried | None:
+    """The constants that arrive at ``value``, or None if they differ from position to position."""
+    node = value.producer()
+    assert node is not None  # a closed stream has no graph input
+    own = [(c, 1.0) for c in stream.constants if c.node is node and not c.is_zero()]
+    if node is writer.node:
+        beta = node.attributes.get_float("beta", 1.0)
+        return [(c, beta) for c, _ in own]
+    if node.op_type in _UNIFORM:
+        return _carried(_operand(node, 0), writer, stream)
+    if node.op_type == "Neg":
+        return _scaled(_carried(_operand(node, 0), writer, stream), -1.0)
+    if node.op_type in ("Mul", "Div"):
+        index = 1 if _operand(node, 1) in stream.values else 0
+        gain = scalar(_operand(node, 1 - index))
+        if gain is None or (node.op_type == "Div" and gain == 0.0):
+            return None
+        carried = _carried(_operand(node, index), writer, stream)
+        return _scaled(carried, gain if node.op_type == "Mul" else 1.0 / gain)
+    if node.op_type not in ("Add", "Sub", "Sum"):
+        return None
+    total: Carried = []
+    for index, operand in enumerate(node.inputs):
+        sign = -1.0 if node.op_type == "Sub" and index == 1 else 1.0
+        if operand in stream.values:
+            carried = _carried(operand, writer, stream)
+        else:
+            carried = [(c, factor) for c, factor in own if c.index == index]
+        scaled = _scaled(carried, sign)
+        if scaled is None:
+            return None
+        total += scaled
+    return total
+
+
+def _operand(node: ir.Node, index: int) -> ir.Value:
+    value = node.inputs[index]
+    assert value is not None
+    return value
+
+
+def _scaled(carried: Carried | None, factor: float) -> Carried | None:
+    return None if carried is None else [(writer, factor * gain) for writer, gain in carried]
+
+
+def _add_bias(rewrite: Rewrite, reader: Linear, carried: Carried) -> None:
+    """Add ``b R`` behind ``reader``: into the bias that it has, else as an Add of its own."""
+
+    def through() -> Array:
+        vectors = [gain * writer.channels_last().reshape(-1) for writer, gain in carried]
+        total: Array = np.sum(vectors, axis=0) @ reader.matrix()
+        return total
+
+    dtype, width = reader.weight.dtype, reader.out_features
+    node = reader.node
+    if node.op_type == "Gemm":
+        beta = node.attributes.get_float("beta", 1.0)
+        bias = node.inputs[2] if len(node.inputs) > 2 else None
+        held = constant(bias)
+        if beta != 0.0 and (bias is None or held is not None):
+            own = held.wide if held is not None else lambda: np.zeros(width)
+            shape = np.broadcast_shapes(held.shape if held is not None else (), (width,))
+            rewrite.stored[node, 2] = FoldedTensor(lambda: own() + through() / beta, dtype, shape)
+            return
+    if reader.y_axis == -1 and len(reader.y.uses()) == 1 and not reader.y.is_graph_output():
+        ((add, index),) = reader.y.uses()
+        held = constant(add.inputs[1 - index]) if add.op_type == "Add" else None
+        if held is not None and held.dtype == dtype and held.shape[-1:] == (held.size,) == (width,):
+            stored = held
+            rewrite.stored[add, 1 - index] = FoldedTensor(
+                lambda: stored.wide() + through(), dtype, held.shape
+            )
+            return
+    shape = (width,) + (1,) * (-1 - reader.y_axis)
+    tensor = FoldedTensor(lambda: through().reshape(shape), dtype, shape)
+    rewrite.biases[reader.y] = (reader.y_axis, tensor)

@@ -1,0 +1,141 @@
+"""Small graphs as text, run in ONNX Runtime: what the tests of the engine are made of."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+
+import onnx_fold
+from onnx_fold.pipeline import FoldResult
+from onnx_fold.stream import Stream, find_streams
+
+TOLERANCE = {"float64": 1e-9, "float32": 1e-4, "float16": 3e-2, "bfloat16": 6e-2}
+
+
+def graph(text: str, /, opset: int = 18, **weights: np.ndarray) -> ir.Model:
+    """``"(float[n, 4] x) => (float[n, 4] y) { ... }"`` as a model; ``weights`` are initializers."""
+    model = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["": {opset}]> g {text}')
+    for name, array in weights.items():
+        model.graph.initializer.append(ir.to_proto(ir.tensor(array, name=name)))
+    return ir.from_proto(model)
+
+
+def normal(*shape: int, seed: int = 0, dtype=np.float32) -> np.ndarray:
+    """Gaussian weights that keep the size of what they multiply."""
+    array = np.random.default_rng([seed, *shape]).standard_normal(shape)
+    return (array / np.sqrt(shape[0])).astype(dtype)
+
+
+def chain(*ops: str, width: int = 4, bias: bool = False, **weights: np.ndarray) -> ir.Model:
+    """``x -> MatMul(P) (-> Add(b)) -> ops -> MatMul(M) -> y``: ``ops`` lead from ``p`` to ``m``."""
+    weights = {"P": normal(width, width, seed=1), "M": normal(width, 5, seed=2)} | weights
+    if bias:
+        weights = {"b": normal(width, seed=3)} | weights
+    start = "h = MatMul(x, P) p = Add(h, b)" if bias else "p = MatMul(x, P)"
+    body = " ".join(ops)
+    text = f"(float[batch, seq, {width}] x) => (float[a, b, 5] y) {{ {start} {body} y = MatMul(m, M) }}"
+    return graph(text, **weights)
+
+
+def proto(model: ir.Model) -> bytes:
+    return ir.to_proto(model).SerializeToString(deterministic=True)
+
+
+def feeds(model: ir.Model, sizes: dict[str, int] | None = None) -> dict[str, np.ndarray]:
+    """Seeded inputs; symbolic dimensions are 2, 3, 4, ... in order of appearance."""
+    generator = np.random.default_rng(7)
+    sizes = dict(sizes or {})
+    result = {}
+    for value in model.graph.inputs:
+        if value.is_initializer():
+            continue
+        dims = value.shape or ()
+        shape = [
+            d if isinstance(d, int) else sizes.setdefault(d.value, 2 + len(sizes)) for d in dims
+        ]
+        kind = value.dtype.numpy()
+        if value.dtype == ir.DataType.BOOL or np.issubdtype(kind, np.integer):
+            result[value.name] = generator.integers(0, 2, shape).astype(kind)
+        else:
+            result[value.name] = generator.standard_normal(shape).astype(kind)
+    return result
+
+
+def outputs(model: ir.Model, **inputs: np.ndarray) -> dict[str, np.ndarray]:
+    """Run ``model`` in ONNX Runtime, unoptimised."""
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 4
+    session = ort.InferenceSession(proto(model), options, providers=["CPUExecutionProvider"])
+    names = [value.name for value in session.get_outputs()]
+    return dict(zip(names, session.run(names, inputs), strict=True))
+
+
+def assert_same_function(
+    original: ir.Model, folded: ir.Model, sizes: dict[str, int] | None = None
+) -> None:
+    """Valid, same signature, same numbers, same shapes."""
+    onnx.checker.check_model(ir.to_proto(folded), full_check=True)
+    inputs = feeds(original, sizes)
+    expected, actual = outputs(original, **inputs), outputs(folded, **inputs)
+    assert list(expected) == list(actual)
+    for name, reference in expected.items():
+        assert actual[name].dtype == reference.dtype
+        assert actual[name].shape == reference.shape
+        if reference.dtype.kind != "f":
+            np.testing.assert_array_equal(actual[name], reference)
+            continue
+        a, r = actual[name].astype(np.float64), reference.astype(np.float64)
+        limit = TOLERANCE[reference.dtype.name]
+        assert np.linalg.norm(a - r) <= limit * np.linalg.norm(r), name
+
+
+def fold(model: ir.Model, **options) -> FoldResult:
+    """Fold without the product's own parity check."""
+    return onnx_fold.fold(model, verify=False, **options)
+
+
+def folded(model: ir.Model, removed: int | None = None, **options) -> FoldResult:
+    """Fold ``model``, which must work: same function, ``removed`` weights less."""
+    before = proto(model)
+    result = fold(model, **options)
+    assert result.report.folded, [stream.reasons for stream in result.report.streams]
+    assert proto(model) == before, "the source was changed"
+    assert_same_function(model, result.model)
+    assert weights(model) - weights(result.model) == result.report.saving.weights
+    if removed is not None:
+        assert result.report.saving.weights == removed
+    return result
+
+
+def refused(model: ir.Model, **options) -> str:
+    """Fold ``model``, which must be left as it is; return all the reasons."""
+    result = fold(model, **options)
+    assert not result.report.folded, [stream.folded.text for stream in result.report.folded]
+    assert proto(result.model) == proto(model)
+    return "\n".join(reason for stream in result.report.streams for reason in stream.reasons)
+
+
+def weights(model: ir.Model) -> int:
+    """Floating-point elements that the model stores, wherever it does."""
+    held = [v.const_value for g in model.graphs() for v in g.initializers.values()]
+    held += [
+        attribute.as_tensor()
+        for node in model.graph.all_nodes()
+        for attribute in node.attributes.values()
+        if attribute.type == ir.AttributeType.TENSOR
+    ]
+    return sum(tensor.size for tensor in held if tensor.dtype.is_floating_point())
+
+
+def stream_of(model: ir.Model, name: str) -> Stream:
+    """The stream that carries the value called ``name``."""
+    (found,) = [s for s in find_streams(model) if any(v.name == name for v in s.values)]
+    return found
+
+
+def operators(model: ir.Model) -> list[str]:
+    return [node.op_type for node in model.graph]
