@@ -33,7 +33,7 @@ def carry_biases(stream: Stream, writer: Linear, rewrite: Rewrite) -> bool:
     Returns:
         False if one of them cannot be carried: it differs from position to position.
     """
-    if not all(_bypass(constant_writer, rewrite) for constant_writer in stream.constants):
+    if not all(_bypass(constant_writer, stream, rewrite) for constant_writer in stream.constants):
         return False
     for reader in stream.readers if stream.constants else ():
         carried = _carried(reader.x, writer, stream)
@@ -44,7 +44,7 @@ def carry_biases(stream: Stream, writer: Linear, rewrite: Rewrite) -> bool:
     return True
 
 
-def _bypass(writer: ConstantWriter, rewrite: Rewrite) -> bool:
+def _bypass(writer: ConstantWriter, stream: Stream, rewrite: Rewrite) -> bool:
     """Take an added vector out of the stream; its share is added behind the readers."""
     node = writer.node
     if writer.is_table or node.op_type not in ("Add", "Sub", "Gemm"):
@@ -52,8 +52,10 @@ def _bypass(writer: ConstantWriter, rewrite: Rewrite) -> bool:
     if node.op_type == "Gemm":
         return True  # goes with the node
     other = node.inputs[1 - writer.index]
-    if other is None or (node.op_type == "Sub" and writer.index == 0):
+    if other not in stream.values or (node.op_type == "Sub" and writer.index == 0):
         return False
+    if len(writer.weight.shape) > max(1, stream.shapes.rank(other) or 0):
+        return False  # the sum has more axes than the stream
     rewrite.replaced[node.outputs[0]] = other
     return True
 

@@ -108,6 +108,8 @@ def fold(
 
     if output is None and not dry_run:
         raise click.UsageError("say where to write with -o FILE, or ask for a --dry-run")
+    if output is not None and output == report:
+        raise click.UsageError("-o and --report name the same file")
     for target in filter(None, (output, report)):
         _check_writable(target, model)
     with _status(f"folding {model}"):

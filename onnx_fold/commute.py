@@ -61,7 +61,7 @@ def _same(node: ir.Node, known: Port, width: int, shapes: Shapes) -> list[Port] 
 
 
 def _cast(node: ir.Node, known: Port, width: int, shapes: Shapes) -> list[Port] | None:
-    floats = node.inputs[0] is not None and node.inputs[0].dtype in FLOATS
+    floats = shapes.dtype(_input(node)) in FLOATS
     target = ir.DataType(node.attributes.get_int("to", 0))
     return _through(known.axis) if floats and target in FLOATS else None
 

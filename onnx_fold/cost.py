@@ -22,7 +22,7 @@ class Cost:
     """Size of a model.
 
     Attributes:
-        weights: Elements of all floating-point initializers.
+        weights: Elements of all floating-point initializers and Constant nodes.
         bytes: Their size as stored.
         nodes: Operators, those in the bodies of control flow included.
     """
@@ -57,12 +57,13 @@ class Saving:
 
 def cost(model: ir.Model) -> Cost:
     """Weigh ``model``; no weight is read."""
-    tensors = [
-        value.const_value
-        for graph in model.graphs()
-        for value in graph.initializers.values()
-        if value.const_value is not None and value.const_value.dtype in FLOATS
+    stored = [value.const_value for g in model.graphs() for value in g.initializers.values()]
+    stored += [
+        node.attributes["value"].as_tensor()
+        for node in model.graph.all_nodes()
+        if node.op_type == "Constant" and "value" in node.attributes
     ]
+    tensors = [tensor for tensor in stored if tensor is not None and tensor.dtype in FLOATS]
     return Cost(
         weights=sum(tensor.size for tensor in tensors),
         bytes=sum(tensor.nbytes for tensor in tensors),
@@ -73,14 +74,13 @@ def cost(model: ir.Model) -> Cost:
 def closed_streams(config: SkiplessConfig) -> int:
     """Number of streams of a skipless transformer that lose ``d²`` weights each.
 
-    A serial block has two, one between P and the FFN and one in front of Q, K and V. A parallel
-    block has one, in front of it, and there is one more behind the last block, which the last P
-    writes. A model with norms and skips has none.
+    A serial block has two, one in front of Q, K and V and one between P and the FFN; a parallel
+    block has one, in front of it. One more lies between the last block and the head. A model with
+    norms and skips has none.
     """
     if config.residual:
         return 0
-    blocks = config.num_hidden_layers
-    return blocks + 1 if config.parallel else 2 * blocks
+    return config.num_hidden_layers * (1 if config.parallel else 2) + 1
 
 
 def predicted(config: SkiplessConfig, streams_per_block: int | None = None) -> Saving:

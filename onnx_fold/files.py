@@ -119,12 +119,17 @@ def save(model: ir.Model, path: str | os.PathLike[str]) -> None:
     and then renamed, data before graph.
 
     Raises:
-        CannotWriteError: The folder is missing or read-only, or the disk is full. An earlier file
-            of that name is then still what it was.
+        CannotWriteError: The folder is missing or read-only, the disk is full, or ``<path>.data``
+            is where the model's weights lie. An earlier file of that name is then still what it was.
     """
     target = Path(path)
     data = target.name + ".data"
     external = weight_bytes(model) > PROTOBUF_LIMIT // 2 or any(external_tensors(model))
+    for tensor in external_tensors(model):
+        if _is_same(Path(tensor.path), target.parent / data):
+            raise CannotWriteError(
+                f"cannot write {target}: {data} holds the weights of the input; write to another name"
+            )
     with replacing(target, data if external else None) as folder:
         ir.save(model, folder / target.name, external_data=data if external else None)
 
@@ -149,6 +154,10 @@ def replacing(target: Path, data: str | None = None) -> Iterator[Path]:
     finally:
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_same(a: Path, b: Path) -> bool:
+    return a.exists() and b.exists() and a.samefile(b)
 
 
 def _flush(path: Path) -> None:

@@ -19,6 +19,7 @@ from onnx_fold.basis import MAX_RATIO, TOLERANCES, Basis, Side, probe
 from onnx_fold.report import CandidateReport, StreamReport
 from onnx_fold.rewrite import Rewrite
 from onnx_fold.stream import Stream, find_streams
+from onnx_fold.widen import unit_roundoff
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +98,8 @@ class Candidate:
         )
         if self.weights_removed <= 0:
             return replace(report, refused=self._growth())
+        if protected := sorted(self.rewrite.names() & options.protect):
+            return replace(report, refused=f"'{protected[0]}' is protected")
         report = replace(report, condition=self.condition)
         if self.condition is not None and self.condition > 1e15:
             return replace(report, refused="the matrix to invert is singular")
@@ -112,7 +115,9 @@ def _over_tolerance(error: float, own: float, dtype: ir.DataType, options: Optio
     limit = TOLERANCES[dtype] if options.tolerance is None else options.tolerance
     if not error <= limit:
         return f"predicted relative error {error:.1e} is over the tolerance {limit:.0e}"
-    if options.tolerance is None and error > MAX_RATIO * own:
+    own = max(own, unit_roundoff(dtype))  # the layers may be exact by chance
+    is_own_known = dtype != ir.DataType.DOUBLE  # nothing wider to compare with
+    if options.tolerance is None and is_own_known and error > MAX_RATIO * own:
         return (
             f"predicted relative error {error:.1e} is {error / own:.0f} times the model's own"
             f" ({own:.1e}); at most {MAX_RATIO:.0f} times is taken"
@@ -209,8 +214,11 @@ def _choose(
 
 
 def _gain(candidate: Candidate) -> tuple[int, int]:
-    """Sorts what gains most to the front; only what ties has to be evaluated to be compared."""
-    return -candidate.weights_removed, candidate.nodes
+    """Sorts what gains most to the front; only what ties has to be evaluated to be compared.
+
+    Matrices count: no operator is worth the few weights of a bias.
+    """
+    return -candidate.rewrite.weights_removed(min_rank=2), candidate.nodes
 
 
 def _names(stream: Stream) -> set[str]:

@@ -85,6 +85,11 @@ class Linear:
         return (out_features, in_features) if self.transposed else (in_features, out_features)
 
     @property
+    def is_plain(self) -> bool:
+        """Whether the channels come last on both sides."""
+        return self.x_axis == self.y_axis == -1
+
+    @property
     def label(self) -> str:
         """The name a person knows it by: its module, its initializer or its node."""
         return label(self.node, self.weight)
@@ -107,6 +112,8 @@ def _weight(node: ir.Node, index: int) -> Constant | None:
 
 
 def _matmul(node: ir.Node) -> Linear | None:
+    if len(node.inputs) != 2:
+        return None
     x, w = node.inputs[0], node.inputs[1]
     y = node.outputs[0]
     right = _weight(node, 1)
@@ -119,6 +126,8 @@ def _matmul(node: ir.Node) -> Linear | None:
 
 
 def _gemm(node: ir.Node) -> Linear | None:
+    if len(node.inputs) < 2:
+        return None
     x, weight = node.inputs[0], _weight(node, 1)
     alpha = node.attributes.get_float("alpha", 1.0)
     if weight is None or x is None or constant(x) is not None or alpha == 0.0:

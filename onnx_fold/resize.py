@@ -51,7 +51,7 @@ def resized_shape(node: ir.Node, axis: int, width: int) -> ir.TensorProtocol | B
     shape = node.inputs[1]
     entries = integers(shape)
     if entries is not None:
-        if entries[axis] in _FREE:
+        if -axis > len(entries) or entries[axis] in _FREE:
             return None
         changed = list(entries)
         changed[axis] = width

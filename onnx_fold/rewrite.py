@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
@@ -47,17 +47,33 @@ class Rewrite:
         edges = (*self.stored, *self.rewired)
         return {node for node, _ in edges} | {node for node in producers if node is not None}
 
-    def weights_removed(self) -> int:
-        """Elements of floating-point initializers that go, less those that come."""
-        gone = {held.leaf: held.size for held in self._dropped() if self._dies(held.leaf)}
+    def weights_removed(self, min_rank: int = 0) -> int:
+        """Elements of floating-point initializers that go, less those that come.
+
+        With ``min_rank=2`` matrices are counted and vectors are not.
+        """
+        gone = {held.leaf: held.tensor for held in self._dropped() if self._dies(held.leaf)}
         come = {id(tensor): tensor for tensor in self._new_tensors()}
-        return sum(gone.values()) - sum(tensor.size for tensor in come.values())
+
+        def total(tensors: Iterable[ir.TensorProtocol]) -> int:
+            return sum(tensor.size for tensor in tensors if len(tensor.shape) >= min_rank)
+
+        return total(gone.values()) - total(come.values())
 
     def nodes_change(self) -> int:
         """Operators that come, less those that go."""
         producers = {value.producer() for value in self.replaced if not value.is_graph_output()}
         gone = sum(1 for node in producers if node is not None and self._is_dead(node))
         return self.nodes_added + len(self.biases) - gone
+
+    def names(self) -> set[str]:
+        """Names of the initializers, nodes and values that it changes or removes."""
+        edges = [*self.stored, *self.rewired]
+        nodes = [node for node, _ in edges] + [value.producer() for value in self.replaced]
+        values = [node.inputs[index] for node, index in edges if index < len(node.inputs)]
+        leaves = [held.leaf for held in map(constant, values) if held is not None]
+        found = [*values, *leaves, *self.replaced, *self.biases, *filter(None, nodes)]
+        return {each.name for each in found if each is not None and each.name}
 
     def is_finite(self) -> bool:
         """Whether every new initializer can be stored. Evaluates them."""
@@ -201,6 +217,24 @@ def _remove_dead(graph: ir.Graph, suspects: Iterable[ir.Value | None]) -> None:
             continue
         queue.extend(node.inputs)
         graph.remove(node, safe=True)
+
+
+def new_node(
+    graph: ir.Graph,
+    before: ir.Node,
+    operator: str,
+    inputs: Sequence[ir.Value],
+    name: str,
+    num_outputs: int = 1,
+    **attributes: int,
+) -> ir.Node:
+    """Insert an operator in front of ``before``, with names that nothing else has."""
+    name = unused_node_name(graph, name)
+    node = ir.node(operator, inputs, attributes=attributes, num_outputs=num_outputs, name=name)
+    graph.insert_before(before, node)
+    for index, value in enumerate(node.outputs):
+        value.name = unused_name(graph, name if num_outputs == 1 else f"{name}_{index}")
+    return node
 
 
 def unused_name(graph: ir.Graph, name: str) -> str:

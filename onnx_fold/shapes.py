@@ -1,4 +1,4 @@
-"""Shapes of every value, found without touching the model."""
+"""Shapes and types of every value, found without touching the model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Shapes:
     """
 
     def __init__(self, model: ir.Model) -> None:
-        self._inferred = _infer(model)
+        self._inferred, self._types = _infer(model)
         self._known: dict[tuple[ir.Value, int], int] = {}
 
     def know(self, value: ir.Value, axis: int, size: int) -> None:
@@ -42,6 +42,10 @@ class Shapes:
             return inferred if inferred is not None else stated
         return tuple(b if a is None else a for a, b in zip(inferred, stated, strict=True))
 
+    def dtype(self, value: ir.Value) -> ir.DataType | None:
+        """Type of ``value``, if known."""
+        return value.dtype or self._types.get(value.name or "")
+
     def rank(self, value: ir.Value) -> int | None:
         """Number of dimensions of ``value``, if known."""
         dims = self(value)
@@ -57,8 +61,11 @@ class Shapes:
         return dims[axis] if -len(dims) <= axis < len(dims) else 1
 
 
-def _infer(model: ir.Model) -> Mapping[str, Dims]:
+def _infer(model: ir.Model) -> tuple[Mapping[str, Dims], Mapping[str, ir.DataType | None]]:
     scratch = model.clone()
+    for value in scratch.graph.inputs:
+        if value.is_initializer():  # what a caller can override is not known
+            scratch.graph.initializers.pop(value.name or "")
     for node in scratch.graph.all_nodes():
         for value in node.outputs:
             if not value.is_graph_output():
@@ -71,12 +78,14 @@ def _infer(model: ir.Model) -> Mapping[str, Dims]:
         ShapeInferencePass(check_type=False, strict_mode=False)(scratch)
     finally:
         logging.disable(logging_was)
-    return {
-        value.name: _dims(value.shape)
-        for node in scratch.graph
-        for value in node.outputs
-        if value.name and value.shape is not None
-    }
+    values = [
+        *scratch.graph.initializers.values(),  # nodes that were folded to constants
+        *(value for node in scratch.graph for value in node.outputs),
+    ]
+    return (
+        {v.name: _dims(v.shape) for v in values if v.name and v.shape is not None},
+        {v.name: v.dtype for v in values if v.name},
+    )
 
 
 def _dims(shape: ir.Shape) -> Dims:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
-from onnx_fold.commute import OpensStreamError, Port, ports
+from onnx_fold.commute import OpensStreamError, Port, Rule, ports
 from onnx_fold.constants import Array, Constant, constant
 from onnx_fold.linear import Linear, find_linears, label
 from onnx_fold.shapes import Shapes
@@ -122,7 +122,8 @@ class Stream:
 
     Attributes:
         width: Number of channels, ``d``.
-        shapes: Shapes of all values of the graph.
+        search: What found it.
+        rule: Which operators lie inside.
         values: The values of the stream and the channel axis of each, from the end.
         writers: Linear layers whose output is in it.
         readers: Linear layers whose input is in it.
@@ -132,13 +133,19 @@ class Stream:
     """
 
     width: int
-    shapes: Shapes
+    search: Search
+    rule: Rule
     values: dict[ir.Value, int] = field(default_factory=dict)
     writers: list[Linear] = field(default_factory=list)
     readers: list[Linear] = field(default_factory=list)
     constants: list[ConstantWriter] = field(default_factory=list)
     openings: list[Opening] = field(default_factory=list)
     measures: list[ir.Node] = field(default_factory=list)
+
+    @property
+    def shapes(self) -> Shapes:
+        """Shapes of all values of the graph."""
+        return self.search.shapes
 
     @property
     def is_closed(self) -> bool:
@@ -169,7 +176,7 @@ class Stream:
 
 def find_streams(model: ir.Model) -> list[Stream]:
     """The streams of the main graph that at least one linear layer writes or reads."""
-    search = _Search(model.graph, Shapes(model))
+    search = Search(model.graph, Shapes(model))
     streams = []
     for linear in search.linears.values():
         for value, axis, width in (
@@ -181,7 +188,7 @@ def find_streams(model: ir.Model) -> list[Stream]:
     return streams
 
 
-class _Search:
+class Search:
     """Follows channel axes through one graph."""
 
     def __init__(self, graph: ir.Graph, shapes: Shapes) -> None:
@@ -194,9 +201,13 @@ class _Search:
             shapes.know(linear.x, linear.x_axis, linear.in_features)
             shapes.know(linear.y, linear.y_axis, linear.out_features)
 
-    def stream(self, value: ir.Value, axis: int, width: int) -> Stream:
-        """Collect everything that shares the channel axis ``axis`` of ``value``."""
-        stream = Stream(width, self.shapes)
+    def stream(self, value: ir.Value, axis: int, width: int, rule: Rule = ports) -> Stream:
+        """Collect everything that shares the channel axis ``axis`` of ``value``.
+
+        ``rule`` says which operators lie inside: by default those that commute with any change of
+        basis.
+        """
+        stream = Stream(width, self, rule)
         queue = [(value, axis)]
         while queue:
             value, axis = queue.pop()
@@ -280,7 +291,7 @@ class _Search:
     ) -> Iterator[tuple[ir.Value, int]]:
         """Follow the stream through ``node``, or open it there."""
         try:
-            found = ports(node, known, stream.width, self.shapes)
+            found = stream.rule(node, known, stream.width, self.shapes)
         except OpensStreamError as reason:
             _open(stream, value, f"is {verb} by", node, f", which {reason}")
             return

@@ -4,9 +4,10 @@ A new strategy is a new file here and one entry in :data:`PASSES`.
 """
 
 from onnx_fold.passes.absorb import AbsorbPass
+from onnx_fold.passes.interpolate import InterpolatePass
 from onnx_fold.passes.merge import MergePass
 
-__all__ = ["PASSES", "AbsorbPass", "MergePass"]
+__all__ = ["PASSES", "AbsorbPass", "InterpolatePass", "MergePass"]
 
-PASSES = (MergePass, AbsorbPass)
+PASSES = (MergePass, AbsorbPass, InterpolatePass)
 """All strategies, in the order in which they propose."""
