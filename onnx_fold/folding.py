@@ -213,12 +213,13 @@ def _choose(
     return replace(report, candidates=judged, reasons=reasons), None
 
 
-def _gain(candidate: Candidate) -> tuple[int, int]:
+def _gain(candidate: Candidate) -> tuple[int, int, int]:
     """Sorts what gains most to the front; only what ties has to be evaluated to be compared.
 
-    Matrices count: no operator is worth the few weights of a bias.
+    Matrices count first: no operator is worth the few weights of a bias.
     """
-    return -candidate.rewrite.weights_removed(min_rank=2), candidate.nodes
+    matrices = candidate.rewrite.weights_removed(min_rank=2)
+    return -matrices, candidate.nodes, -candidate.weights_removed
 
 
 def _names(stream: Stream) -> set[str]:

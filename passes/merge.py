@@ -26,10 +26,10 @@ class MergePass(FoldPass):
     name = "merge"
 
     def candidates(self, stream: Stream) -> Iterator[Candidate]:
-        """Yield the merge of the sole writer, and of the sole reader, if there is one."""
+        """Yield the merge of the sole writer, or of the sole reader, if there is one."""
         if len(stream.writers) == 1 and not stream.tables:
             yield from _merge_writer(stream, stream.writers[0])
-        if len(stream.readers) == 1 and len(stream.writers) != 1:
+        elif len(stream.readers) == 1:
             yield from _merge_reader(stream, stream.readers[0])
 
 

@@ -132,9 +132,14 @@ def weights(model: ir.Model) -> int:
 
 
 def stream_of(model: ir.Model, name: str) -> Stream:
-    """The stream that carries the value called ``name``."""
-    (found,) = [s for s in find_streams(model) if any(v.name == name for v in s.values)]
-    return found
+    """The first stream that carries the value called ``name``."""
+    return next(s for s in find_streams(model) if any(v.name == name for v in s.values))
+
+
+def square(width: int, seed: int = 0, dtype=np.float32) -> np.ndarray:
+    """A well-conditioned basis: near a rotation."""
+    rotation = np.linalg.qr(normal(width, width, seed=seed, dtype=np.float64))[0]
+    return (rotation + 0.1 * normal(width, width, seed=seed + 100)).astype(dtype)
 
 
 def operators(model: ir.Model) -> list[str]:
