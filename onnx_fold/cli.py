@@ -235,7 +235,7 @@ def presets() -> None:
 
 @cli.command()
 @click.option("--prompt", help="Text that both models continue.")
-@click.option("--tokens", default=160, show_default=True, help="Characters to write.")
+@click.option("--tokens", default=96, show_default=True, help="Characters to write.")
 @_PROVIDER
 def demo(**options: Any) -> None:
     """Fold the small trained model that comes along, compare the text it writes, and time it."""

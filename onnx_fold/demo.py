@@ -25,7 +25,7 @@ PROMPT = "def read_lines(path):\n    "
 
 
 def run_demo(
-    console: Console, *, prompt: str | None = None, tokens: int = 160, provider: str = "auto"
+    console: Console, *, prompt: str | None = None, tokens: int = 96, provider: str = "auto"
 ) -> bool:
     """Fold the shipped model, let both models continue ``prompt``, time both.
 
@@ -72,7 +72,7 @@ def _tell(console: Console, path: Path, prompt: str, tokens: int, provider: str)
         else:
             console.print("and from the folded model, which [bold red]differs[/]:")
             console.print(Padding(Text.assemble((prompt, "bold"), texts[1]), (0, 4)))
-        console.print(bench(path, folded, provider=provider, repeats=40))
+        console.print(bench(path, folded, provider=provider, repeats=100))
     return same
 
 

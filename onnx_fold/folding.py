@@ -175,11 +175,12 @@ def fold_streams(
                 continue  # a neighbour has just changed: look again in the next round
             report, rewrite = _choose(stream, report, passes, options)
             if rewrite is not None and report.folded is not None:
-                if rewrite.nodes & touched:
+                changed = nodes | rewrite.nodes
+                if changed & touched:
                     continue
                 rewrite.apply(model.graph)
                 logger.info("%s: %s", report.folded.strategy, report.folded.text)
-                touched |= nodes | rewrite.nodes
+                touched |= changed
                 finished |= nodes
                 reports.append((position, report))
             elif stream.is_closed or not nodes & finished:

@@ -110,7 +110,7 @@ def _ending(stream: Stream) -> str:
 
 
 def _reason(opening: Opening) -> str:
-    hint = "; folding needs a model without norms (the paper removes them by fine-tuning first)"
+    hint = " (the paper removes norms by fine-tuning first)"
     return f"{opening}{hint if opening.is_norm else ''}"
 
 
@@ -256,10 +256,10 @@ def presets_table() -> Table:
     from onnx_fold.models.presets import PRESETS
 
     table = new_table("Presets")
-    table.add_column("preset")
+    table.add_column("preset", no_wrap=True)
     table.add_column("attention")
-    table.add_column("block")
-    for column in ("d", "layers", "weights", "folded", "saved", "decode up to", "by the paper"):
+    table.add_column("block", no_wrap=True)
+    for column in ("d", "layers", "weights", "folded", "saved", "decode", "by the paper"):
         table.add_column(column, justify="right")
     for name, shape in PRESETS.items():
         exact, paper = predicted(shape), predicted(shape, streams_per_block=2)

@@ -42,10 +42,11 @@ class Rewrite:
 
     @property
     def nodes(self) -> set[ir.Node]:
-        """The nodes that it changes or replaces."""
-        producers = {value.producer() for value in (*self.replaced, *self.biases)}
-        edges = (*self.stored, *self.rewired)
-        return {node for node, _ in edges} | {node for node in producers if node is not None}
+        """The nodes that it changes, removes, or gives another value to read."""
+        values = (*self.replaced, *self.biases)
+        producers = {node for value in values if (node := value.producer()) is not None}
+        readers = {node for value in values for node, _ in value.uses()}
+        return {node for node, _ in (*self.stored, *self.rewired)} | producers | readers
 
     def weights_removed(self, min_rank: int = 0) -> int:
         """Elements of floating-point initializers that go, less those that come.
