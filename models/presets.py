@@ -40,6 +40,12 @@ PRESETS: Final[dict[str, SkiplessConfig]] = {
         fused_qkv=True,
     ),
     "tiny-qk-norm": SkiplessConfig(qk_norm=True),
+    "tiny-gemma": SkiplessConfig(
+        num_attention_heads=6, num_key_value_heads=2, activation="sigmoid"
+    ),
+    "tiny-palm": SkiplessConfig(
+        num_attention_heads=3, num_key_value_heads=1, parallel=True, activation="sigmoid"
+    ),
     "small-gqa": SkiplessConfig(
         vocab_size=1024,
         hidden_size=512,

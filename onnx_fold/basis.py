@@ -176,6 +176,33 @@ def select_rows(
     return order, b
 
 
+def select_blocks(matrix: Array, size: int) -> npt.NDArray[np.intp]:
+    """Find blocks of ``size`` columns that together are a good basis of the rows' space.
+
+    QR with block pivoting: each step takes the block whose part outside the span of those taken
+    before has the largest smallest singular value.
+
+    Args:
+        matrix: ``[d, n · size]`` with ``n · size >= d``, float64; ``d`` is a multiple of ``size``.
+        size: Columns of a block.
+
+    Returns:
+        The ``d / size`` blocks taken, in ascending order.
+    """
+    width, columns = matrix.shape
+    left = np.ascontiguousarray(matrix.T).reshape(columns // size, size, width)
+    taken: list[int] = []
+    for _ in range(width // size):
+        gram = left @ left.transpose(0, 2, 1)
+        smallest = np.linalg.eigvalsh(gram)[:, 0]
+        smallest[taken] = -np.inf
+        best = int(np.argmax(smallest))
+        taken.append(best)
+        q = np.linalg.qr(left[best].T)[0]
+        left -= (left @ q) @ q.T
+    return np.array(sorted(taken), dtype=np.intp)
+
+
 @dataclass(frozen=True)
 class Side:
     """One writer or reader for the probe: its matrix before and after; None is the identity.

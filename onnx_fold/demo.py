@@ -110,4 +110,4 @@ def continue_text(
 
 
 def _past(feeds: dict[str, Any]) -> int:
-    return next(a.shape[2] for name, a in feeds.items() if name.startswith("past_key_values"))
+    return len(next(a for name, a in feeds.items() if name.startswith("past_key_values"))[0, 0])

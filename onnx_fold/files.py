@@ -6,12 +6,14 @@ import contextlib
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import onnx
 import onnx_ir as ir
+from google.protobuf import json_format, text_format
 from google.protobuf.message import DecodeError
 
 from onnx_fold.errors import CannotWriteError, InvalidModelError, UsageError
@@ -23,6 +25,8 @@ ModelSource: TypeAlias = (
     "str | os.PathLike[str] | onnx.ModelProto | ir.Model | torch.onnx.ONNXProgram"
 )
 """What every public function takes for a model."""
+
+_TEXT_ERRORS = (json_format.ParseError, text_format.ParseError, onnx.parser.ParseError)
 
 PROTOBUF_LIMIT = 2**31 - 1
 """Bytes that one protobuf message may have; larger models need external data."""
@@ -56,10 +60,11 @@ def load(source: ModelSource) -> ir.Model:
 
 def _load_file(path: Path) -> ir.Model:
     try:
-        proto = onnx.load(path, load_external_data=False)
+        with warnings.catch_warnings(action="ignore"):  # that a format is experimental
+            proto = onnx.load(path, load_external_data=False)
     except OSError as error:
         raise InvalidModelError(f"cannot read {path}: {error.strerror}") from error
-    except (DecodeError, UnicodeDecodeError, ValueError) as error:
+    except (DecodeError, ValueError, *_TEXT_ERRORS) as error:
         raise InvalidModelError(f"{path} is not an ONNX model, or is truncated") from error
     if not proto.HasField("graph") or not proto.opset_import:
         raise InvalidModelError(f"{path} is not an ONNX model: it holds no graph")
@@ -72,6 +77,20 @@ def _load_file(path: Path) -> ir.Model:
     for tensor in external_tensors(model):
         _check_external(tensor, folder, path)
     return model
+
+
+def check(source: ModelSource, model: ir.Model, cause: Exception) -> None:
+    """Blame ``cause``, which nobody expected, on the model if it is not valid ONNX.
+
+    Raises:
+        InvalidModelError: ``onnx.checker`` rejects the model.
+    """
+    is_path = isinstance(source, str | os.PathLike)
+    name = str(source) if is_path else "the model"
+    try:
+        onnx.checker.check_model(name if is_path else ir.to_proto(model), full_check=True)
+    except Exception as error:
+        raise InvalidModelError(f"{name} is not a valid ONNX model: {error}") from cause
 
 
 def external_tensors(model: ir.Model) -> Iterator[ir.ExternalTensor]:
@@ -119,8 +138,8 @@ def save(model: ir.Model, path: str | os.PathLike[str]) -> None:
     and then renamed, data before graph.
 
     Raises:
-        CannotWriteError: The folder is missing or read-only, the disk is full, or ``<path>.data``
-            is where the model's weights lie. An earlier file of that name is then still what it was.
+        CannotWriteError: The folder is missing or read-only, the disk is full, or the model's own
+            weights lie in ``<path>.data``. An earlier file of that name is then still what it was.
     """
     target = Path(path)
     data = target.name + ".data"
@@ -128,7 +147,7 @@ def save(model: ir.Model, path: str | os.PathLike[str]) -> None:
     for tensor in external_tensors(model):
         if _is_same(Path(tensor.path), target.parent / data):
             raise CannotWriteError(
-                f"cannot write {target}: {data} holds the weights of the input; write to another name"
+                f"cannot write {target}: {data} holds the weights of the input; take another name"
             )
     with replacing(target, data if external else None) as folder:
         ir.save(model, folder / target.name, external_data=data if external else None)

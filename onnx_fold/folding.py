@@ -129,9 +129,14 @@ class FoldPass(ir.passes.InPlacePass):
     """Base of the fold strategies; also a pass of its own in any ``onnx_ir.passes.Sequential``.
 
     A strategy sets ``name`` and implements :meth:`candidates`.
+
+    Attributes:
+        name: What it is called on the command line.
+        operators: How many operators it adds at the least; passes that add fewer are asked first.
     """
 
     name: ClassVar[str]
+    operators: ClassVar[int] = 0
 
     def __init__(self, options: Options | None = None) -> None:
         super().__init__()
@@ -201,8 +206,7 @@ def _choose(
     if protected:
         return replace(report, reasons=[f"'{protected[0]}' is protected"]), None
     judged: list[CandidateReport] = []
-    candidates = [candidate for each in passes for candidate in each.candidates(stream)]
-    for _, group in groupby(sorted(candidates, key=_gain), key=_gain):
+    for group in _ranked(stream, passes):
         verdicts = [(candidate.judged(stream, options), candidate) for candidate in group]
         judged += [verdict for verdict, _ in verdicts]
         accepted = [(v, candidate) for v, candidate in verdicts if v.refused is None]
@@ -212,6 +216,22 @@ def _choose(
     reasons = [f"{verdict.text}: {verdict.refused}" for verdict in judged]
     reasons = reasons or ["no strategy applies to its layers"]
     return replace(report, candidates=judged, reasons=reasons), None
+
+
+def _ranked(stream: Stream, passes: Sequence[FoldPass]) -> Iterator[list[Candidate]]:
+    """Candidates that tie, those that gain most first; a dear pass is asked after the cheap ones.
+
+    That is the order of weights, then operators: a closed stream has d² weights too many, and who
+    saves less was refused.
+    """
+    for _, tier in groupby(sorted(passes, key=_operators), key=_operators):
+        candidates = [candidate for each in tier for candidate in each.candidates(stream)]
+        for _, group in groupby(sorted(candidates, key=_gain), key=_gain):
+            yield list(group)
+
+
+def _operators(each: FoldPass) -> int:
+    return each.operators
 
 
 def _gain(candidate: Candidate) -> tuple[int, int, int]:

@@ -59,31 +59,40 @@ def permutable(node: ir.Node, known: Port, width: int, shapes: Shapes) -> list[P
     return found if known in found else None
 
 
-def permute(stream: Stream, reader: Linear, order: Order, rewrite: Rewrite) -> bool:
-    """Plan to reorder the channels that ``reader`` reads; its own weight is left to the caller.
+def hidden_stream(stream: Stream, layer: Linear) -> Stream | None:
+    """The other side of a layer of ``stream``, if its channels can be reordered at no cost."""
+    is_reader = layer in stream.writers  # a writer of the stream reads the hidden value
+    value, axis, width = (
+        (layer.x, layer.x_axis, layer.in_features)
+        if is_reader
+        else (layer.y, layer.y_axis, layer.out_features)
+    )
+    hidden = stream.search.stream(value, axis, width, permutable)
+    return hidden if hidden.is_closed and hidden.writers and hidden.readers else None
+
+
+def permute(hidden: Stream, pivot: Linear, order: Order, rewrite: Rewrite) -> None:
+    """Plan to reorder the channels of ``hidden``; the weight of ``pivot`` is left to the caller.
 
     Args:
-        stream: The stream that ``reader`` writes.
-        reader: A linear layer whose input is to be reordered.
+        hidden: What :func:`hidden_stream` gave.
+        pivot: The layer for whose sake it is done.
         order: The new order.
         rewrite: Receives the reordered weights.
-
-    Returns:
-        False if something else looks at these channels.
     """
-    hidden = stream.search.stream(reader.x, reader.x_axis, reader.in_features, permutable)
-    others = [layer for layer in hidden.readers if layer.node is not reader.node]
-    if not hidden.is_closed or not hidden.writers:
-        return False
-    for layer in (*hidden.writers, *others):
-        axis = int(layer in hidden.writers) ^ layer.transposed
-        rewrite.stored[layer.edge] = _reordered(layer, axis, order)
+    for layer in (*hidden.writers, *hidden.readers):
+        if layer.node is not pivot.node:
+            axis = int(layer in hidden.writers) ^ layer.transposed
+            _reorder(layer, axis, order, rewrite)
     for writer in hidden.constants:
         if writer.weight.size > 1:
-            rewrite.stored[writer.edge] = _reordered(writer, writer.axis, order)
-    return True
+            _reorder(writer, writer.axis, order, rewrite)
 
 
-def _reordered(member: Linear | ConstantWriter, axis: int, order: Order) -> FoldedTensor:
-    held = member.weight
-    return FoldedTensor(lambda: np.take(held.wide(), order(), axis=axis), held.dtype, held.shape)
+def _reorder(member: Linear | ConstantWriter, axis: int, order: Order, rewrite: Rewrite) -> None:
+    """Reorder one axis of a weight, on top of what ``rewrite`` does to it already."""
+    planned = rewrite.stored.get(member.edge)
+    wide = planned.wide if isinstance(planned, FoldedTensor) else member.weight.wide
+    rewrite.stored[member.edge] = FoldedTensor(
+        lambda: np.take(wide(), order(), axis=axis), member.weight.dtype, member.weight.shape
+    )

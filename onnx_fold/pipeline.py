@@ -14,7 +14,7 @@ from rich.console import Group, RenderableType
 
 from onnx_fold.cost import Saving, cost
 from onnx_fold.errors import CannotWriteError, CheckFailedError, UsageError
-from onnx_fold.files import ModelSource, load, replacing, save
+from onnx_fold.files import ModelSource, check, load, replacing, save
 from onnx_fold.folding import PIVOTS, FoldPass, Options, fold_streams
 from onnx_fold.heads import Attention, find_attention
 from onnx_fold.parity import verify as parity_check
@@ -101,9 +101,13 @@ def fold(
     options = Options(pivot=pivot, protect=frozenset(protect), tolerance=tolerance)
     passes = _select(options, only, skip)
     original = load(model)
-    folded = original.clone()
     before = cost(original)
-    streams = fold_streams(folded, passes, options)
+    try:
+        folded = original.clone()
+        streams = fold_streams(folded, passes, options)
+    except Exception as error:
+        check(model, original, error)
+        raise
     report = _report(streams, Saving(before, cost(folded)))
     if verify and report.folded:
         parity = parity_check(original, folded, provider=provider)

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from onnx_fold.basis import Basis, Expression, FoldedTensor, Side, product_dtype
 from onnx_fold.constants import Array, constant
 from onnx_fold.linear import Linear
-from onnx_fold.rewrite import Rewrite, unused_name, unused_node_name
+from onnx_fold.rewrite import Rewrite, new_node
 from onnx_fold.stream import ConstantWriter, Edge, Stream
 
 
@@ -128,13 +128,10 @@ def become_identity(rewrite: Rewrite, layer: Linear) -> bool:
         rewrite.kept.add(bias)
 
     def build(graph: ir.Graph) -> ir.Value:
-        add = ir.node(
-            "Add", [layer.x, node.inputs[2]], name=unused_node_name(graph, f"{node.name}_bias")
-        )
-        total = add.outputs[0]
-        total.name = unused_name(graph, f"{layer.y.name}_biased")
+        current = node.inputs[2]  # what is stored there by now
+        assert current is not None
+        total = new_node(graph, node, "Add", [layer.x, current]).outputs[0]
         total.type, total.shape = layer.y.type, layer.y.shape
-        graph.insert_before(node, add)
         return total
 
     rewrite.replaced[layer.y] = build

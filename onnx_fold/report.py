@@ -17,9 +17,8 @@ from onnx_fold.heads import attention_kind, role
 from onnx_fold.linear import compact
 
 if TYPE_CHECKING:
-    from onnx_fold.linear import Linear
     from onnx_fold.parity import ParityReport
-    from onnx_fold.stream import ConstantWriter, Opening, Stream
+    from onnx_fold.stream import Opening, Stream
 
 MAX_REASONS = 2
 """Reasons shown for one stream; all of them are in the JSON report."""
@@ -82,17 +81,16 @@ class StreamReport:
     @classmethod
     def of(cls, stream: Stream) -> StreamReport:
         """Describe ``stream`` before anything is done to it."""
-        writers: list[Linear | ConstantWriter] = [*stream.tables, *stream.writers]
         has_norm = any(opening.is_norm for opening in stream.openings)
-        is_foldable = bool(writers and (stream.readers or has_norm))
+        is_foldable = bool(stream.written_by and (stream.readers or has_norm))
         return cls(
             width=stream.width,
             dtype=stream.dtype.name.lower(),
-            writers=[writer.label for writer in writers],
-            readers=[reader.label for reader in stream.readers],
+            writers=stream.written_by,
+            readers=stream.read_by,
             is_closed=stream.is_closed,
             is_foldable=is_foldable,
-            ending=_ending(stream) if writers and not is_foldable else None,
+            ending=_ending(stream) if stream.written_by and not is_foldable else None,
             reasons=[_reason(opening) for opening in stream.openings],
         )
 

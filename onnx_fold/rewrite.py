@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import onnx_ir as ir
 from onnx_ir.convenience import replace_all_uses_with
 
@@ -220,22 +221,42 @@ def _remove_dead(graph: ir.Graph, suspects: Iterable[ir.Value | None]) -> None:
         graph.remove(node, safe=True)
 
 
+def new_constant(graph: ir.Graph, tensor: ir.TensorProtocol, name: str) -> ir.Value:
+    """Add an initializer that holds ``tensor``, called ``name`` if that is free."""
+    value = initializer(tensor)
+    value.name = unused_name(graph, name)
+    graph.register_initializer(value)
+    return value
+
+
 def new_node(
     graph: ir.Graph,
     before: ir.Node,
     operator: str,
     inputs: Sequence[ir.Value],
-    name: str,
     num_outputs: int = 1,
-    **attributes: int,
+    **attributes: int | Sequence[int],
 ) -> ir.Node:
-    """Insert an operator in front of ``before``, with names that nothing else has."""
-    name = unused_node_name(graph, name)
+    """Insert an operator in front of ``before``, named after it."""
+    name = unused_node_name(graph, f"{before.name or before.op_type}_{operator}")
     node = ir.node(operator, inputs, attributes=attributes, num_outputs=num_outputs, name=name)
     graph.insert_before(before, node)
     for index, value in enumerate(node.outputs):
         value.name = unused_name(graph, name if num_outputs == 1 else f"{name}_{index}")
     return node
+
+
+def new_split(
+    graph: ir.Graph, before: ir.Node, value: ir.Value, sizes: Sequence[int]
+) -> Sequence[ir.Value]:
+    """Split the last axis of ``value`` into parts of ``sizes``."""
+    if graph.opset_imports.get("", 13) < 13:
+        node = new_node(graph, before, "Split", [value], len(sizes), axis=-1, split=list(sizes))
+    else:
+        tensor = ir.tensor(np.asarray(sizes, dtype=np.int64))
+        held = new_constant(graph, tensor, f"{before.name or before.op_type}_sizes")
+        node = new_node(graph, before, "Split", [value, held], len(sizes), axis=-1)
+    return node.outputs
 
 
 def unused_name(graph: ir.Graph, name: str) -> str:

@@ -70,6 +70,8 @@ def _infer(model: ir.Model) -> tuple[Mapping[str, Dims], Mapping[str, ir.DataTyp
         for value in node.outputs:
             if not value.is_graph_output():
                 value.shape = None
+    ends = (*scratch.graph.inputs, *scratch.graph.outputs)
+    stated = {dim for value in ends if value.shape is not None for dim in _dims(value.shape)}
     logging_was = logging.root.manager.disable
     logging.disable(logging.WARNING)  # what cannot be inferred is simply not known
     try:
@@ -82,8 +84,16 @@ def _infer(model: ir.Model) -> tuple[Mapping[str, Dims], Mapping[str, ir.DataTyp
         *scratch.graph.initializers.values(),  # nodes that were folded to constants
         *(value for node in scratch.graph for value in node.outputs),
     ]
+
+    def dims(shape: ir.Shape) -> Dims:
+        """Inference calls what it does not know `unk__0`; so may the model, and mean another."""
+        return tuple(
+            f"{dim} inferred" if isinstance(dim, str) and dim not in stated else dim
+            for dim in _dims(shape)
+        )
+
     return (
-        {v.name: _dims(v.shape) for v in values if v.name and v.shape is not None},
+        {v.name: dims(v.shape) for v in values if v.name and v.shape is not None},
         {v.name: v.dtype for v in values if v.name},
     )
 

@@ -158,6 +158,16 @@ class Stream:
         return [writer for writer in self.constants if writer.is_table]
 
     @property
+    def written_by(self) -> list[str]:
+        """Labels of its tables and writers."""
+        return [*(t.label for t in self.tables), *(layer.label for layer in self.writers)]
+
+    @property
+    def read_by(self) -> list[str]:
+        """Labels of its readers."""
+        return [reader.label for reader in self.readers]
+
+    @property
     def dtype(self) -> ir.DataType:
         """Narrowest storage type among its layers."""
         layers = [*self.writers, *self.readers]

@@ -6,8 +6,9 @@ A new strategy is a new file here and one entry in :data:`PASSES`.
 from onnx_fold.passes.absorb import AbsorbPass
 from onnx_fold.passes.interpolate import InterpolatePass
 from onnx_fold.passes.merge import MergePass
+from onnx_fold.passes.select import SelectPass
 
-__all__ = ["PASSES", "AbsorbPass", "InterpolatePass", "MergePass"]
+__all__ = ["PASSES", "AbsorbPass", "InterpolatePass", "MergePass", "SelectPass"]
 
-PASSES = (MergePass, AbsorbPass, InterpolatePass)
+PASSES = (MergePass, AbsorbPass, InterpolatePass, SelectPass)
 """All strategies, in the order in which they propose."""

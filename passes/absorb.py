@@ -9,6 +9,7 @@ matrix has to be inverted, so the error grows with its condition number.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 import onnx_ir as ir
@@ -20,7 +21,7 @@ from onnx_fold.heads import Fused, Part, fused, role
 from onnx_fold.linear import Linear, compact
 from onnx_fold.rebase import Rebased, become_identity, rebase, stored_matrix
 from onnx_fold.resize import CannotResizeError, resized_shape
-from onnx_fold.rewrite import Rewrite, initializer, unused_name, unused_node_name
+from onnx_fold.rewrite import Rewrite, new_constant, new_node, new_split
 from onnx_fold.stream import Stream
 
 
@@ -56,8 +57,8 @@ def _absorb(stream: Stream, pivot: Linear, basis: Basis) -> Iterator[Candidate]:
 def _candidate(
     stream: Stream, pivot: str, rewrite: Rewrite, rebased: Rebased, basis: Basis
 ) -> Candidate:
-    others = (*stream.tables, *stream.writers, *stream.readers)
-    into = compact(list(dict.fromkeys(layer.label for layer in others if layer.label != pivot)))
+    others = dict.fromkeys([*stream.written_by, *stream.read_by])
+    into = compact([name for name in others if name != pivot])
     return Candidate(
         strategy=AbsorbPass.name,
         text=f"{pivot} into {into}",
@@ -127,23 +128,19 @@ def _replay_path(fused: Fused, part: Part, columns: slice, rewrite: Rewrite) -> 
         for node in (fused.linear.node, *fused.path):
             operand: ir.Value | None = None
             if node in biases:
-                operand = _new_constant(graph, biases[node], f"{part.output.name}_bias")
+                operand = new_constant(graph, biases[node], f"{part.output.name}_bias")
             elif node in reshapes:
                 shape = reshapes[node]
                 if shape is None:
                     operand = shape_inputs[node]
                 elif isinstance(shape, ir.TensorProtocol):
-                    operand = _new_constant(graph, shape, f"{part.output.name}_shape")
+                    operand = new_constant(graph, shape, f"{part.output.name}_shape")
                 else:
                     operand = shape(graph)
             if operand is None:
                 continue
             operator = "Reshape" if node in reshapes else "Add"
-            name = unused_node_name(graph, f"{node.name}_{operator}")
-            step = ir.node(operator, [value, operand], name=name)
-            graph.insert_before(fused.split, step)
-            value = step.outputs[0]
-            value.name = unused_name(graph, f"{part.output.name}_{operator}")
+            value = new_node(graph, fused.split, operator, [value, operand]).outputs[0]
         return value
 
     rewrite.replaced[part.output] = build
@@ -152,35 +149,20 @@ def _replay_path(fused: Fused, part: Part, columns: slice, rewrite: Rewrite) -> 
 def _shrink_split(fused: Fused, part: Part, rewrite: Rewrite) -> None:
     """Split what is left into the other parts, or pass it on if there is only one."""
     others = [other for other in fused.parts if other is not part]
-    if len(others) == 1:
-        rewrite.replaced[others[0].output] = lambda graph: fused.split.inputs[0]
-        return
-    made: list[ir.Node] = []
+    made: list[ir.Value] = []
 
-    def split(graph: ir.Graph) -> ir.Node:
+    def split(graph: ir.Graph, index: int) -> ir.Value:
+        source = fused.split.inputs[0]
+        assert source is not None
+        if len(others) == 1:
+            return source
         if not made:
-            made.append(_new_split(graph, fused.split, [other.size for other in others]))
-        return made[0]
+            made.extend(new_split(graph, fused.split, source, [other.size for other in others]))
+        return made[index]
 
     for index, other in enumerate(others):
-        rewrite.replaced[other.output] = lambda graph, index=index: split(graph).outputs[index]
-    rewrite.nodes_added += 1
-
-
-def _new_split(graph: ir.Graph, old: ir.Node, sizes: list[int]) -> ir.Node:
-    attributes: dict[str, int | list[int]] = {"axis": old.attributes.get_int("axis", 0)}
-    operands = [old.inputs[0]]
-    if "split" in old.attributes:  # before opset 13
-        attributes["split"] = sizes
-    else:
-        tensor = ir.tensor(np.asarray(sizes, dtype=np.int64))
-        operands.append(_new_constant(graph, tensor, f"{old.name}_sizes"))
-    name = unused_node_name(graph, f"{old.name}_kept")
-    new = ir.node("Split", operands, attributes=attributes, num_outputs=len(sizes), name=name)
-    graph.insert_before(old, new)
-    for index, value in enumerate(new.outputs):
-        value.name = unused_name(graph, f"{name}_{index}")
-    return new
+        rewrite.replaced[other.output] = partial(split, index=index)
+    rewrite.nodes_added += len(others) > 1
 
 
 def _vectors(fused: Fused) -> Iterator[tuple[ir.Node, int]]:
@@ -203,10 +185,3 @@ def _columns(node: ir.Node, index: int, columns: Array | slice, size: int) -> Fo
     factor = beta if isinstance(columns, slice) else 1.0  # the part taken out leaves the Gemm
     shape = (*held.shape[:-1], size)
     return FoldedTensor(lambda: held.wide()[..., columns] * factor, held.dtype, shape)
-
-
-def _new_constant(graph: ir.Graph, tensor: ir.TensorProtocol, name: str) -> ir.Value:
-    value = initializer(tensor)
-    value.name = unused_name(graph, name)
-    graph.register_initializer(value)
-    return value

@@ -1,10 +1,11 @@
-"""Interpolate a writer: express its rows by ``d`` of them, which become the basis of the stream.
+"""Interpolate: ``d`` rows of a tall writer, or ``d`` columns of a wide reader, become the basis.
 
 ``O = [I; B] O₁`` with ``O₁`` ``d`` well-chosen rows of O and ``B = O₂ O₁⁻¹``. The stream becomes
 ``x' = h₁ + h₂ B`` and its readers ``O₁ Q``, ``O₁ K``, ``O₁ V``: the same ``d²`` weights go as when
 a square reader is absorbed, but nothing is inverted, the coefficients are at most 1.5, and no
-square matrix is needed. The order of the rows goes into the columns of the layers that make ``h``. Rows
-after S. Goreinov et al., "How to find a good submatrix", 2010.
+square matrix is needed. In the same way ``M = M₁ [I, C]`` for the wide first layer of an FFN: its
+output becomes ``[x', x' C]``. The order of the rows (columns) goes into the weights before (behind)
+the activation. Rows after S. Goreinov et al., "How to find a good submatrix", 2010.
 """
 
 from __future__ import annotations
@@ -17,113 +18,141 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from onnx_fold.basis import Basis, FoldedTensor, Side, select_rows
+from onnx_fold.basis import Basis, Expression, FoldedTensor, Side, select_rows
 from onnx_fold.bias import carry_biases
 from onnx_fold.constants import Array
 from onnx_fold.folding import Candidate, FoldPass
 from onnx_fold.linear import Linear, compact
-from onnx_fold.permute import permute
+from onnx_fold.permute import hidden_stream, permute
 from onnx_fold.rebase import Rebased, rebase
-from onnx_fold.rewrite import Rewrite, initializer, new_node, unused_name
+from onnx_fold.rewrite import Rewrite, new_constant, new_node, new_split
 from onnx_fold.stream import Stream
 
 
 class InterpolatePass(FoldPass):
-    """Give the stream a basis of rows of its widest writer."""
+    """Give the stream a basis of rows of its tallest writer, or of columns of its widest reader."""
 
     name = "interpolate"
+    operators = 1
 
     def candidates(self, stream: Stream) -> Iterator[Candidate]:
-        """Yield candidates for the linear writer with most rows.
+        """Yield candidates for the writer with most rows and the reader with most columns."""
+        tall = [w for w in stream.writers if w.is_plain and w.in_features > stream.width]
+        if tall and not stream.tables:
+            yield from _rows_of(stream, max(tall, key=lambda layer: layer.in_features))
+        wide = [r for r in stream.readers if _can_be_joined(r) and r.out_features > stream.width]
+        if wide:
+            yield from _columns_of(stream, max(wide, key=lambda layer: layer.out_features))
 
-        Biases are expressed in the new basis, or else carried through the readers.
-        """
-        tall = [w for w in stream.writers if w.in_features > w.out_features and w.is_plain]
-        if not tall or stream.tables:
-            return
-        writer = max(tall, key=lambda layer: layer.in_features)
-        rows = _Rows(writer)
-        rebased = rebase(stream, Basis(rows.basis, inverted=True), stream.width, pivot=writer)
-        if writer.node.op_type != "Gemm":  # its bias would need an Add of its own
-            yield from _interpolate(stream, rows, Rewrite(stored=rebased.stored), rebased)
-        carried = Rewrite(
-            stored={reader.edge: rebased.stored[reader.edge] for reader in stream.readers}
-        )
-        is_sole = len(stream.writers) == 1
-        if stream.constants and is_sole and carry_biases(stream, writer, carried):
-            without = replace(rebased, writers=[s for s in rebased.writers if not s.is_table])
-            yield from _interpolate(stream, rows, carried, without)
+
+def _can_be_joined(reader: Linear) -> bool:
+    return reader.is_plain and reader.node.op_type == "MatMul"
 
 
 class _Rows:
-    """The rows of a writer, selected when they are first needed."""
+    """The rows of a matrix ``[f, d]``, selected when they are first needed."""
 
-    def __init__(self, writer: Linear) -> None:
-        self.writer = writer
+    def __init__(self, matrix: Expression) -> None:
+        self._matrix = matrix
 
     @cached_property
     def _selected(self) -> tuple[npt.NDArray[np.intp], Array]:
-        return select_rows(self.writer.matrix())
+        return select_rows(self._matrix())
 
     def order(self) -> npt.NDArray[np.intp]:
         """All rows, the basis first."""
         return self._selected[0]
 
     def rest(self) -> Array:
-        """``B``, ``[f - d, d]``."""
+        """``B``, ``[f - d, d]``: the other rows in terms of the basis."""
         return self._selected[1]
 
     def basis(self) -> Array:
-        """``O₁``, ``[d, d]``."""
-        return self.writer.matrix()[self.order()[: self.writer.out_features]]
+        """The basis, ``[d, d]``."""
+        matrix = self._matrix()
+        return matrix[self.order()[: matrix.shape[1]]]
 
-
-def _interpolate(
-    stream: Stream, rows: _Rows, rewrite: Rewrite, rebased: Rebased
-) -> Iterator[Candidate]:
-    writer, width = rows.writer, stream.width
-    depth = writer.in_features
-    rest = FoldedTensor(rows.rest, writer.weight.dtype, (depth - width, width))
-    rewrite.added.append(rest)
-    is_free = permute(stream, writer, rows.order, rewrite)
-    rewrite.nodes_added += 3 if is_free else 4
-
-    def build(graph: ir.Graph) -> ir.Value:
-        hidden, node = writer.x, writer.node
-        name = writer.weight.leaf.name or "weight"
-
-        def step(operator: str, *inputs: ir.Value, **attributes: int) -> ir.Node:
-            return new_node(graph, node, operator, inputs, f"{node.name}_{operator}", **attributes)
-
-        def held(tensor: ir.TensorProtocol, suffix: str) -> ir.Value:
-            value = initializer(tensor)
-            value.name = unused_name(graph, f"{name}_{suffix}")
-            graph.register_initializer(value)
-            return value
-
-        if not is_free:
-            order = ir.tensor(rows.order().astype(np.int64))
-            hidden = step("Gather", hidden, held(order, "order"), axis=-1).outputs[0]
-        sizes = ir.tensor(np.array([width, depth - width], dtype=np.int64))
-        split = step("Split", hidden, held(sizes, "sizes"), axis=-1, num_outputs=2)
-        head, tail = split.outputs
-        product = step("MatMul", tail, held(rest, "rest")).outputs[0]
-        return step("Add", head, product).outputs[0]
-
-    rewrite.replaced[writer.y] = build
-
-    def after() -> Array:
-        matrix = np.empty((depth, width))
-        matrix[rows.order()] = np.vstack([np.eye(width), rest.numpy().astype(np.float64)])
+    def rebuilt(self, rest: Array) -> Array:
+        """``[I; B]`` with its rows where they were, ``[f, d]``."""
+        matrix = np.empty((len(self.order()), rest.shape[1]))
+        matrix[self.order()] = np.vstack([np.eye(rest.shape[1]), rest])
         return matrix
 
-    sides = list(rebased.writers)
-    sides[stream.writers.index(writer)] = Side(writer.matrix, after)
-    into = compact([reader.label for reader in stream.readers])
-    yield Candidate(
-        strategy=InterpolatePass.name,
-        text=f"{width} rows of {writer.label} into {into}",
-        rewrite=rewrite,
-        writers=sides,
-        readers=rebased.readers,
+
+def _rows_of(stream: Stream, writer: Linear) -> Iterator[Candidate]:
+    """Biases are expressed in the new basis, or else carried through the readers."""
+    rows = _Rows(writer.matrix)
+    basis = Basis(rows.basis, inverted=True)
+    rebased = rebase(stream, basis, stream.width, pivot=writer)
+    if writer.node.op_type != "Gemm":  # its bias would need an Add of its own
+        is_inverted = len(rebased.writers) > 1
+        candidate = _split(stream, writer, rows, Rewrite(stored=rebased.stored), rebased)
+        yield replace(candidate, basis=basis if is_inverted else None)
+    carried = Rewrite(
+        stored={reader.edge: rebased.stored[reader.edge] for reader in stream.readers}
     )
+    is_sole = len(stream.writers) == 1
+    if stream.constants and is_sole and carry_biases(stream, writer, carried):
+        without = replace(rebased, writers=[s for s in rebased.writers if not s.is_table])
+        yield _split(stream, writer, rows, carried, without)
+
+
+def _split(
+    stream: Stream, writer: Linear, rows: _Rows, rewrite: Rewrite, rebased: Rebased
+) -> Candidate:
+    """``x' = h₁ + h₂ B`` in the place of ``h O``."""
+    width, depth = stream.width, writer.in_features
+    rest = FoldedTensor(rows.rest, writer.weight.dtype, (depth - width, width))
+    rewrite.added.append(rest)
+    hidden = hidden_stream(stream, writer)
+    if hidden is not None:
+        permute(hidden, writer, rows.order, rewrite)
+    rewrite.nodes_added += 4 if hidden is None else 3
+
+    def build(graph: ir.Graph) -> ir.Value:
+        value, node, name = writer.x, writer.node, writer.weight.leaf.name
+        if hidden is None:
+            order = ir.tensor(rows.order().astype(np.int64))
+            indices = new_constant(graph, order, f"{name}_order")
+            value = new_node(graph, node, "Gather", [value, indices], axis=-1).outputs[0]
+        head, tail = new_split(graph, node, value, [width, depth - width])
+        product = new_node(graph, node, "MatMul", [tail, new_constant(graph, rest, f"{name}_rest")])
+        return new_node(graph, node, "Add", [head, product.outputs[0]]).outputs[0]
+
+    rewrite.replaced[writer.y] = build
+    sides = list(rebased.writers)
+    sides[stream.writers.index(writer)] = Side(
+        writer.matrix, lambda: rows.rebuilt(rest.numpy().astype(np.float64))
+    )
+    into = compact(stream.read_by)
+    text = f"{width} rows of {writer.label} into {into}"
+    return Candidate(InterpolatePass.name, text, rewrite, sides, rebased.readers)
+
+
+def _columns_of(stream: Stream, reader: Linear) -> Iterator[Candidate]:
+    """``[x', x' C]`` in the place of ``x M``."""
+    hidden = hidden_stream(stream, reader)
+    if hidden is None:
+        return
+    width, breadth = stream.width, reader.out_features
+    rows = _Rows(lambda: reader.matrix().T)
+    basis = Basis(lambda: rows.basis().T)
+    rebased = rebase(stream, basis, width, pivot=reader)
+    rest = FoldedTensor(lambda: rows.rest().T, reader.weight.dtype, (width, breadth - width))
+    rewrite = Rewrite(stored=rebased.stored, added=[rest], nodes_added=2)
+    permute(hidden, reader, rows.order, rewrite)
+
+    def build(graph: ir.Graph) -> ir.Value:
+        node = reader.node
+        weight = new_constant(graph, rest, f"{reader.weight.leaf.name}_rest")
+        product = new_node(graph, node, "MatMul", [reader.x, weight]).outputs[0]
+        return new_node(graph, node, "Concat", [reader.x, product], axis=-1).outputs[0]
+
+    rewrite.replaced[reader.y] = build
+    sides = list(rebased.readers)
+    sides[stream.readers.index(reader)] = Side(
+        reader.matrix, lambda: rows.rebuilt(rest.numpy().astype(np.float64).T).T
+    )
+    into = compact([*stream.written_by, *(r.label for r in stream.readers if r is not reader)])
+    text = f"{width} columns of {reader.label} into {into}"
+    yield Candidate(InterpolatePass.name, text, rewrite, rebased.writers, sides, basis)

@@ -52,7 +52,7 @@ def _merge_writer(stream: Stream, writer: Linear) -> Iterator[Candidate]:
             resize_stream(stream, kept, width, rewrite)
     except CannotResizeError:
         return
-    into = compact([reader.label for reader in stream.readers])
+    into = compact(stream.read_by)
     writers = [side for side in rebased.writers if not side.is_table]
     yield Candidate(
         strategy=MergePass.name,
@@ -77,7 +77,7 @@ def _merge_reader(stream: Stream, reader: Linear) -> Iterator[Candidate]:
             resize_stream(stream, stream.values, width, rewrite)
     except CannotResizeError:
         return
-    into = compact([writer.label for writer in (*stream.tables, *stream.writers)])
+    into = compact(stream.written_by)
     yield Candidate(
         strategy=MergePass.name,
         text=f"{reader.label} into {into}",
