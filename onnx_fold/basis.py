@@ -211,11 +211,13 @@ class Side:
         before: ``[n, d]`` for a writer, ``[d, n]`` for a reader.
         after: What is stored in its place.
         is_table: A writer whose rows are taken one by one (an embedding), not multiplied.
+        rows: What a writer was seen to read, ``[m, n]``; random rows are taken if there is none.
     """
 
     before: Expression
     after: Expression | None
     is_table: bool = False
+    rows: Array | None = None
 
 
 def probe(
@@ -223,7 +225,8 @@ def probe(
 ) -> tuple[float, float]:
     """Predict the relative error of a fold, for values and weights stored as ``dtype``.
 
-    Random rows ``h ~ N(0, 1)`` go through the writers and the readers. The reference is
+    Random rows ``h ~ N(0, 1)``, or recorded ones, go through the writers and the readers. The
+    reference is
     ``y = (Σ h W) R`` in float64. The folded side has its weights as they would be stored; on both
     sides the stream's value and the result are rounded to the storage type. A probe, not a bound.
 
@@ -248,7 +251,10 @@ def probe(
             x = x + w[index].astype(np.float64)
             x_folded = x_folded + w_folded[index].astype(np.float64)
         else:
-            h = rounded(generator.standard_normal((rows, len(w))))
+            h = generator.standard_normal((rows, len(w)))
+            if side.rows is not None:
+                h = side.rows[generator.integers(0, len(side.rows), rows)]
+            h = rounded(h)
             x = x + h @ w.astype(np.float64)
             x_folded = x_folded + (h if side.after is None else h @ w_folded.astype(np.float64))
     x_original, x_folded = rounded(x), rounded(x_folded)

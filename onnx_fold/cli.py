@@ -41,7 +41,16 @@ def _planning(command: Callable[..., None]) -> Callable[..., None]:
                 " P is the output projection of a parallel block; auto takes the most accurate.",
             ),
             click.option(
-                "--only", multiple=True, metavar="PASS", help="Run this pass only (merge, absorb)."
+                "--strategy",
+                metavar="PASS",
+                help="Force absorb, interpolate or select wherever a basis has to change."
+                " [default: by predicted error]",
+            ),
+            click.option(
+                "--only",
+                multiple=True,
+                metavar="PASS",
+                help="Run this pass only (merge, absorb, interpolate, select).",
             ),
             click.option("--skip", multiple=True, metavar="PASS", help="Do not run this pass."),
             click.option(
@@ -54,6 +63,13 @@ def _planning(command: Callable[..., None]) -> Callable[..., None]:
                 "--tolerance",
                 type=float,
                 help="Largest predicted relative error of one fold. [default: by storage type]",
+            ),
+            click.option(
+                "--calibrate",
+                type=ModelPath,
+                metavar="FILE.npz",
+                help="Inputs to run the original on once: errors are predicted, and rows picked,"
+                " with what its layers read.",
             ),
         )
     ):

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import onnx_ir as ir
 
@@ -20,6 +20,9 @@ from onnx_fold.report import CandidateReport, StreamReport
 from onnx_fold.rewrite import Rewrite
 from onnx_fold.stream import Stream, find_streams
 from onnx_fold.widen import unit_roundoff
+
+if TYPE_CHECKING:
+    from onnx_fold.calibrate import Activations
 
 logger = logging.getLogger(__name__)
 
@@ -133,10 +136,12 @@ class FoldPass(ir.passes.InPlacePass):
     Attributes:
         name: What it is called on the command line.
         operators: How many operators it adds at the least; passes that add fewer are asked first.
+        is_basis_change: Whether it needs ``T⁻¹``, so that there are others to choose from.
     """
 
     name: ClassVar[str]
     operators: ClassVar[int] = 0
+    is_basis_change: ClassVar[bool] = True
 
     def __init__(self, options: Options | None = None) -> None:
         super().__init__()
@@ -153,9 +158,19 @@ class FoldPass(ir.passes.InPlacePass):
 
 
 def fold_streams(
-    model: ir.Model, passes: Sequence[FoldPass], options: Options
+    model: ir.Model,
+    passes: Sequence[FoldPass],
+    options: Options,
+    activations: Activations | None = None,
 ) -> list[StreamReport]:
     """Fold every closed stream of ``model`` in place, to a fixpoint.
+
+    Args:
+        model: The model.
+        passes: The strategies to choose from.
+        options: What decides among them.
+        activations: Recorded rows, for probes and the selection of rows in place of random ones;
+            those that a fold makes meaningless are dropped.
 
     Returns:
         A report for each stream, in graph order: what was folded, or why nothing was. Streams that
@@ -168,7 +183,7 @@ def fold_streams(
     while True:
         left: list[tuple[int, StreamReport]] = []
         touched: set[ir.Node] = set()
-        for stream in find_streams(model):
+        for stream in find_streams(model, activations):
             nodes = stream.nodes
             position = min(order.get(node, 0) for node in nodes)
             report = StreamReport.of(stream)
@@ -183,6 +198,8 @@ def fold_streams(
                 changed = nodes | rewrite.nodes
                 if changed & touched:
                     continue
+                if activations is not None:
+                    activations.forget((*stream.values, *rewrite.reordered))
                 rewrite.apply(model.graph)
                 logger.info("%s: %s", report.folded.strategy, report.folded.text)
                 touched |= changed

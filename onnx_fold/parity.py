@@ -270,7 +270,7 @@ def _feeds(
     if inputs is not None:
         if shapes is not None:
             raise UsageError("pass either inputs or shapes, not both")
-        return [_Feed("given inputs", _given(model, inputs))]
+        return [_Feed("given inputs", given_inputs(model, inputs))]
     if samples < 1 or (shapes is not None and not shapes):
         raise UsageError("nothing to run: at least one sample and one shape are needed")
     defaults: list[dict[str, int]] = [{"batch": 1, "seq": 8}, {"batch": 2, "seq": 16}]
@@ -298,7 +298,12 @@ def _check_sizes(model: ir.Model, sizes: Mapping[str, int]) -> None:
         )
 
 
-def _given(model: ir.Model, inputs: str | os.PathLike[str] | Mapping[str, Array]) -> Arrays:
+def given_inputs(model: ir.Model, inputs: str | os.PathLike[str] | Mapping[str, Array]) -> Arrays:
+    """Read the inputs of ``model`` from arrays or an ``.npz`` file, in the types it takes.
+
+    Raises:
+        UsageError: An input is unknown, missing, or does not fit.
+    """
     arrays = dict(inputs) if isinstance(inputs, Mapping) else _read_npz(inputs)
     known = {str(value.name): value for value in model.graph.inputs}
     needed = {str(value.name) for value in runtime.model_inputs(model)}

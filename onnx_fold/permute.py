@@ -80,6 +80,7 @@ def permute(hidden: Stream, pivot: Linear, order: Order, rewrite: Rewrite) -> No
         order: The new order.
         rewrite: Receives the reordered weights.
     """
+    rewrite.reordered.extend(hidden.values)
     for layer in (*hidden.writers, *hidden.readers):
         if layer.node is not pivot.node:
             axis = int(layer in hidden.writers) ^ layer.transposed

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ from typing import Any
 import onnx_ir as ir
 from rich.console import Group, RenderableType
 
+from onnx_fold.calibrate import record
+from onnx_fold.constants import Array
 from onnx_fold.cost import Saving, cost
 from onnx_fold.errors import CannotWriteError, CheckFailedError, UsageError
 from onnx_fold.files import ModelSource, check, load, replacing, save
@@ -65,10 +67,12 @@ def fold(
     model: ModelSource,
     *,
     pivot: str = "auto",
+    strategy: str | None = None,
     only: Sequence[str] = (),
     skip: Sequence[str] = (),
     protect: Iterable[str] = (),
     tolerance: float | None = None,
+    calibrate: str | os.PathLike[str] | Mapping[str, Array] | None = None,
     verify: bool = True,
     provider: str = "auto",
 ) -> FoldResult:
@@ -79,11 +83,17 @@ def fold(
             not changed.
         pivot: Which matrix becomes the identity where there is a choice: ``"q"``, ``"k"``, ``"v"``,
             ``"p"`` (the writer of a parallel block), or ``"auto"``: the most accurate.
-        only: Names of the passes to run; empty for all (``"merge"``, ``"absorb"``).
+        strategy: Force one way to change a basis, ``"absorb"``, ``"interpolate"`` or ``"select"``,
+            whatever its error unless ``tolerance`` limits it. None chooses by predicted error.
+        only: Names of the passes to run; empty for all (those and ``"merge"``).
         skip: Names of passes not to run.
         protect: Names of initializers, nodes or values whose streams are left alone.
         tolerance: Largest predicted relative error of one fold. None takes the default of the
-            storage type, :data:`onnx_fold.basis.TOLERANCES`.
+            storage type, :data:`onnx_fold.basis.TOLERANCES`, and at most
+            :data:`onnx_fold.basis.MAX_RATIO` times the error of the original.
+        calibrate: Inputs, as arrays by name or an ``.npz`` file. The original runs on them once;
+            what its layers read then stands for random rows when errors are predicted, and
+            weights the rows that interpolation picks.
         verify: Run both models in ONNX Runtime and compare them.
         provider: Where to verify: ``"cpu"``, ``"cuda"`` or ``"auto"``.
 
@@ -96,15 +106,18 @@ def fold(
         MissingExtraError: ``verify`` is asked for and onnxruntime is not installed.
         UsageError: An unknown pivot or pass.
     """
-    if verify:
+    if verify or calibrate is not None:
         onnxruntime()  # say at once that it is missing, not after the work
+    if strategy is not None and tolerance is None:
+        tolerance = float("inf")
     options = Options(pivot=pivot, protect=frozenset(protect), tolerance=tolerance)
-    passes = _select(options, only, skip)
+    passes = _passes(options, strategy, only, skip)
     original = load(model)
+    seen = None if calibrate is None else record(original, calibrate, provider)
     before = cost(original)
     try:
         folded = original.clone()
-        streams = fold_streams(folded, passes, options)
+        streams = fold_streams(folded, passes, options, seen)
     except Exception as error:
         check(model, original, error)
         raise
@@ -119,14 +132,18 @@ def fold(
     return FoldResult(folded, report, source)
 
 
-def _select(options: Options, only: Sequence[str], skip: Sequence[str]) -> list[FoldPass]:
+def _passes(
+    options: Options, strategy: str | None, only: Sequence[str], skip: Sequence[str]
+) -> list[FoldPass]:
     names = [each.name for each in PASSES]
-    for name in (*only, *skip):
-        if name not in names:
+    for name in (*only, *skip, strategy):
+        if name is not None and name not in names:
             raise UsageError(f"unknown pass '{name}'; there are {', '.join(names)}")
     if options.pivot not in PIVOTS:
         raise UsageError(f"unknown pivot '{options.pivot}'; there are {', '.join(PIVOTS)}")
     wanted = [each for each in PASSES if (not only or each.name in only) and each.name not in skip]
+    if strategy is not None:
+        wanted = [each for each in wanted if each.name == strategy or not each.is_basis_change]
     return [each(options) for each in wanted]
 
 
@@ -178,10 +195,12 @@ def inspect(
     model: ModelSource,
     *,
     pivot: str = "auto",
+    strategy: str | None = None,
     only: Sequence[str] = (),
     skip: Sequence[str] = (),
     protect: Iterable[str] = (),
     tolerance: float | None = None,
+    calibrate: str | os.PathLike[str] | Mapping[str, Array] | None = None,
 ) -> InspectReport:
     """Show the streams of a model, what would fold, and why the rest would not.
 
@@ -195,10 +214,12 @@ def inspect(
     result = fold(
         original,
         pivot=pivot,
+        strategy=strategy,
         only=only,
         skip=skip,
         protect=protect,
         tolerance=tolerance,
+        calibrate=calibrate,
         verify=False,
     )
     metadata = {

@@ -52,7 +52,7 @@ def rebase(stream: Stream, basis: Basis, width: int, pivot: Linear) -> Rebased:
         if layer is not pivot:
             tensor = result.stored[layer.edge] = store(layer, is_writer=True)
             after = stored_matrix(layer, tensor)
-        result.writers.append(Side(layer.matrix, after))
+        result.writers.append(Side(layer.matrix, after, rows=stream.rows_of(layer)))
     for layer in stream.readers:
         after = None
         if layer is not pivot:

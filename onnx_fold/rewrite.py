@@ -29,6 +29,7 @@ class Rewrite:
         resized: Values whose channel axis gets another width: value → (axis, width).
         added: Further initializers that ``replaced`` makes.
         kept: Constants that ``replaced`` still reads.
+        reordered: Values whose channels come in another order.
         nodes_added: Operators that ``rewired`` and ``replaced`` build.
     """
 
@@ -39,6 +40,7 @@ class Rewrite:
     resized: dict[ir.Value, tuple[int, int]] = field(default_factory=dict)
     added: list[FoldedTensor] = field(default_factory=list)
     kept: set[ir.Value] = field(default_factory=set)
+    reordered: list[ir.Value] = field(default_factory=list)
     nodes_added: int = 0
 
     @property

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
@@ -16,6 +17,9 @@ from onnx_fold.commute import OpensStreamError, Port, Rule, ports
 from onnx_fold.constants import Array, Constant, constant
 from onnx_fold.linear import Linear, find_linears, label
 from onnx_fold.shapes import Shapes
+
+if TYPE_CHECKING:
+    from onnx_fold.calibrate import Activations
 
 Edge = tuple[ir.Node, int]
 
@@ -147,6 +151,11 @@ class Stream:
         """Shapes of all values of the graph."""
         return self.search.shapes
 
+    def rows_of(self, writer: Linear) -> Array | None:
+        """Rows ``[n, in_features]`` that ``writer`` was seen to read, if any were recorded."""
+        activations = self.search.activations
+        return activations.of(writer) if activations is not None else None
+
     @property
     def is_closed(self) -> bool:
         """Whether its basis is free."""
@@ -184,9 +193,12 @@ class Stream:
         return {member.node for member in self.members}
 
 
-def find_streams(model: ir.Model) -> list[Stream]:
-    """The streams of the main graph that at least one linear layer writes or reads."""
-    search = Search(model.graph, Shapes(model))
+def find_streams(model: ir.Model, activations: Activations | None = None) -> list[Stream]:
+    """The streams of the main graph that at least one linear layer writes or reads.
+
+    ``activations`` are what the layers were seen to read, for passes that ask for it.
+    """
+    search = Search(model.graph, Shapes(model), activations)
     streams = []
     for linear in search.linears.values():
         for value, axis, width in (
@@ -201,9 +213,12 @@ def find_streams(model: ir.Model) -> list[Stream]:
 class Search:
     """Follows channel axes through one graph."""
 
-    def __init__(self, graph: ir.Graph, shapes: Shapes) -> None:
+    def __init__(
+        self, graph: ir.Graph, shapes: Shapes, activations: Activations | None = None
+    ) -> None:
         self.graph = graph
         self.shapes = shapes
+        self.activations = activations
         self.linears = {linear.node: linear for linear in find_linears(graph)}
         self.order = {node: position for position, node in enumerate(graph)}
         self.seen: set[ir.Value] = set()

@@ -52,12 +52,22 @@ def _can_be_joined(reader: Linear) -> bool:
 class _Rows:
     """The rows of a matrix ``[f, d]``, selected when they are first needed."""
 
-    def __init__(self, matrix: Expression) -> None:
+    def __init__(self, matrix: Expression, seen: Array | None = None) -> None:
+        """Select among the rows of ``matrix()``, weighted by the activations ``seen``."""
         self._matrix = matrix
+        self._seen = seen
 
     @cached_property
     def _selected(self) -> tuple[npt.NDArray[np.intp], Array]:
-        return select_rows(self._matrix())
+        matrix = self._matrix()
+        if self._seen is None:
+            return select_rows(matrix)
+        scale = np.sqrt(np.mean(self._seen**2, axis=0))
+        scale = np.maximum(scale, 1e-3 * scale.max(initial=1e-30))[:, None]
+        order, rest = select_rows(matrix * scale)
+        ordered = scale[order]
+        width = matrix.shape[1]
+        return order, rest / ordered[width:] * ordered[:width].T
 
     def order(self) -> npt.NDArray[np.intp]:
         """All rows, the basis first."""
@@ -81,7 +91,7 @@ class _Rows:
 
 def _rows_of(stream: Stream, writer: Linear) -> Iterator[Candidate]:
     """Biases are expressed in the new basis, or else carried through the readers."""
-    rows = _Rows(writer.matrix)
+    rows = _Rows(writer.matrix, stream.rows_of(writer))
     basis = Basis(rows.basis, inverted=True)
     rebased = rebase(stream, basis, stream.width, pivot=writer)
     if writer.node.op_type != "Gemm":  # its bias would need an Add of its own
@@ -121,8 +131,9 @@ def _split(
 
     rewrite.replaced[writer.y] = build
     sides = list(rebased.writers)
-    sides[stream.writers.index(writer)] = Side(
-        writer.matrix, lambda: rows.rebuilt(rest.numpy().astype(np.float64))
+    position = stream.writers.index(writer)
+    sides[position] = replace(
+        sides[position], after=lambda: rows.rebuilt(rest.numpy().astype(np.float64))
     )
     into = compact(stream.read_by)
     text = f"{width} rows of {writer.label} into {into}"

@@ -24,6 +24,7 @@ class MergePass(FoldPass):
     """Multiply out two linear layers in a row, wherever weights do not grow."""
 
     name = "merge"
+    is_basis_change = False
 
     def candidates(self, stream: Stream) -> Iterator[Candidate]:
         """Yield the merge of the sole writer, or of the sole reader, if there is one."""

@@ -1,0 +1,80 @@
+"""What the layers of a model really read: rows of one run, for probes and row selection."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as ir
+
+from onnx_fold.constants import Array
+from onnx_fold.linear import Linear, find_linears
+from onnx_fold.parity import given_inputs
+from onnx_fold.runtime import run, session
+from onnx_fold.widen import SIXTEEN_BITS, precision, widen
+
+MAX_ROWS = 256
+"""Rows that are kept of each value."""
+
+
+@dataclass
+class Activations:
+    """Rows of the values that linear layers read, ``[n, width]`` float64, by value name."""
+
+    rows: dict[str, Array] = field(default_factory=dict)
+
+    def of(self, layer: Linear) -> Array | None:
+        """The rows that ``layer`` reads, or None if they were not recorded or are out of date."""
+        return self.rows.get(layer.x.name or "")
+
+    def forget(self, values: Iterable[ir.Value]) -> None:
+        """Drop what no longer holds: the channels of ``values`` mean something else now."""
+        for value in values:
+            self.rows.pop(value.name or "", None)
+
+
+def record(
+    model: ir.Model, inputs: str | os.PathLike[str] | Mapping[str, Array], provider: str = "cpu"
+) -> Activations:
+    """Run ``model`` once and keep rows of what each linear layer of its main graph reads.
+
+    Args:
+        model: The model; it is not changed. 16-bit models run in float32.
+        inputs: Arrays by name, or an ``.npz`` file.
+        provider: ``"cpu"``, ``"cuda"`` or ``"auto"``.
+
+    Raises:
+        MissingExtraError: onnxruntime is not installed.
+        UsageError: The inputs do not fit the model.
+    """
+    feeds = given_inputs(model, inputs)
+    copy = model.clone()
+    if precision(model) in SIXTEEN_BITS:
+        copy = widen(model, ir.DataType.FLOAT)
+        feeds = {name: _float32(array) for name, array in feeds.items()}
+    linears = {layer.x.name: layer for layer in find_linears(copy.graph)}
+    known = {value.name for value in (*copy.graph.inputs, *copy.graph.outputs)}
+    for name, layer in linears.items():
+        if name not in known:
+            copy.graph.outputs.append(layer.x)
+    outputs = {**feeds, **run(session(copy, provider), feeds)}
+    return Activations(
+        {
+            name: _rows(outputs[name], layer.x_axis)
+            for name, layer in linears.items()
+            if name is not None and name in outputs
+        }
+    )
+
+
+def _float32(array: Array) -> Array:
+    is_narrow = array.dtype.itemsize == 2 and array.dtype.kind in "fV"
+    return array.astype(np.float32) if is_narrow else array
+
+
+def _rows(array: Array, axis: int) -> Array:
+    rows = np.moveaxis(array, axis, -1).reshape(-1, array.shape[axis])
+    kept = np.linspace(0, len(rows) - 1, min(len(rows), MAX_ROWS)).astype(np.intp)
+    return rows[kept].astype(np.float64)
