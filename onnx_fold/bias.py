@@ -12,7 +12,7 @@ import onnx_ir as ir
 from onnx_fold.basis import FoldedTensor
 from onnx_fold.constants import Array, constant, scalar
 from onnx_fold.linear import Linear
-from onnx_fold.rewrite import Rewrite
+from onnx_fold.rewrite import CannotRewriteError, Rewrite
 from onnx_fold.stream import ConstantWriter, Stream
 
 Carried = list[tuple[ConstantWriter, float]]
@@ -27,21 +27,23 @@ _UNIFORM = frozenset(
 """Operators that leave a vector which is the same at every position as it is."""
 
 
-def carry_biases(stream: Stream, writer: Linear, rewrite: Rewrite) -> bool:
+def carry_biases(stream: Stream, writer: Linear, rewrite: Rewrite) -> None:
     """Plan to take every constant out of ``stream``, whose sole linear writer is ``writer``.
 
-    Returns:
-        False if one of them cannot be carried: it differs from position to position.
+    Raises:
+        CannotRewriteError: One of them differs from position to position where a reader reads it.
     """
-    if not all(_bypass(constant_writer, stream, rewrite) for constant_writer in stream.constants):
-        return False
+    for constant_writer in stream.constants:
+        if not _bypass(constant_writer, stream, rewrite):
+            raise CannotRewriteError(
+                f"'{constant_writer.label}' cannot be carried behind the readers"
+            )
     for reader in stream.readers if stream.constants else ():
         carried = _carried(reader.x, writer, stream)
         if carried is None:
-            return False
+            raise CannotRewriteError(f"the bias of {writer.label} reaches {reader.label} unevenly")
         if carried:
             _add_bias(rewrite, reader, carried)
-    return True
 
 
 def _bypass(writer: ConstantWriter, stream: Stream, rewrite: Rewrite) -> bool:

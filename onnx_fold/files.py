@@ -130,21 +130,23 @@ def weight_bytes(model: ir.Model) -> int:
     )
 
 
-def save(model: ir.Model, path: str | os.PathLike[str]) -> None:
+def save(model: ir.Model, path: str | os.PathLike[str], source: ir.Model | None = None) -> None:
     """Write ``model`` to ``path``: both files (graph and external data) or none.
 
     Weights go to ``<path>.data`` if some of the model's already lie outside its graph or if they
     do not fit one protobuf message. Everything is written beside the target, flushed to the disk
     and then renamed, data before graph.
 
+    ``source`` is another model whose weights must not be overwritten.
+
     Raises:
-        CannotWriteError: The folder is missing or read-only, the disk is full, or the model's own
-            weights lie in ``<path>.data``. An earlier file of that name is then still what it was.
+        CannotWriteError: The folder is missing or read-only, the disk is full, or weights of one
+            of the models lie in ``<path>.data``. An earlier file is then still what it was.
     """
     target = Path(path)
     data = target.name + ".data"
     external = weight_bytes(model) > PROTOBUF_LIMIT // 2 or any(external_tensors(model))
-    for tensor in external_tensors(model):
+    for tensor in (*external_tensors(model), *(external_tensors(source) if source else ())):
         if _is_same(Path(tensor.path), target.parent / data):
             raise CannotWriteError(
                 f"cannot write {target}: {data} holds the weights of the input; take another name"

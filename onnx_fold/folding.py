@@ -7,7 +7,7 @@ then the one with the fewest operators, then the most accurate one.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from onnx_fold.basis import MAX_RATIO, TOLERANCES, Basis, Side, probe
 from onnx_fold.report import CandidateReport, StreamReport
-from onnx_fold.rewrite import Rewrite
+from onnx_fold.rewrite import CannotRewriteError, Rewrite
 from onnx_fold.stream import Stream, find_streams
 from onnx_fold.widen import unit_roundoff
 
@@ -128,6 +128,16 @@ def _over_tolerance(error: float, own: float, dtype: ir.DataType, options: Optio
     return None
 
 
+def attempt(strategy: str, text: str, plan: Callable[[], Candidate]) -> Candidate | CandidateReport:
+    """What ``plan`` makes, or the reason why it cannot be said in the graph."""
+    try:
+        return plan()
+    except CannotRewriteError as reason:
+        return CandidateReport(
+            strategy, text, weights_removed=0, nodes_added=0, refused=str(reason)
+        )
+
+
 class FoldPass(ir.passes.InPlacePass):
     """Base of the fold strategies; also a pass of its own in any ``onnx_ir.passes.Sequential``.
 
@@ -147,8 +157,11 @@ class FoldPass(ir.passes.InPlacePass):
         super().__init__()
         self.options = options or Options()
 
-    def candidates(self, stream: Stream) -> Iterator[Candidate]:
-        """Yield the ways in which this strategy can fold ``stream``, which is closed."""
+    def candidates(self, stream: Stream) -> Iterator[Candidate | CandidateReport]:
+        """Yield the ways in which this strategy can fold ``stream``, which is closed.
+
+        What it would do but cannot say in the graph is a report with the reason.
+        """
         raise NotImplementedError
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -223,7 +236,7 @@ def _choose(
     if protected:
         return replace(report, reasons=[f"'{protected[0]}' is protected"]), None
     judged: list[CandidateReport] = []
-    for group in _ranked(stream, passes):
+    for group in _ranked(stream, passes, judged):
         verdicts = [(candidate.judged(stream, options), candidate) for candidate in group]
         judged += [verdict for verdict, _ in verdicts]
         accepted = [(v, candidate) for v, candidate in verdicts if v.refused is None]
@@ -235,14 +248,18 @@ def _choose(
     return replace(report, candidates=judged, reasons=reasons), None
 
 
-def _ranked(stream: Stream, passes: Sequence[FoldPass]) -> Iterator[list[Candidate]]:
+def _ranked(
+    stream: Stream, passes: Sequence[FoldPass], refused: list[CandidateReport]
+) -> Iterator[list[Candidate]]:
     """Candidates that tie, those that gain most first; a dear pass is asked after the cheap ones.
 
     That is the order of weights, then operators: a closed stream has d² weights too many, and who
     saves less was refused.
     """
     for _, tier in groupby(sorted(passes, key=_operators), key=_operators):
-        candidates = [candidate for each in tier for candidate in each.candidates(stream)]
+        proposals = [proposal for each in tier for proposal in each.candidates(stream)]
+        refused += [proposal for proposal in proposals if isinstance(proposal, CandidateReport)]
+        candidates = [proposal for proposal in proposals if isinstance(proposal, Candidate)]
         for _, group in groupby(sorted(candidates, key=_gain), key=_gain):
             yield list(group)
 

@@ -21,7 +21,7 @@ from onnx_fold.folding import PIVOTS, FoldPass, Options, fold_streams
 from onnx_fold.heads import Attention, find_attention
 from onnx_fold.parity import verify as parity_check
 from onnx_fold.passes import PASSES
-from onnx_fold.report import FoldReport, StreamReport, new_table
+from onnx_fold.report import FoldReport, new_table
 from onnx_fold.runtime import onnxruntime
 from onnx_fold.stream import find_streams
 
@@ -33,11 +33,13 @@ class FoldResult:
     Attributes:
         model: The result; the source is never changed.
         report: What was folded into what, what was not, and why.
-        source: The file that it came from, if it came from a file.
+        original: The model that it came from.
+        source: The file that that came from, if it came from a file.
     """
 
     model: ir.Model
     report: FoldReport
+    original: ir.Model
     source: Path | None = None
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -53,7 +55,7 @@ class FoldResult:
             with replacing(target) as folder:
                 shutil.copyfile(self.source, folder / target.name)
         else:
-            save(self.model, target)
+            save(self.model, target, self.original)
 
     def _is_single_file(self) -> bool:
         return not any(
@@ -121,7 +123,7 @@ def fold(
     except Exception as error:
         check(model, original, error)
         raise
-    report = _report(streams, Saving(before, cost(folded)))
+    report = FoldReport(Saving(before, cost(folded)), streams)
     if verify and report.folded:
         parity = parity_check(original, folded, provider=provider)
         report = replace(report, verification=parity)
@@ -129,7 +131,7 @@ def fold(
             message = f"the folded model is not the same function: {parity.reason}"
             raise CheckFailedError(message, report)
     source = Path(model) if isinstance(model, str | os.PathLike) else None
-    return FoldResult(folded, report, source)
+    return FoldResult(folded, report, original, source)
 
 
 def _passes(
@@ -145,14 +147,6 @@ def _passes(
     if strategy is not None:
         wanted = [each for each in wanted if each.name == strategy or not each.is_basis_change]
     return [each(options) for each in wanted]
-
-
-def _report(streams: list[StreamReport], saving: Saving) -> FoldReport:
-    endings: dict[str, int] = {}
-    for stream in streams:
-        if stream.ending is not None:
-            endings[stream.ending] = endings.get(stream.ending, 0) + 1
-    return FoldReport(saving, [stream for stream in streams if stream.is_foldable], endings)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from onnx_fold.basis import Basis, Expression, FoldedTensor, Side, product_dtype
 from onnx_fold.constants import Array, constant
 from onnx_fold.linear import Linear
-from onnx_fold.rewrite import Rewrite, new_node
+from onnx_fold.rewrite import CannotRewriteError, Rewrite, new_node
 from onnx_fold.stream import ConstantWriter, Edge, Stream
 
 
@@ -102,25 +102,24 @@ def _constant_side(writer: ConstantWriter, tensor: FoldedTensor) -> Side:
     return Side(lambda: writer.channels_last().reshape(-1, writer.width), after, is_table=True)
 
 
-def become_identity(rewrite: Rewrite, layer: Linear) -> bool:
+def become_identity(rewrite: Rewrite, layer: Linear) -> None:
     """Let what ``layer`` reads take the place of what it writes; its Gemm bias stays as an Add.
 
-    Returns:
-        False if that cannot be said in the graph: the axes differ, or a bias computed at run time
-        is scaled.
+    Raises:
+        CannotRewriteError: The axes differ, or a bias computed at run time is scaled.
     """
     node = layer.node
     bias = node.inputs[2] if node.op_type == "Gemm" and len(node.inputs) > 2 else None
     if not layer.keeps_layout:
-        return False
+        raise CannotRewriteError(f"{node.op_type} '{node.name}' moves the channels to another axis")
     if bias is None:
         rewrite.replaced[layer.y] = layer.x
-        return True
+        return
     beta = node.attributes.get_float("beta", 1.0)
     if beta != 1.0:
         held, stored = constant(bias), rewrite.stored.get((node, 2))
         if held is None:
-            return False
+            raise CannotRewriteError(f"Gemm '{node.name}' scales a bias computed at run time")
         wide = stored.wide if isinstance(stored, FoldedTensor) else held.wide
         shape = stored.shape.numpy() if stored is not None else held.shape
         rewrite.stored[node, 2] = FoldedTensor(lambda: beta * wide(), held.dtype, shape)
@@ -136,4 +135,3 @@ def become_identity(rewrite: Rewrite, layer: Linear) -> bool:
 
     rewrite.replaced[layer.y] = build
     rewrite.nodes_added += 1
-    return True

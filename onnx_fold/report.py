@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -118,15 +119,13 @@ class FoldReport:
 
     Attributes:
         saving: Cost before and after.
-        streams: The streams that a fold could be asked of, in graph order.
-        endings: How many further streams end in attention cores, activations, graph outputs.
+        streams: All streams, in graph order.
         verification: The parity check of the result, if it was asked for.
         is_plan: Nothing was written: this is what would be done.
     """
 
     saving: Saving
     streams: list[StreamReport]
-    endings: dict[str, int] = field(default_factory=dict)
     verification: ParityReport | None = None
     is_plan: bool = False
 
@@ -137,15 +136,19 @@ class FoldReport:
 
     @property
     def left_alone(self) -> list[StreamReport]:
-        """The streams that were not, each with its reasons."""
-        return [stream for stream in self.streams if not stream.folded]
+        """The streams that were not though they could be asked, each with its reasons."""
+        return [stream for stream in self.streams if stream.is_foldable and not stream.folded]
+
+    @property
+    def endings(self) -> dict[str, int]:
+        """How many further streams end in attention cores, activations, graph outputs."""
+        return Counter(stream.ending for stream in self.streams if stream.ending is not None)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON-ready data."""
         return {
             **saving_dict(self.saving),
             "streams": [stream.to_dict() for stream in self.streams],
-            "other_streams": self.endings,
             "verification": self.verification.to_dict() if self.verification else None,
         }
 

@@ -8,25 +8,21 @@ import numpy as np
 import onnx_ir as ir
 
 from onnx_fold.constants import integers
-from onnx_fold.rewrite import Build, Rewrite, unused_name, unused_node_name
+from onnx_fold.rewrite import Build, CannotRewriteError, Rewrite, unused_name, unused_node_name
 from onnx_fold.stream import Stream
 
 _FREE = (0, -1)
 """Entries of a Reshape's shape that follow the input: copied, inferred."""
 
 
-class CannotResizeError(Exception):
-    """The width is computed at run time, or something measures it; the message says what."""
-
-
 def resize_stream(stream: Stream, values: Iterable[ir.Value], width: int, rewrite: Rewrite) -> None:
     """Let ``values`` of ``stream`` be ``width`` channels wide: shapes and shape inputs.
 
     Raises:
-        CannotResizeError: An operator depends on the width in a way that cannot be rewritten.
+        CannotRewriteError: An operator depends on the width in a way that cannot be rewritten.
     """
     if stream.measures:
-        raise CannotResizeError(f"{stream.measures[0].name} reads the width of the stream")
+        raise CannotRewriteError(f"{stream.measures[0].name} reads the width of the stream")
     for value in values:
         rewrite.resized[value] = (stream.values[value], width)
         node = value.producer()
@@ -46,7 +42,7 @@ def resized_shape(node: ir.Node, axis: int, width: int) -> ir.TensorProtocol | B
         A new constant, a Concat to build, or None if the shape may stay as it is.
 
     Raises:
-        CannotResizeError: The shape is computed in another way than by a Concat.
+        CannotRewriteError: The shape is computed in another way than by a Concat.
     """
     shape = node.inputs[1]
     entries = integers(shape)
@@ -58,10 +54,10 @@ def resized_shape(node: ir.Node, axis: int, width: int) -> ir.TensorProtocol | B
         return ir.tensor(np.asarray(changed, dtype=np.int64))
     concat = shape.producer() if shape is not None else None
     if concat is None or concat.op_type != "Concat" or axis != -1:
-        raise CannotResizeError(f"{node.op_type} '{node.name}' computes its shape")
+        raise CannotRewriteError(f"{node.op_type} '{node.name}' computes its shape")
     last = integers(concat.inputs[-1])
     if last is None:
-        raise CannotResizeError(f"{node.op_type} '{node.name}' computes the width of its channels")
+        raise CannotRewriteError(f"{node.op_type} '{node.name}' computes the width of its channels")
     if last[-1] in _FREE:
         return None
     changed = [*last[:-1], width]

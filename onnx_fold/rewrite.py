@@ -17,6 +17,10 @@ Build = Callable[[ir.Graph], ir.Value]
 """Makes, when the change is applied, the value that takes the place of another."""
 
 
+class CannotRewriteError(Exception):
+    """A fold cannot be said in the graph; the message says which node stands in the way."""
+
+
 @dataclass
 class Rewrite:
     """New initializers and replaced values.

@@ -16,12 +16,13 @@ import onnx_ir as ir
 
 from onnx_fold.basis import Basis, FoldedTensor, Side
 from onnx_fold.constants import Array, constant
-from onnx_fold.folding import Candidate, FoldPass
+from onnx_fold.folding import Candidate, FoldPass, attempt
 from onnx_fold.heads import Fused, Part, fused, role
 from onnx_fold.linear import Linear, compact
-from onnx_fold.rebase import Rebased, become_identity, rebase, stored_matrix
-from onnx_fold.resize import CannotResizeError, resized_shape
-from onnx_fold.rewrite import Rewrite, new_constant, new_node, new_split
+from onnx_fold.rebase import become_identity, rebase, stored_matrix
+from onnx_fold.report import CandidateReport
+from onnx_fold.resize import resized_shape
+from onnx_fold.rewrite import CannotRewriteError, Rewrite, new_constant, new_node, new_split
 from onnx_fold.stream import Stream
 
 
@@ -30,46 +31,48 @@ class AbsorbPass(FoldPass):
 
     name = "absorb"
 
-    def candidates(self, stream: Stream) -> Iterator[Candidate]:
+    def candidates(self, stream: Stream) -> Iterator[Candidate | CandidateReport]:
         """Yield a candidate for each square layer that the pivot option admits."""
         for reader in stream.readers:
             if reader.is_square and self._admits(role(reader.y)):
-                yield from _absorb(stream, reader, Basis(reader.matrix))
+                yield _absorb(stream, reader, Basis(reader.matrix))
             elif (parts := fused(reader, stream.shapes)) is not None:
                 for part in parts.parts:
                     if part.size == stream.width and self._admits(role(part.output)):
-                        yield from _absorb_part(stream, parts, part)
+                        yield _absorb_part(stream, parts, part)
         for writer in stream.writers:
             if writer.is_square and self._admits("p"):
-                yield from _absorb(stream, writer, Basis(writer.matrix, inverted=True))
+                yield _absorb(stream, writer, Basis(writer.matrix, inverted=True))
 
     def _admits(self, kind: str | None) -> bool:
         return self.options.pivot == "auto" or kind is None or kind == self.options.pivot
 
 
-def _absorb(stream: Stream, pivot: Linear, basis: Basis) -> Iterator[Candidate]:
-    rebased = rebase(stream, basis, stream.width, pivot)
-    rewrite = Rewrite(stored=rebased.stored)
-    if become_identity(rewrite, pivot):
-        yield _candidate(stream, pivot.label, rewrite, rebased, basis)
+def _absorb(stream: Stream, pivot: Linear, basis: Basis) -> Candidate | CandidateReport:
+    text = _text(stream, pivot.label)
+
+    def plan() -> Candidate:
+        rebased = rebase(stream, basis, stream.width, pivot)
+        rewrite = Rewrite(stored=rebased.stored)
+        become_identity(rewrite, pivot)
+        sides = rebased.writers, rebased.readers
+        return Candidate(AbsorbPass.name, text, rewrite, *sides, basis)
+
+    return attempt(AbsorbPass.name, text, plan)
 
 
-def _candidate(
-    stream: Stream, pivot: str, rewrite: Rewrite, rebased: Rebased, basis: Basis
-) -> Candidate:
+def _text(stream: Stream, pivot: str) -> str:
     others = dict.fromkeys([*stream.written_by, *stream.read_by])
-    into = compact([name for name in others if name != pivot])
-    return Candidate(
-        strategy=AbsorbPass.name,
-        text=f"{pivot} into {into}",
-        rewrite=rewrite,
-        writers=rebased.writers,
-        readers=rebased.readers,
-        basis=basis,
-    )
+    return f"{pivot} into {compact([name for name in others if name != pivot])}"
 
 
-def _absorb_part(stream: Stream, fused: Fused, part: Part) -> Iterator[Candidate]:
+def _absorb_part(stream: Stream, fused: Fused, part: Part) -> Candidate | CandidateReport:
+    name = f"{fused.linear.label}[{part.start}:{part.start + part.size}]"
+    text = _text(stream, name)
+    return attempt(AbsorbPass.name, text, lambda: _plan_part(stream, fused, part, text))
+
+
+def _plan_part(stream: Stream, fused: Fused, part: Part, text: str) -> Candidate:
     """Absorb the columns of ``part``: the fused weight, its bias and its Split lose them."""
     linear = fused.linear
     columns = slice(part.start, part.start + part.size)
@@ -89,15 +92,10 @@ def _absorb_part(stream: Stream, fused: Fused, part: Part) -> Iterator[Candidate
         Side(lambda: linear.matrix()[:, kept], stored_matrix(linear, tensor)),
         Side(lambda: linear.matrix()[:, columns], None),
     ]
-    try:
-        _shrink_path(fused, kept, rewrite)
-        _replay_path(fused, part, columns, rewrite)
-    except CannotResizeError:
-        return
+    _shrink_path(fused, kept, rewrite)
+    _replay_path(fused, part, columns, rewrite)
     _shrink_split(fused, part, rewrite)
-    yield _candidate(
-        stream, f"{linear.label}[{columns.start}:{columns.stop}]", rewrite, rebased, basis
-    )
+    return Candidate(AbsorbPass.name, text, rewrite, rebased.writers, rebased.readers, basis)
 
 
 def _shrink_path(fused: Fused, kept: Array, rewrite: Rewrite) -> None:
@@ -174,7 +172,9 @@ def _vectors(fused: Fused) -> Iterator[tuple[ir.Node, int]]:
     for node, index in edges:
         held = constant(node.inputs[index])
         if held is None or held.shape[-1:] != (fused.linear.out_features,):
-            raise CannotResizeError(f"{node.op_type} '{node.name}' adds something else than a bias")
+            raise CannotRewriteError(
+                f"{node.op_type} '{node.name}' adds something else than a bias"
+            )
         yield node, index
 
 

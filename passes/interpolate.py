@@ -21,10 +21,11 @@ import onnx_ir as ir
 from onnx_fold.basis import Basis, Expression, FoldedTensor, Side, select_rows
 from onnx_fold.bias import carry_biases
 from onnx_fold.constants import Array
-from onnx_fold.folding import Candidate, FoldPass
+from onnx_fold.folding import Candidate, FoldPass, attempt
 from onnx_fold.linear import Linear, compact
 from onnx_fold.permute import hidden_stream, permute
 from onnx_fold.rebase import Rebased, rebase
+from onnx_fold.report import CandidateReport
 from onnx_fold.rewrite import Rewrite, new_constant, new_node, new_split
 from onnx_fold.stream import Stream
 
@@ -35,7 +36,7 @@ class InterpolatePass(FoldPass):
     name = "interpolate"
     operators = 1
 
-    def candidates(self, stream: Stream) -> Iterator[Candidate]:
+    def candidates(self, stream: Stream) -> Iterator[Candidate | CandidateReport]:
         """Yield candidates for the writer with most rows and the reader with most columns."""
         tall = [w for w in stream.writers if w.is_plain and w.in_features > stream.width]
         if tall and not stream.tables:
@@ -89,26 +90,30 @@ class _Rows:
         return matrix
 
 
-def _rows_of(stream: Stream, writer: Linear) -> Iterator[Candidate]:
+def _rows_of(stream: Stream, writer: Linear) -> Iterator[Candidate | CandidateReport]:
     """Biases are expressed in the new basis, or else carried through the readers."""
+    text = f"{stream.width} rows of {writer.label} into {compact(stream.read_by)}"
     rows = _Rows(writer.matrix, stream.rows_of(writer))
     basis = Basis(rows.basis, inverted=True)
     rebased = rebase(stream, basis, stream.width, pivot=writer)
     if writer.node.op_type != "Gemm":  # its bias would need an Add of its own
-        is_inverted = len(rebased.writers) > 1
-        candidate = _split(stream, writer, rows, Rewrite(stored=rebased.stored), rebased)
-        yield replace(candidate, basis=basis if is_inverted else None)
-    carried = Rewrite(
-        stored={reader.edge: rebased.stored[reader.edge] for reader in stream.readers}
-    )
-    is_sole = len(stream.writers) == 1
-    if stream.constants and is_sole and carry_biases(stream, writer, carried):
+        rewrite = Rewrite(stored=rebased.stored)
+        candidate = _split(stream, writer, rows, rewrite, rebased, text)
+        yield replace(candidate, basis=basis if len(rebased.writers) > 1 else None)
+
+    def plan() -> Candidate:
+        readers = {reader.edge: rebased.stored[reader.edge] for reader in stream.readers}
+        carried = Rewrite(stored=readers)
+        carry_biases(stream, writer, carried)
         without = replace(rebased, writers=[s for s in rebased.writers if not s.is_table])
-        yield _split(stream, writer, rows, carried, without)
+        return _split(stream, writer, rows, carried, without, text)
+
+    if len(stream.writers) == 1 and stream.constants:
+        yield attempt(InterpolatePass.name, text, plan)
 
 
 def _split(
-    stream: Stream, writer: Linear, rows: _Rows, rewrite: Rewrite, rebased: Rebased
+    stream: Stream, writer: Linear, rows: _Rows, rewrite: Rewrite, rebased: Rebased, text: str
 ) -> Candidate:
     """``x' = h₁ + h₂ B`` in the place of ``h O``."""
     width, depth = stream.width, writer.in_features
@@ -135,8 +140,6 @@ def _split(
     sides[position] = replace(
         sides[position], after=lambda: rows.rebuilt(rest.numpy().astype(np.float64))
     )
-    into = compact(stream.read_by)
-    text = f"{width} rows of {writer.label} into {into}"
     return Candidate(InterpolatePass.name, text, rewrite, sides, rebased.readers)
 
 

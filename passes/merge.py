@@ -12,11 +12,12 @@ from collections.abc import Iterator
 
 from onnx_fold.basis import Basis
 from onnx_fold.bias import carry_biases
-from onnx_fold.folding import Candidate, FoldPass
+from onnx_fold.folding import Candidate, FoldPass, attempt
 from onnx_fold.linear import Linear, compact
 from onnx_fold.rebase import become_identity, rebase
-from onnx_fold.resize import CannotResizeError, resize_stream
-from onnx_fold.rewrite import Rewrite
+from onnx_fold.report import CandidateReport
+from onnx_fold.resize import resize_stream
+from onnx_fold.rewrite import CannotRewriteError, Rewrite
 from onnx_fold.stream import Stream
 
 
@@ -26,63 +27,41 @@ class MergePass(FoldPass):
     name = "merge"
     is_basis_change = False
 
-    def candidates(self, stream: Stream) -> Iterator[Candidate]:
+    def candidates(self, stream: Stream) -> Iterator[Candidate | CandidateReport]:
         """Yield the merge of the sole writer, or of the sole reader, if there is one."""
         if len(stream.writers) == 1 and not stream.tables:
-            yield from _merge_writer(stream, stream.writers[0])
+            writer = stream.writers[0]
+            text = f"{writer.label} into {compact(stream.read_by)}"
+            yield attempt(self.name, text, lambda: _merge_writer(stream, writer, text))
         elif len(stream.readers) == 1:
-            yield from _merge_reader(stream, stream.readers[0])
+            reader = stream.readers[0]
+            text = f"{reader.label} into {compact(stream.written_by)}"
+            yield attempt(self.name, text, lambda: _merge_reader(stream, reader, text))
 
 
-def _merge_writer(stream: Stream, writer: Linear) -> Iterator[Candidate]:
+def _merge_writer(stream: Stream, writer: Linear, text: str) -> Candidate:
     """Readers become ``P R``; the stream carries what ``P`` read."""
     width = writer.in_features
     rewrite = Rewrite()
+    carry_biases(stream, writer, rewrite)
     if not writer.keeps_layout:
-        return
-    if not carry_biases(stream, writer, rewrite):
-        return
+        raise CannotRewriteError(f"{writer.label} moves the channels to another axis")
     rewrite.replaced[writer.y] = writer.x
-    basis = Basis(writer.matrix, inverted=True)
-    rebased = rebase(stream, basis, width, pivot=writer)
-    for reader in stream.readers:
-        rewrite.stored[reader.edge] = rebased.stored[reader.edge]
-    try:
-        if width != stream.width:
-            kept = [value for value in stream.values if value not in rewrite.replaced]
-            resize_stream(stream, kept, width, rewrite)
-    except CannotResizeError:
-        return
-    into = compact(stream.read_by)
+    rebased = rebase(stream, Basis(writer.matrix, inverted=True), width, pivot=writer)
+    rewrite.stored |= {reader.edge: rebased.stored[reader.edge] for reader in stream.readers}
+    if width != stream.width:
+        kept = [value for value in stream.values if value not in rewrite.replaced]
+        resize_stream(stream, kept, width, rewrite)
     writers = [side for side in rebased.writers if not side.is_table]
-    yield Candidate(
-        strategy=MergePass.name,
-        text=f"{writer.label} into {into}",
-        rewrite=rewrite,
-        writers=writers,
-        readers=rebased.readers,
-    )
+    return Candidate(MergePass.name, text, rewrite, writers, rebased.readers)
 
 
-def _merge_reader(stream: Stream, reader: Linear) -> Iterator[Candidate]:
+def _merge_reader(stream: Stream, reader: Linear, text: str) -> Candidate:
     """Writers become ``W R``; the stream carries what ``R`` wrote."""
     width = reader.out_features
-    if not reader.keeps_layout:
-        return
     rebased = rebase(stream, Basis(reader.matrix), width, pivot=reader)
     rewrite = Rewrite(stored=rebased.stored)
-    if not become_identity(rewrite, reader):
-        return
-    try:
-        if width != stream.width:
-            resize_stream(stream, stream.values, width, rewrite)
-    except CannotResizeError:
-        return
-    into = compact(stream.written_by)
-    yield Candidate(
-        strategy=MergePass.name,
-        text=f"{reader.label} into {into}",
-        rewrite=rewrite,
-        writers=rebased.writers,
-        readers=rebased.readers,
-    )
+    become_identity(rewrite, reader)
+    if width != stream.width:
+        resize_stream(stream, stream.values, width, rewrite)
+    return Candidate(MergePass.name, text, rewrite, rebased.writers, rebased.readers)

@@ -35,7 +35,8 @@ def chain(*ops: str, width: int = 4, bias: bool = False, **weights: np.ndarray) 
         weights = {"b": normal(width, seed=3)} | weights
     start = "h = MatMul(x, P) p = Add(h, b)" if bias else "p = MatMul(x, P)"
     body = " ".join(ops)
-    text = f"(float[batch, seq, {width}] x) => (float[a, b, 5] y) {{ {start} {body} y = MatMul(m, M) }}"
+    text = f"(float[batch, seq, {width}] x) => (float[a, b, 5] y) "
+    text += f"{{ {start} {body} y = MatMul(m, M) }}"
     return graph(text, **weights)
 
 

@@ -1,0 +1,412 @@
+"""The command line: exit codes, and what lies on the disk afterwards."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+import pytest
+from helpers import graph, normal
+
+import onnx_fold
+from onnx_fold import cli, pipeline
+
+D = 8
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def run(capsys):
+    """Run the program: exit code, standard output, standard error; never a traceback."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        cli._console.cache_clear()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", ["onnx-fold", *arguments])
+            try:
+                cli.main()
+                code = 0
+            except SystemExit as leave:
+                code = leave.code or 0
+        out, err = capsys.readouterr()
+        assert "Traceback" not in out + err
+        return code, out, err
+
+    return run
+
+
+def mlp(last: str = "y = MatMul(p, M)") -> ir.Model:
+    text = f"(float[n, {D}] x) => (float[n, {D + 1}] y) {{ p = MatMul(x, P) {last} }}"
+    return graph(text, P=normal(D, D), M=normal(D, D + 1, seed=1))
+
+
+def save(model: ir.Model | None = None, name: str = "m.onnx", data: str | None = None) -> bytes:
+    ir.save(model or mlp(), name, external_data=data, size_threshold_bytes=0)
+    return Path(name).read_bytes()
+
+
+def files() -> set[str]:
+    return {path.name for path in Path().iterdir()}
+
+
+# --- 0: done --------------------------------------------------------------------------------------
+
+
+def test_fold(run):
+    before = save()
+    code, out, err = run("fold", "m.onnx", "-o", "f.onnx", "--report", "r.json")
+    assert (code, err) == (0, "")
+    assert "Wrote f.onnx." in out
+    assert files() == {"m.onnx", "f.onnx", "r.json"}
+    assert Path("m.onnx").read_bytes() == before
+    onnx.checker.check_model("f.onnx", full_check=True)
+    assert [i.dims for i in onnx.load("f.onnx").graph.initializer] == [[D, D + 1]]
+    report = json.loads(Path("r.json").read_text())
+    assert report["weights_removed"] == D * D
+    assert report["verification"]["ok"]
+    (fold,) = filter(None, (stream["folded"] for stream in report["streams"]))
+    assert fold["strategy"] == "merge"
+
+
+def test_dry_run_writes_nothing(run):
+    save()
+    code, out, _ = run("fold", "m.onnx", "--dry-run", "-o", "f.onnx")
+    assert code == 0
+    assert "Wrote" not in out
+    assert files() == {"m.onnx"}
+
+
+def test_a_model_in_which_nothing_folds_is_copied_byte_for_byte(run):
+    before = save(mlp("r = Relu(p) y = MatMul(r, M)")) + b""
+    code, out, _ = run("fold", "m.onnx", "-o", "f.onnx")
+    assert code == 0
+    assert "Nothing folded" in out
+    assert Path("f.onnx").read_bytes() == before
+
+
+def test_an_earlier_output_is_replaced(run):
+    save()
+    Path("f.onnx").write_bytes(b"old")
+    assert run("fold", "m.onnx", "-o", "f.onnx")[0] == 0
+    assert len(Path("f.onnx").read_bytes()) > 3
+    assert files() == {"m.onnx", "f.onnx"}
+
+
+def test_external_data_stays_external(run):
+    model = graph(
+        f"(float[n, {D}] x) => (float[n, 9] y, float[n, 9] z)"
+        " { p = MatMul(x, P) y = MatMul(p, M) r = Relu(y) z = MatMul(r, S) }",
+        P=normal(D, D), M=normal(D, 9), S=normal(9, 9),
+    )  # fmt: skip
+    save(model, data="w.bin")
+    data = Path("w.bin").read_bytes()
+    assert run("fold", "m.onnx", "-o", "f.onnx")[0] == 0
+    assert files() == {"m.onnx", "w.bin", "f.onnx", "f.onnx.data"}
+    assert Path("w.bin").read_bytes() == data
+    assert run("verify", "m.onnx", "f.onnx")[0] == 0
+
+
+def test_inspect(run):
+    before = save()
+    code, out, _ = run("inspect", "m.onnx")
+    assert code == 0
+    assert "Would fold (1 stream)" in out
+    code, out, _ = run("inspect", "m.onnx", "--json")
+    assert code == 0
+    report = json.loads(out)
+    assert report["plan"]["weights_removed"] == D * D
+    assert report["model"]["opsets"] == {"ai.onnx": 18}
+    assert files() == {"m.onnx"}
+    assert Path("m.onnx").read_bytes() == before
+
+
+def test_verify(run):
+    save()
+    run("fold", "m.onnx", "-o", "f.onnx")
+    code, out, _ = run("verify", "m.onnx", "f.onnx")
+    assert code == 0
+    assert "same function" in out
+    code, out, _ = run("verify", "m.onnx", "f.onnx", "--json", "--shape", "n=3", "--samples", "2")
+    assert (code, json.loads(out)["ok"]) == (0, True)
+
+
+def test_help_version_and_presets(run):
+    assert "fold" in run("--help")[1]
+    assert onnx_fold.__version__ in run("--version")[1]
+    assert "mistral-7b" in run("presets")[1]
+    for command in ("fold", "inspect", "verify", "bench", "export", "demo"):
+        assert run(command, "-h")[0] == 0
+
+
+# --- 1: a check failed ----------------------------------------------------------------------------
+
+
+def test_other_models_do_not_verify(run):
+    save()
+    other = mlp()
+    other.graph.initializers["P"].const_value = ir.tensor(normal(D, D, seed=9), name="P")
+    save(other, "other.onnx")
+    code, out, _ = run("verify", "m.onnx", "other.onnx")
+    assert code == 1
+    assert "differs" in out
+
+
+def test_a_fold_that_does_not_verify_leaves_nothing(run, monkeypatch):
+    before = save()
+    check = pipeline.parity_check
+    monkeypatch.setattr(pipeline, "parity_check", lambda a, b, **k: check(a, wrong(), **k))
+    code, out, err = run("fold", "m.onnx", "-o", "f.onnx", "--report", "r.json")
+    assert code == 1
+    assert err.startswith("error: the folded model is not the same function: output 'y'")
+    assert "differs" in out
+    assert files() == {"m.onnx", "r.json"}
+    assert json.loads(Path("r.json").read_text())["verification"]["ok"] is False
+    assert Path("m.onnx").read_bytes() == before
+
+
+def wrong() -> ir.Model:
+    model = mlp()
+    model.graph.initializers["M"].const_value = ir.tensor(normal(D, D + 1, seed=9), name="M")
+    return model
+
+
+# --- 2: usage -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fold", "m.onnx"], "say where to write with -o FILE"),
+        (["fold", "m.onnx", "-o", "f.onnx", "--pivot", "w"], "'w' is not one of"),
+        (["fold", "m.onnx", "-o", "f.onnx", "--only", "melt"],
+         "unknown pass 'melt'; there are merge"),
+        (["inspect", "m.onnx", "--skip", "melt"], "unknown pass 'melt'"),
+        (["fold", "m.onnx", "-o", "f.onnx", "--report", "f.onnx"], "name the same file"),
+        (["fold", "m.onnx", "-o", "f.onnx", "--tolerance", "low"], "not a valid float"),
+        (["verify", "m.onnx", "m.onnx", "--shape", "n"], "is not like batch=2,seq=16"),
+        (["verify", "m.onnx", "m.onnx", "--provider", "tpu"], "'tpu' is not one of"),
+        (["fold"], "Missing argument"),
+        (["melt"], "No such command"),
+        (["inspect", "."], "is a directory"),
+    ],
+)  # fmt: skip
+def test_usage(run, arguments, message):
+    save()
+    code, _, err = run(*arguments)
+    assert code == 2
+    assert message in err
+    assert files() == {"m.onnx"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["fold", "m.onnx", "-o", "f.onnx"], 2),
+        (["fold", "m.onnx", "-o", "f.onnx", "--no-verify"], 0),
+        (["inspect", "m.onnx"], 0),
+        (["verify", "m.onnx", "m.onnx"], 2),
+    ],
+)
+def test_without_a_runtime(run, monkeypatch, arguments, code):
+    save()
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    actual, _, err = run(*arguments)
+    assert actual == code
+    if code:
+        assert "pip install 'onnx-fold[cpu]'" in err
+
+
+# --- 3: not a model -------------------------------------------------------------------------------
+
+
+def test_no_such_model(run):
+    for arguments in (
+        ["fold", "m.onnx", "-o", "f.onnx"],
+        ["inspect", "m.onnx"],
+        ["verify", "m.onnx", "m.onnx"],
+    ):
+        code, _, err = run(*arguments)
+        assert (code, err) == (3, "error: cannot read m.onnx: No such file or directory\n")
+    assert files() == set()
+
+
+@pytest.mark.parametrize("name", ["m.onnx", "m.json", "m.textproto", "m.onnxtxt"])
+@pytest.mark.parametrize("content", [b"", b"not a model", b"\xff\xfe\x00" * 50, b"{}", b"\x08\x07"])
+def test_not_a_model(run, name, content):
+    Path(name).write_bytes(content)
+    code, _, err = run("fold", name, "-o", "f.onnx")
+    assert code == 3
+    assert err.startswith(f"error: {name} is not an ONNX model")
+    assert files() == {name}
+
+
+def test_truncated(run):
+    whole = save()
+    for end in (len(whole) - 1, len(whole) // 2, 20):
+        Path("m.onnx").write_bytes(whole[:end])
+        code, _, err = run("fold", "m.onnx", "-o", "f.onnx")
+        assert (code, files()) == (3, {"m.onnx"}), (end, err)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda path: path.unlink(), "external data file w.bin is missing (initializer 'P')"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-4]), "is too short for initializer"),
+        (lambda path: path.write_bytes(b""), "is too short for initializer 'P'"),
+    ],
+    ids=["missing", "short", "empty"],
+)
+def test_broken_external_data(run, spoil, message):
+    save(data="w.bin")
+    spoil(Path("w.bin"))
+    left = files()
+    code, _, err = run("fold", "m.onnx", "-o", "f.onnx")
+    assert code == 3
+    assert message in err
+    assert files() == left
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+def test_external_data_outside_the_folder(run, tmp_path, absolute):
+    save(data="w.bin")
+    (tmp_path / "in").mkdir()
+    proto = onnx.load("m.onnx", load_external_data=False)
+    for tensor in proto.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = str(tmp_path / "w.bin") if absolute else "../w.bin"
+    Path("in/m.onnx").write_bytes(proto.SerializeToString())
+    code, _, err = run("fold", "in/m.onnx", "-o", "f.onnx")
+    assert code == 3
+    assert "'P' points outside the model's folder" in err
+    assert files() == {"m.onnx", "w.bin", "in"}
+
+
+# --- 4: cannot write ------------------------------------------------------------------------------
+
+
+def test_output_over_the_input(run):
+    before = save()
+    Path("link.onnx").symlink_to("m.onnx")
+    for output in ("m.onnx", "./m.onnx", "link.onnx"):
+        code, _, err = run("fold", "m.onnx", "-o", output)
+        assert code == 4
+        assert "is the input; write to another file" in err
+    assert run("fold", "m.onnx", "-o", "f.onnx", "--report", "m.onnx")[0] == 4
+    assert files() == {"m.onnx", "link.onnx"}
+    assert Path("m.onnx").read_bytes() == before
+
+
+def test_output_over_the_weights_of_the_input(run):
+    """m.onnx with m.onnx.data is renamed to orig.onnx; then the fold goes to m.onnx."""
+    model = graph(
+        f"(float[n, {D}] x) => (float[n, 9] y, float[n, 9] z)"
+        " { p = MatMul(x, P) y = MatMul(p, M) r = Relu(y) z = MatMul(r, S) }",
+        P=normal(D, D), M=normal(D, 9), S=normal(9, 9),
+    )  # fmt: skip
+    save(model, data="m.onnx.data")
+    Path("m.onnx").rename("orig.onnx")
+    data = Path("m.onnx.data").read_bytes()
+    code, _, err = run("fold", "orig.onnx", "-o", "m.onnx")
+    assert code == 4
+    assert "m.onnx.data holds the weights of the input" in err
+    assert files() == {"orig.onnx", "m.onnx.data"}
+    assert Path("m.onnx.data").read_bytes() == data
+
+
+def test_no_such_folder(run):
+    save()
+    code, _, err = run("fold", "m.onnx", "-o", "no/f.onnx")
+    assert (code, err) == (4, "error: cannot write no/f.onnx: no folder no\n")
+
+
+def test_a_read_only_folder(run, monkeypatch):
+    save()
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: mode != os.W_OK
+    )  # root may write everywhere
+    code, _, err = run("fold", "m.onnx", "-o", "f.onnx")
+    assert (code, err) == (4, "error: cannot write f.onnx: . is read-only\n")
+
+
+def test_a_full_disk(run, monkeypatch):
+    before = save()
+    Path("f.onnx").write_bytes(b"old")
+
+    def full(model, path, **_):
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("onnx_fold.files.ir.save", full)
+    code, _, err = run("fold", "m.onnx", "-o", "f.onnx")
+    assert (code, err) == (4, "error: cannot write f.onnx: No space left on device\n")
+    assert files() == {"m.onnx", "f.onnx"}
+    assert Path("f.onnx").read_bytes() == b"old"
+    assert Path("m.onnx").read_bytes() == before
+
+
+@pytest.mark.parametrize("where", ["fold_streams", "parity_check", "save"])
+def test_ctrl_c(run, monkeypatch, where):
+    before = save()
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, where, interrupt)
+    code, _, err = run("fold", "m.onnx", "-o", "f.onnx")
+    assert (code, err.strip()) == (130, "interrupted; nothing was written")
+    assert files() == {"m.onnx"}
+    assert Path("m.onnx").read_bytes() == before
+
+
+def test_ctrl_c_while_writing_leaves_no_stray_file(run, monkeypatch):
+    save()
+
+    def interrupt(model, path, **_):
+        Path(path).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("onnx_fold.files.ir.save", interrupt)
+    assert run("fold", "m.onnx", "-o", "f.onnx")[0] == 130
+    assert files() == {"m.onnx"}
+
+
+def test_any_source_folds_alike(tmp_path):
+    save()
+    sources = ["m.onnx", Path("m.onnx"), onnx.load("m.onnx"), ir.load("m.onnx")]
+    folded = [ir.to_proto(onnx_fold.fold(source).model).SerializeToString() for source in sources]
+    assert len(set(folded)) == 1
+    with pytest.raises(onnx_fold.UsageError, match="got list"):
+        onnx_fold.fold([])
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "y = Add(x, missing)",
+        "a = Add(x, b) b = Neg(a) y = Neg(b)",
+        "p = MatMul(x, w) y = Gather(p)",
+        "p = MatMul(x, w) y = Mul(p)",
+        "p = MatMul(x, w) t = Transpose<perm = [0, 5]>(p) y = MatMul(t, w)",
+        "",
+    ],
+    ids=["undefined", "cycle", "one input", "one factor", "permutation", "no nodes"],
+)
+@pytest.mark.parametrize("command", ["fold", "inspect"])
+def test_an_invalid_graph(run, command, body):
+    model = onnx.parser.parse_model(
+        '<ir_version: 10, opset_import: ["": 18]> '
+        f"g (float[n, 2] x) => (float[n, 2] y) <float[2, 2] w = {{1, 2, 3, 4}}> {{ {body} }}"
+    )
+    Path("m.onnx").write_bytes(model.SerializeToString())
+    code, _, err = run(command, "m.onnx", *(["-o", "f.onnx"] if command == "fold" else []))
+    assert code == 3
+    assert "is not a valid ONNX model: " in err
+    assert files() == {"m.onnx"}

@@ -1,0 +1,162 @@
+"""Every operator that may lie inside a stream: P merges into M through it, or nothing folds."""
+
+import numpy as np
+import pytest
+from helpers import chain, folded, normal, operators, refused, stream_of
+
+from onnx_fold.commute import RULES
+
+
+def ints(*values: int) -> np.ndarray:
+    return np.array(values, np.int64)
+
+
+def number(value: float) -> np.ndarray:
+    return np.array(value, np.float32)
+
+
+TWO, ZERO = {"two": number(2.0)}, {"zero": number(0.0)}
+GATE = "g = ReduceMean<keepdims = 1>(x, last)"  # one number for each position
+LAST = {"last": ints(-1)}
+
+COMMUTES = [  # x: [batch, seq, 4] -> MatMul(P) -> p -> ... -> m -> MatMul(M)
+    ("Identity", "m = Identity(p)", {}),
+    ("Neg", "m = Neg(p)", {}),
+    ("Cast", "c = Cast<to = 11>(p) m = Cast<to = 1>(c)", {}),
+    ("Dropout", "m = Dropout(p)", {}),
+    ("Dropout", "m = Dropout(p, half, off)", {"half": number(0.5), "off": np.array(False)}),
+    ("Add", "n = Mul(p, two) m = Add(p, n)", TWO),
+    ("Add", "s = ReduceSum(p, i) m = Add(s, p)", {"i": ints(1)}),
+    ("Sub", "n = Mul(p, two) m = Sub(n, p)", TWO),
+    ("Sum", "n = Neg(p) m = Sum(p, p, n)", {}),
+    ("Mul", "m = Mul(p, two)", TWO),
+    ("Mul", "m = Mul(two, p)", TWO),
+    ("Mul", f"{GATE} m = Mul(g, p)", LAST),
+    ("Mul", "m = Mul(p, c)", {"c": normal(3, 1)}),
+    ("Div", "m = Div(p, two)", TWO),
+    ("Div", f"{GATE} m = Div(p, g)", LAST),
+    ("Where", f"{GATE} c = Less(g, zero) n = Neg(p) m = Where(c, p, n)", LAST | ZERO),
+    ("Transpose", "m = Transpose<perm = [1, 0, 2]>(p)", {}),
+    ("Transpose", "t = Transpose(p) m = Transpose(t)", {}),
+    ("Reshape", "m = Reshape(p, s)", {"s": ints(-1, 1, 4)}),
+    ("Reshape", "r = Reshape(p, s) m = Reshape(r, t)", {"s": ints(-1, 4), "t": ints(2, -1, 4)}),
+    ("Reshape", "m = Reshape(p, s)", {"s": ints(0, 0, -1)}),
+    ("Reshape", "t = Transpose<perm = [0, 2, 1]>(p) r = Reshape(t, s)"
+     " u = Transpose<perm = [0, 2, 3, 1]>(r)"
+     " m = Squeeze(u, i)", {"s": ints(0, 4, -1, 1), "i": ints(2)}),
+    ("Flatten", "f = Flatten<axis = 2>(p) m = Unsqueeze(f, i)", {"i": ints(0)}),
+    ("Squeeze", "u = Unsqueeze(p, i) m = Squeeze(u, i)", {"i": ints(1)}),
+    ("Unsqueeze", "u = Unsqueeze(p, i) m = ReduceSum<keepdims = 0>(u, i)", {"i": ints(0)}),
+    ("Expand", "u = Unsqueeze(p, i) e = Expand(u, s) m = ReduceSum<keepdims = 0>(e, i)",
+     {"i": ints(0), "s": ints(3, 1, 1, 4)}),
+    ("Expand", "u = Unsqueeze(p, i) e = Expand(u, s) m = ReduceSum<keepdims = 0>(e, i)",
+     {"i": ints(0), "s": ints(3, 1, 1, 1)}),
+    ("Tile", "m = Tile(p, r)", {"r": ints(1, 2, 1)}),
+    ("Slice", "m = Slice(p, i, j, j)", {"i": ints(0), "j": ints(1)}),
+    ("Split", "a, c = Split<axis = 0, num_outputs = 2>(p) m = Add(a, c)", {}),
+    ("Gather", "m = Gather<axis = 1>(p, i)", {"i": ints(1, 0)}),
+    ("Gather", "a = Gather<axis = 1>(p, i) m = Unsqueeze(a, j)", {"i": np.array(1), "j": ints(1)}),
+    ("Gather", "a = Gather<axis = 0>(p, i) m = Gather<axis = 0>(a, z)",
+     {"i": np.array([[0, 1], [1, 0]]), "z": np.array(1)}),
+    ("Concat", "n = Neg(p) m = Concat<axis = 1>(p, n)", {}),
+    ("Pad", "m = Pad(p, s)", {"s": ints(0, 1, 0, 0, 0, 0)}),
+    ("Pad", "m = Pad(p, s, zero, i)", {"s": ints(0, 1, 2, 0), "i": ints(1, 0)} | ZERO),
+    ("ReduceSum", "m = ReduceSum(p, i)", {"i": ints(1)}),
+    ("ReduceSum", "r = ReduceSum<keepdims = 0>(p, i) m = Unsqueeze(r, i)", {"i": ints(0)}),
+    ("ReduceMean", "m = ReduceMean(p, i)", {"i": ints(0, 1)}),
+]  # fmt: skip
+
+LOOKS = [  # the same, but the operator looks at the channels; what the reason must say
+    ("Relu", "m = Relu(p)", {}, "read by Relu"),
+    ("MatMul", "t = Transpose<perm = [0, 2, 1]>(p) m = MatMul(p, t)", {"M": normal(3, 5)},
+     "MatMul"),
+    ("LayerNormalization", "m = LayerNormalization(p, one)", {"one": normal(4)}, "LayerNorm"),
+    ("Cast", "c = Cast<to = 7>(p) m = Cast<to = 1>(c)", {}, "Cast"),
+    ("Dropout", "m = Dropout(p, half, on)", {"half": number(0.5), "on": np.array(True)}, "Dropout"),
+    ("Dropout", "d, k = Dropout(p) c = Cast<to = 1>(k) m = Mul(d, c)", {}, "Dropout"),
+    ("Add", f"{GATE} m = Add(p, g)", LAST, "Add, which adds 'g', which has no channel axis"),
+    ("Add", "m = Add(p, x)", {}, "'x' is a graph input"),
+    ("Sub", f"{GATE} m = Sub(g, p)", LAST, "Sub, which adds 'g'"),
+    ("Sum", f"{GATE} m = Sum(p, p, g)", LAST, "Sum, which adds 'g'"),
+    ("Mul", "m = Mul(p, c)", {"c": normal(4)}, "Mul, which has a gain of its own for each"),
+    ("Mul", "m = Mul(p, p)", {}, "Mul"),
+    ("Mul", "m = Mul(x, p)", {}, "Mul"),
+    ("Div", "m = Div(two, p)", TWO, "Div"),
+    ("Div", "m = Div(p, c)", {"c": normal(4)}, "Div, which has a gain of its own"),
+    ("Where", "c = Less(x, zero) n = Neg(p) m = Where(c, p, n)", ZERO, "Where"),
+    ("Where", f"{GATE} c = Less(g, zero) m = Where(c, p, g)", LAST | ZERO, "Where"),
+    ("Transpose", "m = Transpose<perm = [0, 2, 1]>(p)", {"M": normal(3, 5)}, "another axis"),
+    ("Reshape", "r = Reshape(p, s) m = Reshape(r, t)", {"s": ints(0, 0, 2, 2), "t": ints(0, 0, 4)},
+     "Reshape, which does not keep the channel axis whole"),
+    ("Reshape", "t = Transpose<perm = [0, 2, 1]>(p) m = Reshape(t, s)", {"s": ints(0, -1, 4)},
+     "Reshape, which does not keep"),
+    ("Flatten", "f = Flatten(p) m = Reshape(f, s)", {"s": ints(0, -1, 4)},
+     "Flatten, which does not"),
+    ("Expand", "m = Expand(p, s)", {"P": normal(4, 1), "s": ints(1, 1, 4)}, "Expand"),
+    ("Tile", "m = Tile(p, r)", {"r": ints(1, 1, 2), "M": normal(8, 5)}, "Tile"),
+    ("Slice", "m = Slice(p, i, j, j)", {"i": ints(0), "j": ints(2), "M": normal(2, 5)},
+     "Slice, which takes a part of the channels"),
+    ("Split", "m, r = Split<axis = 2, num_outputs = 2>(p)", {"M": normal(2, 5)},
+     "Split, which splits"),
+    ("Gather", "m = Gather<axis = 2>(p, i)", {"i": ints(3, 1, 0, 2)},
+     "Gather, which gathers channels"),
+    ("Concat", "m = Concat<axis = -1>(p, p)", {"M": normal(8, 5)}, "Concat, which joins channels"),
+    ("Pad", "m = Pad(p, s)", {"s": ints(0, 0, 0, 0, 0, 1), "M": normal(5, 5)},
+     "Pad, which pads the"),
+    ("Pad", "m = Pad(p, s, , i)", {"s": ints(1, 0, 1, 0), "i": ints(2, 1), "M": normal(6, 5)},
+     "Pad"),
+    ("Pad", "m = Pad(p, s, two)", {"s": ints(0, 1, 0, 0, 0, 0)} | TWO, "Pad"),
+    ("Pad", "m = Pad<mode = \"edge\">(p, s)", {"s": ints(0, 1, 0, 0, 0, 0)}, "Pad"),
+    ("ReduceSum", "m = ReduceSum(p, i)", {"i": ints(2), "M": normal(1, 5)},
+     "ReduceSum, which reduces"),
+    ("ReduceSum", "r = ReduceSum<keepdims = 0>(p) m = Reshape(r, s)",
+     {"s": ints(1, 1, 1), "M": normal(1, 5)}, "ReduceSum"),
+    ("ReduceMean", "r = ReduceMean<keepdims = 0>(p, i) m = Unsqueeze(r, i)",
+     {"i": ints(2), "M": normal(1, 5)}, "ReduceMean, which reduces over the channels"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("op", "body", "extra"), COMMUTES, ids=lambda v: v if isinstance(v, str) else ""
+)
+def test_merge_goes_through(op, body, extra):
+    model = chain(body, **extra)
+    result = folded(model, removed=16, only=["merge"])
+    assert list(result.model.graph.initializers).count("P") == 0
+    kept = operators(model)
+    kept.remove("MatMul")
+    assert operators(result.model) == kept
+
+
+@pytest.mark.parametrize(
+    ("op", "body", "extra", "reason"), LOOKS, ids=lambda v: v if isinstance(v, str) else ""
+)
+def test_an_operator_that_looks_at_the_channels_opens_the_stream(op, body, extra, reason):
+    model = chain(body, **extra)
+    refused(model)
+    assert reason in "\n".join(map(str, stream_of(model, "p").openings))
+
+
+def test_the_tables_cover_every_rule():
+    blind = {"Identity", "Neg", "Squeeze", "Unsqueeze"}  # cannot look at the channels
+    assert {op for op, *_ in COMMUTES} == set(RULES)
+    assert {op for op, *_ in LOOKS} >= set(RULES) - blind
+
+
+def test_an_operator_of_another_domain_has_no_rule():
+    model = chain("m = Identity(p)")
+    next(node for node in model.graph if node.op_type == "Identity").domain = "custom"
+    model.opset_imports["custom"] = 1
+    refused(model)
+    assert "read by Identity" in str(stream_of(model, "p").openings[0])
+
+
+@pytest.mark.parametrize(
+    "body", ["m = Mul(p, p)", "m = Mul(p, x)", "t = Transpose<perm = [0, 2, 1]>(p) m = Mul(t, p)"]
+)
+def test_one_channel_wide_products_are_not_linear(body):
+    refused(chain(body, width=1, P=np.full((1, 1), 2.0, np.float32)))
+
+
+def test_a_constant_that_widens_the_stream():
+    refused(chain("m = Add(p, c)", P=normal(4, 1), c=normal(4)))

@@ -1,0 +1,157 @@
+"""Interpolate: rows of a tall writer, or columns of a wide reader, as the basis of the stream."""
+
+import numpy as np
+import pytest
+from helpers import fold, folded, graph, normal, operators, refused
+
+D, F, N = 6, 16, 9
+FFN = {"M": normal(N, F, seed=1), "O": normal(F, D, seed=2), "R": normal(D, 64, seed=3)}
+HEAD = "(float[b, n, 9] x) => (float[b, n, 64] y)"
+MLP = "a = MatMul(x, M) h = Relu(a)"
+
+
+def model(body: str = f"{MLP} s = MatMul(h, O) y = MatMul(s, R)", opset: int = 18, **held):
+    return graph(f"{HEAD} {{ {body} }}", opset, **(FFN | held))
+
+
+def interpolated(source, removed: int = D * D, **options):
+    result = folded(source, removed, only=["interpolate"], **options)
+    assert {stream.folded.strategy for stream in result.report.folded} == {"interpolate"}
+    return result
+
+
+def test_rows_of_the_writer_are_the_basis():
+    result = interpolated(model())
+    assert operators(result.model) == ["MatMul", "Relu", "Split", "MatMul", "Add", "MatMul"]
+    weights = result.model.graph.initializers
+    assert weights["O_rest"].const_value.shape == (F - D, D)
+    assert abs(weights["O_rest"].const_value.numpy()).max() <= 1.5
+    moved = {tuple(column) for column in weights["M"].const_value.numpy().T}
+    assert moved == {tuple(column) for column in FFN["M"].T}  # reordered, nothing else
+
+
+def test_the_order_goes_through_glu_and_biases():
+    glu = "g = MatMul(x, G) gb = Add(g, c) act = Sigmoid(gb) a = MatMul(x, M) h = Mul(act, a)"
+    source = model(
+        f"{glu} s = MatMul(h, O) y = MatMul(s, R)", G=normal(N, F, seed=5), c=normal(F, seed=6)
+    )
+    assert "Gather" not in operators(interpolated(source).model)
+
+
+def test_the_order_goes_through_gelu_as_a_product():
+    gelu = "a = MatMul(x, M) e = Erf(a) o = Add(e, one) h = Mul(a, o)"
+    source = model(f"{gelu} s = MatMul(h, O) y = MatMul(s, R)", one=np.float32(1.0).reshape(()))
+    assert "Gather" not in operators(interpolated(source).model)
+
+
+@pytest.mark.parametrize(
+    "hidden",
+    [
+        "a = MatMul(x, M) h = Softmax(a)",  # mixes the channels
+        "x0 = Relu(x) h = Concat<axis = -1>(x0, x0, x0)",
+    ],
+)
+def test_an_order_that_cannot_be_carried_is_done_on_the_value(hidden):
+    held = {"O": normal(27, D, seed=2)} if "Concat" in hidden else {}
+    source = model(f"{hidden} s = MatMul(h, O) y = MatMul(s, R)", **held)
+    result = interpolated(source)
+    assert operators(result.model).count("Gather") == 1
+
+
+def test_another_reader_of_the_hidden_value_gets_the_order_too():
+    body = f"{MLP} s = MatMul(h, O) y0 = MatMul(s, R) z = MatMul(h, W) y = Add(y0, z)"
+    result = interpolated(model(body, W=normal(F, 64, seed=7)))
+    assert "Gather" not in operators(result.model)
+
+
+def test_a_hidden_value_that_is_an_output_keeps_its_order():
+    head = "(float[b, n, 9] x) => (float[b, n, 64] y, float[b, n, 16] h)"
+    source = graph(f"{head} {{ {MLP} s = MatMul(h, O) y = MatMul(s, R) }}", **FFN)
+    assert "Gather" in operators(interpolated(source).model)
+
+
+@pytest.mark.parametrize(("rank", "opset"), [(D, 18), (D, 11), (3, 18), (0, 18)])
+def test_a_rank_deficient_writer_needs_no_inverse(rank, opset):
+    low = normal(F, D, seed=2)
+    if rank < D:
+        low = normal(F, max(rank, 1), seed=2) @ normal(max(rank, 1), D, seed=8) * (rank > 0)
+    interpolated(model(opset=opset, O=low.astype(np.float32)))
+
+
+def test_a_bias_of_the_writer():
+    body = f"{MLP} p = MatMul(h, O) s = Add(p, c) y = MatMul(s, R)"
+    result = interpolated(model(body, c=normal(D, seed=9)))
+    assert operators(result.model).count("Add") == 2
+
+
+def test_a_bias_of_a_rank_deficient_writer_is_carried_through_the_reader():
+    low = (normal(F, 2, seed=2) @ normal(2, D, seed=8)).astype(np.float32)
+    body = f"{MLP} p = MatMul(h, O) s = Add(p, c) y0 = MatMul(s, R) y = Add(y0, r)"
+    source = model(body, c=normal(D, seed=9), O=low, r=normal(64, seed=10))
+    interpolated(source, D * D + D)
+
+
+def test_a_parallel_branch_is_expressed_in_the_same_basis():
+    body = f"{MLP} s1 = MatMul(h, O) s2 = MatMul(x, P) s = Add(s1, s2) y = MatMul(s, R)"
+    interpolated(model(body, P=normal(N, D, seed=11)))
+
+
+def test_columns_of_a_wide_reader_behind_a_table():
+    body = "s = Gather(E, x) q = MatMul(s, Q) a = MatMul(s, R) h = Relu(a) y = MatMul(h, O)"
+    head = "(int64[b, n] x) => (float[b, n, 3] q, float[b, n, 6] y)"
+    held = {"E": normal(50, D, seed=1), "Q": normal(D, 3, seed=2), "R": normal(D, 64, seed=3)}
+    source = graph(f"{head} {{ {body} }}", **held, O=normal(64, D, seed=4))
+    result = interpolated(source)
+    assert operators(result.model).count("Concat") == 1
+    assert result.model.graph.initializers["R_rest"].const_value.shape == (D, 64 - D)
+
+
+def test_gate_is_cut_and_up_follows():
+    glu = "g = MatMul(s, R) sg = Sigmoid(g) u = MatMul(s, U) h = Mul(sg, u) y = MatMul(h, O)"
+    source = graph(
+        f"(int64[b, n] x) => (float[b, n, 6] y) {{ s = Gather(E, x) {glu} }}",
+        E=normal(50, D, seed=1),
+        R=normal(D, 64, seed=3),
+        U=normal(D, 64, seed=5),
+        O=normal(64, D, seed=4),
+    )
+    interpolated(source)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float16])
+def test_storage_types(dtype):
+    held = {name: array.astype(dtype) for name, array in FFN.items()}
+    kind = {np.float64: "double", np.float16: "float16"}[dtype]
+    text = f"{{ {MLP} s = MatMul(h, O) y = MatMul(s, R) }}"
+    source = graph(f"{HEAD.replace('float', kind)} {text}", **held)
+    result = interpolated(source)
+    assert result.model.graph.initializers["O_rest"].const_value.numpy().dtype == dtype
+
+
+def test_a_wide_writer_has_no_rows_to_spare():
+    source = model(
+        f"{MLP} s = MatMul(h, O) y = MatMul(s, R)", O=normal(F, F, seed=2), R=normal(F, 64)
+    )
+    assert "no strategy applies" in refused(source, only=["interpolate"])
+
+
+def test_an_infinite_weight_is_refused():
+    broken = FFN["O"].copy()
+    broken[3, 3] = np.inf
+    assert "not finite" in refused(model(O=broken), only=["interpolate"])
+
+
+def test_folding_twice_changes_nothing_more():
+    assert not fold(fold(model()).model).report.folded
+
+
+def test_it_is_taken_where_absorbing_is_too_inaccurate():
+    left, right = (np.linalg.qr(normal(D, D, seed=i))[0] for i in (11, 12))
+    q = (left * np.logspace(0, -6, D) @ right).astype(np.float32)  # hopeless in float32
+    head = "(float[b, n, 9] x) => (float[b, n, 6] q, float[b, n, 64] y)"
+    body = f"{MLP} s = MatMul(h, O) q = MatMul(s, Q) y = MatMul(s, R)"
+    result = folded(graph(f"{head} {{ {body} }}", **FFN, Q=q), D * D)
+    (stream,) = result.report.folded
+    assert stream.folded.strategy == "interpolate"
+    assert any(c.strategy == "absorb" and c.refused for c in stream.candidates)
+    assert fold(graph(f"{head} {{ {body} }}", **FFN, Q=q), strategy="absorb").report.folded

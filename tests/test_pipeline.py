@@ -1,0 +1,103 @@
+"""The public functions: what they take, what they leave alone, and passes in others' hands."""
+
+import onnx_ir as ir
+import pytest
+from helpers import assert_same_function, chain, fold, normal, operators, proto, refused
+
+import onnx_fold
+from onnx_fold.errors import CannotWriteError, UsageError
+from onnx_fold.passes import PASSES, AbsorbPass, MergePass
+
+
+@pytest.fixture
+def model():
+    return chain("m = Identity(p)", width=4, bias=True)
+
+
+def test_every_kind_of_source(model, tmp_path):
+    ir.save(model, tmp_path / "m.onnx")
+    sources = [model, ir.to_proto(model), tmp_path / "m.onnx", str(tmp_path / "m.onnx")]
+    before = proto(model)
+    results = {proto(onnx_fold.fold(source).model) for source in sources}
+    assert len(results) == 1
+    assert proto(model) == before
+
+
+@pytest.mark.filterwarnings("ignore")  # the exporter's own
+def test_an_exported_program():
+    torch = pytest.importorskip("torch")
+    layers = torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.Linear(6, 5)).eval()
+    example = torch.zeros(2, 3, 6)
+    program = torch.onnx.export(layers, (example,), dynamo=True, verbose=False)
+    result = onnx_fold.fold(program)
+    assert result.report.saving.weights == 6 * 6 + 6
+    assert_same_function(program.model, result.model)
+
+
+def test_not_a_model():
+    with pytest.raises(UsageError, match="expected a path"):
+        onnx_fold.fold(3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"only": ["mrege"]}, "unknown pass 'mrege'; there are merge"),
+        ({"strategy": "best"}, "unknown pass 'best'"),
+        ({"pivot": "o"}, "unknown pivot 'o'"),
+    ],
+)
+def test_unknown_words(model, options, message):
+    with pytest.raises(UsageError, match=message):
+        onnx_fold.fold(model, **options)
+
+
+def test_passes_run_in_anyones_sequence(model):
+    result = ir.passes.Sequential(MergePass(), AbsorbPass())(model.clone())
+    assert result.modified
+    assert operators(result.model).count("MatMul") == 1
+    assert_same_function(model, result.model)
+    assert not MergePass()(result.model).modified
+
+
+def test_passes_have_names_of_their_own():
+    assert len({each.name for each in PASSES}) == len(PASSES)
+
+
+def test_an_activation_between_is_named():
+    reason = refused(chain("m = Relu(p)"))
+    assert "'p' is read by Relu" in reason
+
+
+def test_a_norm_between_is_named():
+    held = {"scale": normal(4), "shift": normal(4, seed=1)}
+    reason = refused(chain("m = LayerNormalization(p, scale, shift)", **held))
+    assert "'p' is read by LayerNormalization" in reason
+    assert "the paper removes norms" in reason
+
+
+def test_a_width_that_is_measured_is_named():
+    source = chain("s = Shape(p) m = Reshape(p, s)", P=normal(4, 9), M=normal(9, 5))
+    reason = "\n".join(
+        candidate.refused or ""
+        for stream in fold(source).report.streams
+        for candidate in stream.candidates
+    )
+    assert "width" in reason or "shape" in reason
+
+
+def test_strategy_forces_one(model):
+    wide = chain("m = Identity(p)", width=4)
+    assert fold(wide, strategy="absorb").report.folded[0].folded.strategy == "merge"
+
+
+def test_weights_of_the_source_are_never_overwritten(model, tmp_path):
+    ir.save(model, tmp_path / "m.onnx", external_data="m.onnx.data", size_threshold_bytes=0)
+    (tmp_path / "m.onnx").rename(tmp_path / "orig.onnx")
+    data = (tmp_path / "m.onnx.data").read_bytes()
+    result = onnx_fold.fold(tmp_path / "orig.onnx", verify=False)
+    for value in result.model.graph.initializers.values():  # nothing of the source is left in it
+        value.const_value = ir.tensor(value.const_value.numpy(), name=value.name)
+    with pytest.raises(CannotWriteError, match=r"m\.onnx\.data holds the weights of the input"):
+        result.save(tmp_path / "m.onnx")
+    assert (tmp_path / "m.onnx.data").read_bytes() == data

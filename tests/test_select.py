@@ -1,0 +1,78 @@
+"""Select: whole heads of Q, K and V as the basis of the stream."""
+
+import numpy as np
+import pytest
+from helpers import fold, folded, graph, normal, operators, refused
+
+from onnx_fold.basis import select_blocks
+
+D, HD = 8, 2
+
+
+def attention(q_heads: int, kv_heads: int, **held: np.ndarray):
+    """A table, Q with ``q_heads`` heads of 2, K and V with ``kv_heads``; the heads are outputs."""
+    widths = {"q": q_heads, "k": kv_heads, "v": kv_heads}
+    weights = {n.upper(): normal(D, w * HD, seed=i) for i, (n, w) in enumerate(widths.items())}
+    body = " ".join(
+        f"{n} = MatMul(s, {n.upper()}) {n}4 = Reshape({n}, shape_{n})"
+        f" {n}t = Transpose<perm = [0, 2, 1, 3]>({n}4)"
+        for n in widths
+    )
+    core = """
+        km = ReduceMean<keepdims = 1>(kt, one) kx = Transpose<perm = [0, 1, 3, 2]>(km)
+        scores = MatMul(qt, kx) probs = Softmax(scores)
+        vm = ReduceMean<keepdims = 1>(vt, one) y = MatMul(probs, vm)
+    """
+    shapes = {f"shape_{n}": np.array([0, 0, w, HD]) for n, w in widths.items()}
+    text = f"(int64[b, n] x) => (float[b, h, n, c] y) {{ s = Gather(E, x) {body} {core} }}"
+    table = {"E": normal(40, D, seed=9)}
+    return graph(text, **(table | weights | shapes | {"one": np.array([1])} | held))
+
+
+def selected(source, removed: int = D * D):
+    result = folded(source, removed, only=["select"])
+    (stream,) = result.report.folded
+    assert stream.folded.strategy == "select"
+    return result, stream.folded
+
+
+@pytest.mark.parametrize(("q_heads", "kv_heads"), [(6, 2), (3, 1), (2, 1), (4, 4), (5, 5)])
+def test_heads_of_any_layout(q_heads, kv_heads):
+    if (q_heads + 2 * kv_heads) * HD < D:
+        pytest.skip("not enough columns")
+    _, fold_ = selected(attention(q_heads, kv_heads))
+    assert fold_.text.startswith(f"{D // HD} heads of ")
+    assert fold_.condition is not None
+
+
+def test_badly_conditioned_heads_are_left_out():
+    q = normal(D, 12, seed=0)
+    q[:, 2:4] = q[:, 0:2] * 1.0001  # two heads that say the same
+    result, _ = selected(attention(6, 2, Q=q))
+    assert "Slice" in operators(result.model)
+
+
+def test_too_few_columns():
+    assert "no strategy applies" in refused(
+        attention(2, 1, K=normal(D, 2), V=normal(D, 2)), only=["merge"]
+    )
+
+
+def test_it_serves_where_q_cannot_be_absorbed():
+    q = normal(D, D, seed=0)
+    q[:, 3] = q[:, 2]  # singular
+    result = folded(attention(4, 2, Q=q), D * D)
+    assert {stream.folded.strategy for stream in result.report.folded} == {"select"}
+
+
+def test_folding_twice_changes_nothing_more():
+    assert not fold(fold(attention(6, 2)).model).report.folded
+
+
+def test_select_blocks_finds_the_independent_ones():
+    rng = np.random.default_rng(0)
+    good = np.linalg.qr(rng.standard_normal((8, 8)))[0]
+    matrix = np.hstack(
+        [good[:, :2], good[:, :2] * 0.5, good[:, 2:4], 1e-6 * good[:, 4:6], good[:, 4:]]
+    )
+    np.testing.assert_array_equal(select_blocks(matrix, 2), [0, 2, 4, 5])
