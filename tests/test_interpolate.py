@@ -155,3 +155,14 @@ def test_it_is_taken_where_absorbing_is_too_inaccurate():
     assert stream.folded.strategy == "interpolate"
     assert any(c.strategy == "absorb" and c.refused for c in stream.candidates)
     assert fold(graph(f"{head} {{ {body} }}", **FFN, Q=q), strategy="absorb").report.folded
+
+
+@pytest.mark.parametrize("scale", [1e-8, 1e8])
+def test_scales_do_not_matter(scale):
+    source = model(O=FFN["O"] * np.float32(scale), R=FFN["R"] / np.float32(scale))
+    interpolated(source)
+
+
+def test_rows_of_very_different_size():
+    sizes = np.logspace(-6, 6, F).astype(np.float32)[:, None]
+    interpolated(model(O=FFN["O"] * sizes))

@@ -76,3 +76,15 @@ def test_select_blocks_finds_the_independent_ones():
         [good[:, :2], good[:, :2] * 0.5, good[:, 2:4], 1e-6 * good[:, 4:6], good[:, 4:]]
     )
     np.testing.assert_array_equal(select_blocks(matrix, 2), [0, 2, 4, 5])
+
+
+def test_zero_heads_are_never_a_basis():
+    q = normal(D, 12, seed=0)
+    q[:, :4] = 0.0
+    _, choice = selected(attention(6, 2, Q=q))
+    assert choice.condition < 1e3
+
+
+def test_heads_that_are_all_zero_are_refused():
+    zeros = {"Q": np.zeros((D, 8), np.float32)} | {n: np.zeros((D, 4), np.float32) for n in "KV"}
+    assert "singular" in refused(attention(4, 2, **zeros), only=["select"])
