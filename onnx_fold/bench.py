@@ -19,6 +19,7 @@ import numpy as np
 import onnx_ir as ir
 from rich import box
 from rich.console import Group, RenderableType
+from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
@@ -111,7 +112,7 @@ class BenchReport:
     def __rich__(self) -> RenderableType:
         """Return a table of the phases, the bytes, and the notes."""
         size = Text(
-            f"weights {_mib(self.bytes_original)} -> {_mib(self.bytes_folded)},"
+            f"weights {decimal(self.bytes_original)} → {decimal(self.bytes_folded)},"
             f" bytes ratio {self.bytes_ratio:.3f}x"
         )
         return Group(_table(self), size, *(Text(f"- {note}", "dim") for note in self.notes))
@@ -290,7 +291,3 @@ def _table(report: BenchReport) -> Table:
             f"{phase.low:.2f}-{phase.high:.2f}",
         )
     return table
-
-
-def _mib(size: int) -> str:
-    return f"{size / 2**20:.1f} MiB"

@@ -50,6 +50,7 @@ def run_demo(
 def _tell(console: Console, path: Path, prompt: str, tokens: int, provider: str) -> bool:
     original = load(path)
     vocabulary = json.loads(original.metadata_props["onnx_fold.vocab"])
+    encode(prompt, vocabulary)  # say at once what it cannot read
     loss = float(original.metadata_props["onnx_fold.val_loss"])
     console.print(
         f"A skipless GQA transformer, trained on Python source ({loss:.2f} nats a character):"
@@ -76,6 +77,19 @@ def _tell(console: Console, path: Path, prompt: str, tokens: int, provider: str)
     return same
 
 
+def encode(text: str, vocabulary: Sequence[str]) -> list[int]:
+    """Token ids of ``text``, one a character.
+
+    Raises:
+        UsageError: It is empty, or has characters that are not in the vocabulary.
+    """
+    ids = {character: index for index, character in enumerate(vocabulary)}
+    unknown = sorted(set(text) - ids.keys())
+    if unknown or not text:
+        raise UsageError(f"the model does not know {unknown}" if unknown else "the prompt is empty")
+    return [ids[character] for character in text]
+
+
 def continue_text(
     model: ir.Model, session: Any, vocabulary: Sequence[str], prompt: str, tokens: int
 ) -> str:
@@ -91,12 +105,8 @@ def continue_text(
     Raises:
         UsageError: The prompt has characters that the model does not know.
     """
-    ids = {character: index for index, character in enumerate(vocabulary)}
-    unknown = sorted(set(prompt) - ids.keys())
-    if unknown or not prompt:
-        raise UsageError(f"the model does not know {unknown}" if unknown else "the prompt is empty")
     feeds = make_inputs(model, batch=1, seq=len(prompt), past=0)
-    feeds["input_ids"] = np.array([[ids[character] for character in prompt]], dtype=np.int64)
+    feeds["input_ids"] = np.array([encode(prompt, vocabulary)], dtype=np.int64)
     written: list[str] = []
     for _ in range(tokens):
         feeds["attention_mask"] = np.ones((1, _past(feeds) + feeds["input_ids"].shape[1]), np.int64)

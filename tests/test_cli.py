@@ -410,3 +410,16 @@ def test_an_invalid_graph(run, command, body):
     assert code == 3
     assert "is not a valid ONNX model: " in err
     assert files() == {"m.onnx"}
+
+
+def test_demo_tells_the_same_story_twice(run):
+    code, out, err = run("demo", "--tokens", "8")
+    assert (code, err) == (0, "")
+    assert "the same text" in out
+    assert "Folded (9 streams)" in out
+
+
+def test_demo_with_a_prompt_it_cannot_read(run):
+    code, out, err = run("demo", "--prompt", "é")
+    assert (code, out) == (2, "")
+    assert "does not know ['é']" in err
