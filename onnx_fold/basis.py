@@ -32,6 +32,9 @@ TOLERANCES: Mapping[ir.DataType, float] = {
 MAX_RATIO = 8.0
 """How many times the original's own error a folded model may have."""
 
+MAX_STREAM_RATIO = 16.0
+"""The same for one stream by itself; about half arrives at the outputs (docs/accuracy.md)."""
+
 
 def product_dtype(dtype: ir.DataType) -> npt.DTypeLike:
     """Type in which products of stored weights accumulate: float32 for 16 bits, else float64."""
@@ -135,18 +138,18 @@ def _largest_singular_value(
 
 
 def select_rows(
-    matrix: Array, bound: float = 1.5, max_swaps: int | None = None
+    matrix: Array, bound: float = 1.1, max_rounds: int = 1000
 ) -> tuple[npt.NDArray[np.intp], Array]:
     """Find rows of ``matrix`` that are a good basis of all its rows.
 
     LU with partial pivoting picks ``d`` of the ``f`` rows, and swaps make their volume larger until
     the others depend on them with coefficients of at most ``bound`` (Goreinov et al. 2010, "How to
-    find a good submatrix").
+    find a good submatrix"). Swaps are found on a small part of the coefficients and done together.
 
     Args:
         matrix: ``[f, d]``, with ``f > d``, float64.
         bound: Largest coefficient to accept.
-        max_swaps: Give up after so many; by default ``d``.
+        max_rounds: Give up after so many rounds of swaps.
 
     Returns:
         The order of the rows, ``[f]``, the basis first; and ``B``, ``[f - d, d]`` float64, with
@@ -158,22 +161,45 @@ def select_rows(
     order = np.arange(rows)
     for position, pivot in enumerate(pivots):
         order[[position, pivot]] = order[[pivot, position]]
-    # L₂ L₁⁻¹, in Fortran order so that a swap is one rank-1 update in place
-    b = scipy.linalg.solve_triangular(
+    b: Array = scipy.linalg.solve_triangular(  # L₂ L₁⁻¹
         lu[:width].T, lu[width:].T, lower=False, unit_diagonal=True, check_finite=False
-    )
-    b = np.asfortranarray(b.T)
-    for _ in range(width if max_swaps is None else max_swaps):
-        i, j = np.unravel_index(np.argmax(np.abs(b)), b.shape)
-        pivot = b[i, j]
-        if not abs(pivot) > bound:
+    ).T
+    for _ in range(max_rounds):
+        i, j = _swaps(b, bound)
+        if not len(i):
             break
-        row, column = b[i].copy(), b[:, j].copy()
+        left, right = b[:, j], b[i]
+        left[i, np.arange(len(i))] += 1.0
+        right[np.arange(len(j)), j] -= 1.0
+        b = b - left @ np.linalg.solve(b[np.ix_(i, j)], right)
+        order[j], order[width + i] = order[width + i], order[j]
+    return order, b
+
+
+def _swaps(
+    b: Array, bound: float, at_most: int = 64
+) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
+    """Rows and columns of ``b`` to exchange, one by one as each makes the volume larger."""
+    largest = np.abs(b).max(axis=1)
+    rows = np.argsort(-largest)[:at_most]
+    rows = rows[largest[rows] > bound]
+    columns = np.unique(np.abs(b[rows]).argmax(axis=1)) if len(rows) else rows
+    part = b[np.ix_(rows, columns)]
+    found: list[tuple[int, int]] = []
+    taken_rows, taken_columns = np.zeros(len(rows), bool), np.zeros(len(columns), bool)
+    while not (taken_rows.all() or taken_columns.all()):
+        free = np.where(taken_rows[:, None] | taken_columns, 0.0, np.abs(part))
+        i, j = np.unravel_index(np.argmax(free), part.shape)
+        if not free[i, j] > bound:
+            break
+        found.append((int(i), int(j)))
+        taken_rows[i], taken_columns[j] = True, True
+        row, column = part[i].copy(), part[:, j].copy()
         row[j] -= 1.0
         column[i] += 1.0
-        b = scipy.linalg.blas.dger(-1.0 / pivot, column, row, a=b, overwrite_a=True)
-        order[[j, width + i]] = order[[width + i, j]]
-    return order, b
+        part = part - np.outer(column, row) / free[i, j] * np.sign(part[i, j])
+    picked = np.array(found, dtype=np.intp).reshape(-1, 2)
+    return rows[picked[:, 0]], columns[picked[:, 1]]
 
 
 def select_blocks(matrix: Array, size: int) -> npt.NDArray[np.intp]:
@@ -190,7 +216,7 @@ def select_blocks(matrix: Array, size: int) -> npt.NDArray[np.intp]:
         The ``d / size`` blocks taken, in ascending order.
     """
     width, columns = matrix.shape
-    left = np.ascontiguousarray(matrix.T).reshape(columns // size, size, width)
+    left = np.array(matrix.T, order="C").reshape(columns // size, size, width)
     taken: list[int] = []
     for _ in range(width // size):
         gram = left @ left.transpose(0, 2, 1)
@@ -210,25 +236,39 @@ class Side:
     Attributes:
         before: ``[n, d]`` for a writer, ``[d, n]`` for a reader.
         after: What is stored in its place.
-        is_table: A writer whose rows are taken one by one (an embedding), not multiplied.
         rows: What a writer was seen to read, ``[m, n]``; random rows are taken if there is none.
     """
 
     before: Expression
     after: Expression | None
-    is_table: bool = False
     rows: Array | None = None
 
 
+@dataclass(frozen=True)
+class TableSide:
+    """A writer whose rows are taken one by one (an embedding, a bias), not multiplied.
+
+    Attributes:
+        size: Number of rows.
+        take: The rows at some indices before and after, ``[m, d]`` each.
+    """
+
+    size: int
+    take: Callable[[npt.NDArray[np.intp]], tuple[Array, Array]]
+
+
 def probe(
-    writers: Sequence[Side], readers: Sequence[Side], dtype: ir.DataType, rows: int = 32
+    writers: Sequence[Side | TableSide],
+    readers: Sequence[Side],
+    dtype: ir.DataType,
+    rows: int = 32,
 ) -> tuple[float, float]:
     """Predict the relative error of a fold, for values and weights stored as ``dtype``.
 
     Random rows ``h ~ N(0, 1)``, or recorded ones, go through the writers and the readers. The
-    reference is
-    ``y = (Σ h W) R`` in float64. The folded side has its weights as they would be stored; on both
-    sides the stream's value and the result are rounded to the storage type. A probe, not a bound.
+    reference is ``y = (Σ h W) R``, in float64, or in float32 for 16-bit weights. The folded side
+    has its weights as they would be stored; on both sides the stream's value and the result are
+    rounded to the storage type. A probe, not a bound.
 
     Returns:
         The largest ``‖y' - y‖ / ‖y‖`` (Frobenius) of all readers for the folded layers, and the
@@ -244,31 +284,37 @@ def probe(
     x: Array = np.zeros(())
     x_folded: Array = np.zeros(())
     for side in writers:
-        w = side.before()
-        w_folded = w if side.after is None else side.after()
-        if side.is_table:
-            index = generator.integers(0, len(w), rows)
-            x = x + w[index].astype(np.float64)
-            x_folded = x_folded + w_folded[index].astype(np.float64)
+        if isinstance(side, TableSide):
+            before, after = side.take(generator.integers(0, side.size, rows))
         else:
+            w = side.before()
             h = generator.standard_normal((rows, len(w)))
             if side.rows is not None:
                 h = side.rows[generator.integers(0, len(side.rows), rows)]
             h = rounded(h)
-            x = x + h @ w.astype(np.float64)
-            x_folded = x_folded + (h if side.after is None else h @ w_folded.astype(np.float64))
+            before = _product(h, w)
+            after = _product(h, None if side.after is None else side.after())
+        x, x_folded = x + before, x_folded + after
     x_original, x_folded = rounded(x), rounded(x_folded)
     worst, worst_original = 0.0, 0.0
     for side in readers:
-        r = side.before().astype(np.float64)
-        r_folded = None if side.after is None else side.after().astype(np.float64)
-        y = x @ r
+        r = side.before()
+        y = _product(x, r)
         with np.errstate(invalid="ignore"):  # an overflow: its error is infinite
-            y_folded = rounded(x_folded if r_folded is None else x_folded @ r_folded)
-            y_original = rounded(x_original @ r)
+            y_folded = rounded(_product(x_folded, None if side.after is None else side.after()))
+            y_original = rounded(_product(x_original, r))
         worst = max(worst, _relative(y_folded, y))
         worst_original = max(worst_original, _relative(y_original, y))
     return worst, worst_original
+
+
+def _product(x: Array, w: Array | None) -> Array:
+    """``x w`` in the type of ``w``, as float64; ``w`` is None for the identity."""
+    if w is None:
+        return x
+    with np.errstate(over="ignore", invalid="ignore"):
+        product: Array = x.astype(w.dtype) @ w
+    return product.astype(np.float64)
 
 
 def _relative(approximate: Array, exact: Array) -> float:

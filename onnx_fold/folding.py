@@ -13,9 +13,10 @@ from functools import cached_property
 from itertools import groupby
 from typing import TYPE_CHECKING, ClassVar
 
+import numpy as np
 import onnx_ir as ir
 
-from onnx_fold.basis import MAX_RATIO, TOLERANCES, Basis, Side, probe
+from onnx_fold.basis import MAX_STREAM_RATIO, TOLERANCES, Basis, Side, TableSide, probe
 from onnx_fold.report import CandidateReport, StreamReport
 from onnx_fold.rewrite import CannotRewriteError, Rewrite
 from onnx_fold.stream import Stream, find_streams
@@ -39,7 +40,7 @@ class Options:
             ``"auto"``.
         protect: Names of initializers, nodes or values that must stay as they are.
         tolerance: Largest predicted relative error. None takes the default of the storage type,
-            and at most :data:`onnx_fold.basis.MAX_RATIO` times the error of the original.
+            and at most :data:`onnx_fold.basis.MAX_STREAM_RATIO` times the error of the original.
     """
 
     pivot: str = "auto"
@@ -63,7 +64,7 @@ class Candidate:
     strategy: str
     text: str
     rewrite: Rewrite
-    writers: list[Side]
+    writers: list[Side | TableSide]
     readers: list[Side]
     basis: Basis | None = None
 
@@ -106,24 +107,24 @@ class Candidate:
         report = replace(report, condition=self.condition)
         if self.condition is not None and self.condition > 1e15:
             return replace(report, refused="the matrix to invert is singular")
-        if not self.rewrite.is_finite():
-            kind = stream.dtype.name.lower()
-            return replace(report, refused=f"a folded weight is not finite in {kind}")
         error, own = probe(self.writers, self.readers, stream.dtype)
-        report = replace(report, error=error, error_original=own)
-        return replace(report, refused=_over_tolerance(error, own, stream.dtype, options))
+        refused = _over_tolerance(error, own, stream.dtype, options)
+        if (refused is None or not np.isfinite(error)) and not self.rewrite.is_finite():
+            refused = f"a folded weight is not finite in {stream.dtype.name.lower()}"
+            return replace(report, refused=refused)
+        return replace(report, error=error, error_original=own, refused=refused)
 
 
 def _over_tolerance(error: float, own: float, dtype: ir.DataType, options: Options) -> str | None:
     limit = TOLERANCES[dtype] if options.tolerance is None else options.tolerance
     if not error <= limit:
         return f"predicted relative error {error:.1e} is over the tolerance {limit:.0e}"
-    own = max(own, unit_roundoff(dtype))  # the layers may be exact by chance
+    own = max(own, unit_roundoff(dtype) / 2)  # the layers may be exact by chance
     is_own_known = dtype != ir.DataType.DOUBLE  # nothing wider to compare with
-    if options.tolerance is None and is_own_known and error > MAX_RATIO * own:
+    if options.tolerance is None and is_own_known and error > MAX_STREAM_RATIO * own:
         return (
             f"predicted relative error {error:.1e} is {error / own:.0f} times the model's own"
-            f" ({own:.1e}); at most {MAX_RATIO:.0f} times is taken"
+            f" ({own:.1e}); at most {MAX_STREAM_RATIO:.0f} times is taken"
         )
     return None
 
@@ -170,6 +171,15 @@ class FoldPass(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, any(stream.folded for stream in streams))
 
 
+_State = tuple[frozenset[ir.Node], tuple[int, ...]]
+
+
+def _state(stream: Stream) -> _State:
+    """The layers of a stream and how many readers their weights have."""
+    users = tuple(len(member.weight.leaf.uses()) for member in stream.members)
+    return frozenset(stream.nodes), users
+
+
 def fold_streams(
     model: ir.Model,
     passes: Sequence[FoldPass],
@@ -193,9 +203,12 @@ def fold_streams(
     reports: list[tuple[int, StreamReport]] = []
     finished: set[ir.Node] = set()
     is_first_round = True
+    touched: set[ir.Node] = set()
+    refused: dict[_State, StreamReport] = {}  # as long as nothing near has changed
     while True:
         left: list[tuple[int, StreamReport]] = []
-        touched: set[ir.Node] = set()
+        refused = {state: report for state, report in refused.items() if not state[0] & touched}
+        touched = set()
         for stream in find_streams(model, activations):
             nodes = stream.nodes
             position = min(order.get(node, 0) for node in nodes)
@@ -206,7 +219,11 @@ def fold_streams(
                 continue
             if nodes & touched:
                 continue  # a neighbour has just changed: look again in the next round
-            report, rewrite = _choose(stream, report, passes, options)
+            rewrite = None
+            if (state := _state(stream)) in refused:
+                report = refused[state]
+            else:
+                report, rewrite = _choose(stream, report, passes, options)
             if rewrite is not None and report.folded is not None:
                 changed = nodes | rewrite.nodes
                 if changed & touched:
@@ -220,6 +237,7 @@ def fold_streams(
                 reports.append((position, report))
             elif stream.is_closed or not nodes & finished:
                 left.append((position, report))
+                refused[state] = report
         if not touched:
             break
         is_first_round = False

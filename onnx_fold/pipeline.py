@@ -92,7 +92,7 @@ def fold(
         protect: Names of initializers, nodes or values whose streams are left alone.
         tolerance: Largest predicted relative error of one fold. None takes the default of the
             storage type, :data:`onnx_fold.basis.TOLERANCES`, and at most
-            :data:`onnx_fold.basis.MAX_RATIO` times the error of the original.
+            :data:`onnx_fold.basis.MAX_STREAM_RATIO` times the error of the original.
         calibrate: Inputs, as arrays by name or an ``.npz`` file. The original runs on them once;
             what its layers read then stands for random rows when errors are predicted, and
             weights the rows that interpolation picks.

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
-from onnx_fold.basis import Basis, Expression, FoldedTensor, Side, product_dtype
+from onnx_fold.basis import Basis, Expression, FoldedTensor, Side, TableSide, product_dtype
 from onnx_fold.constants import Array, constant
 from onnx_fold.linear import Linear
 from onnx_fold.rewrite import CannotRewriteError, Rewrite, new_node
@@ -19,7 +20,7 @@ class Rebased:
     """New weights by node input, with what the probe needs to judge them."""
 
     stored: dict[Edge, ir.TensorProtocol] = field(default_factory=dict)
-    writers: list[Side] = field(default_factory=list)
+    writers: list[Side | TableSide] = field(default_factory=list)
     readers: list[Side] = field(default_factory=list)
 
 
@@ -52,26 +53,31 @@ def rebase(stream: Stream, basis: Basis, width: int, pivot: Linear) -> Rebased:
         if layer is not pivot:
             tensor = result.stored[layer.edge] = store(layer, is_writer=True)
             after = stored_matrix(layer, tensor)
-        result.writers.append(Side(layer.matrix, after, rows=stream.rows_of(layer)))
+        rows = stream.rows_of(layer)
+        result.writers.append(Side(weights_of(layer), after, rows=rows))
     for layer in stream.readers:
         after = None
         if layer is not pivot:
             tensor = result.stored[layer.edge] = store(layer, is_writer=False)
             after = stored_matrix(layer, tensor)
-        result.readers.append(Side(layer.matrix, after))
+        result.readers.append(Side(weights_of(layer), after))
     for writer in stream.constants:
         if not writer.is_zero():
-            tensor = _constant(writer, basis, width)
-            result.stored[writer.edge] = tensor
-            result.writers.append(_constant_side(writer, tensor))
+            result.stored[writer.edge] = _constant(writer, basis, width)
+            result.writers.append(_constant_side(writer, basis))
         elif width != stream.width:
             result.stored[writer.edge] = _constant(writer, basis, width)
     return result
 
 
 def stored_matrix(layer: Linear, tensor: FoldedTensor) -> Expression:
-    """What ``layer`` multiplies by once it stores ``tensor``, rounding included, float64."""
-    return lambda: layer.unpack(tensor.numpy().astype(np.float64))
+    """What ``layer`` multiplies by once it stores ``tensor``, rounding included."""
+    return lambda: layer.unpack(tensor.numpy().astype(product_dtype(tensor.dtype)))
+
+
+def weights_of(layer: Linear) -> Expression:
+    """What ``layer`` multiplies by now, in the type in which its products accumulate."""
+    return lambda: layer.matrix(product_dtype(layer.weight.dtype))
 
 
 def _expression(layer: Linear, basis: Basis, is_writer: bool) -> Expression:
@@ -94,12 +100,17 @@ def _constant(writer: ConstantWriter, basis: Basis, width: int) -> FoldedTensor:
     return FoldedTensor(evaluate, writer.weight.dtype, shape)
 
 
-def _constant_side(writer: ConstantWriter, tensor: FoldedTensor) -> Side:
-    def after() -> Array:
-        rows = np.moveaxis(tensor.numpy().astype(np.float64), writer.axis, -1)
-        return rows.reshape(-1, rows.shape[-1])
+def _constant_side(writer: ConstantWriter, basis: Basis) -> TableSide:
+    """Rows of a table do not mix, so those that are probed are all that is evaluated."""
+    narrow = writer.weight.dtype.numpy()
 
-    return Side(lambda: writer.channels_last().reshape(-1, writer.width), after, is_table=True)
+    def take(rows: npt.NDArray[np.intp]) -> tuple[Array, Array]:
+        before = writer.take(rows)
+        with np.errstate(over="ignore", invalid="ignore"):
+            after = basis.of_writer(before).astype(narrow).astype(np.float64)
+        return before, after
+
+    return TableSide(writer.num_rows, take)
 
 
 def become_identity(rewrite: Rewrite, layer: Linear) -> None:

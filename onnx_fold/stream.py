@@ -6,11 +6,13 @@ free choice of basis (see :mod:`onnx_fold.basis`) and so carries ``d²`` weights
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from onnx_fold.commute import OpensStreamError, Port, Rule, ports
@@ -68,7 +70,19 @@ class ConstantWriter:
 
     def channels_last(self) -> Array:
         """The values as float64 rows, ``[..., width]``."""
-        array = self.weight.wide()
+        return self._moved(self.weight.wide())
+
+    @property
+    def num_rows(self) -> int:
+        """Number of vectors ``[width]`` in it."""
+        return math.prod(self.shape) // self.width
+
+    def take(self, rows: npt.NDArray[np.intp]) -> Array:
+        """Some of the vectors as they are stored, ``[len(rows), width]``, as float64."""
+        table = self._moved(self.weight.numpy()).reshape(-1, self.width)
+        return table[rows].astype(np.float64)
+
+    def _moved(self, array: Array) -> Array:
         array = array.reshape((1,) * (len(self.shape) - array.ndim) + array.shape)
         return np.moveaxis(np.broadcast_to(array, self.shape), self.axis, -1)
 

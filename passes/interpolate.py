@@ -78,10 +78,14 @@ class _Rows:
         """``B``, ``[f - d, d]``: the other rows in terms of the basis."""
         return self._selected[1]
 
-    def basis(self) -> Array:
-        """The basis, ``[d, d]``."""
+    @cached_property
+    def _basis(self) -> Array:
         matrix = self._matrix()
         return matrix[self.order()[: matrix.shape[1]]]
+
+    def basis(self) -> Array:
+        """The basis, ``[d, d]``."""
+        return self._basis
 
     def rebuilt(self, rest: Array) -> Array:
         """``[I; B]`` with its rows where they were, ``[f, d]``."""
@@ -105,7 +109,7 @@ def _rows_of(stream: Stream, writer: Linear) -> Iterator[Candidate | CandidateRe
         readers = {reader.edge: rebased.stored[reader.edge] for reader in stream.readers}
         carried = Rewrite(stored=readers)
         carry_biases(stream, writer, carried)
-        without = replace(rebased, writers=[s for s in rebased.writers if not s.is_table])
+        without = replace(rebased, writers=[s for s in rebased.writers if isinstance(s, Side)])
         return _split(stream, writer, rows, carried, without, text)
 
     if len(stream.writers) == 1 and stream.constants:
@@ -137,8 +141,10 @@ def _split(
     rewrite.replaced[writer.y] = build
     sides = list(rebased.writers)
     position = stream.writers.index(writer)
-    sides[position] = replace(
-        sides[position], after=lambda: rows.rebuilt(rest.numpy().astype(np.float64))
+    sides[position] = Side(
+        writer.matrix,
+        lambda: rows.rebuilt(rest.numpy().astype(np.float64)),
+        stream.rows_of(writer),
     )
     return Candidate(InterpolatePass.name, text, rewrite, sides, rebased.readers)
 

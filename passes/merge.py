@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from onnx_fold.basis import Basis
+from onnx_fold.basis import Basis, Side, TableSide
 from onnx_fold.bias import carry_biases
 from onnx_fold.folding import Candidate, FoldPass, attempt
 from onnx_fold.linear import Linear, compact
@@ -52,8 +52,8 @@ def _merge_writer(stream: Stream, writer: Linear, text: str) -> Candidate:
     if width != stream.width:
         kept = [value for value in stream.values if value not in rewrite.replaced]
         resize_stream(stream, kept, width, rewrite)
-    writers = [side for side in rebased.writers if not side.is_table]
-    return Candidate(MergePass.name, text, rewrite, writers, rebased.readers)
+    sides: list[Side | TableSide] = [s for s in rebased.writers if isinstance(s, Side)]
+    return Candidate(MergePass.name, text, rewrite, sides, rebased.readers)
 
 
 def _merge_reader(stream: Stream, reader: Linear, text: str) -> Candidate:
