@@ -130,3 +130,11 @@ def test_same_input_gives_same_bytes(exported, tmp_path):
     for name in ("a.onnx", "b.onnx"):
         onnx_fold.fold(exported("tiny-gqa", kv_cache=True), verify=False).save(tmp_path / name)
     assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
+
+
+@pytest.mark.parametrize("preset", ["tiny-gemma", "tiny-palm"])
+def test_other_widths_than_the_papers_in_16_bits(exported, tmp_path, preset):
+    path = exported(preset, dtype="float16")
+    result = check(path, tmp_path, expected(PRESETS[preset]))
+    parity = onnx_fold.verify(path, result.model, tolerance=0, emulate=True)
+    assert parity.ok, parity.reason  # by the ratio alone

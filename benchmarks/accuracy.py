@@ -1,0 +1,620 @@
+"""Measure how accurate each fold strategy is.
+
+``python benchmarks/accuracy.py`` writes ``docs/accuracy.json`` and ``docs/accuracy.svg`` and brings
+the tables of ``docs/accuracy.md`` up to date; ``--quick`` measures the small cases only.
+
+Every figure is an error ratio: the relative error of the folded model over that of the original in
+the same precision, both against a wider reference. Two levels are measured. *Streams*: O writes
+``x``, Q, K and V read it, errors of q, k and v by ``onnx_fold.basis.probe``. *Models*: whole
+skipless transformers, exported, folded and run in ONNX Runtime, errors of the logits by
+``onnx_fold.verify``; 16 bits are emulated, each operator's result is rounded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import matrices
+import numpy as np
+import onnx_ir as ir
+from matrices import KINDS, Matrix, State, StreamWeights
+
+import onnx_fold
+from onnx_fold.basis import Basis, Side, probe, product_dtype, select_blocks, select_rows
+from onnx_fold.models.config import SkiplessConfig
+from onnx_fold.passes import PASSES
+
+if TYPE_CHECKING:
+    from onnx_fold.models.skipless import SkiplessTransformer
+
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+"""Storage types: the names in the tables, and those of torch and onnx_fold."""
+
+SEEDS = {256: 8, 512: 8, 1024: 4, 2048: 1, 4096: 1}
+"""Widths of the random streams, and how many of each kind are measured."""
+
+SELECT_UP_TO = 2048
+"""Widest random stream on which the selection of heads is measured: it is slow."""
+
+HEAD_DIM = {"char-gqa": 40, "MiniLM": 32}
+
+TARGETS = {"fp32": 4.0, "fp16": 6.0}
+"""Largest ratio of MiniLM, merged and interpolated, that the project promises."""
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+@dataclass
+class StreamResult:
+    """Streams of one kind, width and storage type; medians over seeds or layers.
+
+    Attributes:
+        weights: Kind of random weights, or the name of a trained model.
+        d: Width of the stream.
+        dtype: Storage type.
+        count: Seeds, or layers of the trained model.
+        condition: Condition number of Q, estimated.
+        error_original: Relative error of q, k or v, whichever is largest, before the fold.
+        ratio: Error after the fold over that, by strategy.
+        worst: The largest ratio, by strategy.
+    """
+
+    weights: str
+    d: int
+    dtype: str
+    count: int
+    condition: float
+    error_original: float
+    ratio: dict[str, float]
+    worst: dict[str, float]
+
+
+@dataclass
+class Folded:
+    """What one strategy made of a model.
+
+    Attributes:
+        error: Relative error of the logits; None if they are not finite.
+        ratio: The same over that of the original.
+        weights_removed: Elements of initializers.
+        squares_removed: The same in units of d².
+        folds: Number of streams that each pass folded.
+        condition: The largest condition number of what was inverted; None if nothing was.
+        top1_agreement: Share of positions with the same largest logit as the original.
+    """
+
+    error: float | None
+    ratio: float | None
+    weights_removed: int
+    squares_removed: float
+    folds: dict[str, int]
+    condition: float | None
+    top1_agreement: float | None
+
+
+@dataclass
+class ModelResult:
+    """A model in one storage type, folded by each strategy."""
+
+    model: str
+    d: int
+    blocks: int
+    dtype: str
+    weights: int
+    error_original: float | None = None
+    strategies: dict[str, Folded] = field(default_factory=dict)
+
+
+# --- Streams --------------------------------------------------------------------------------------
+
+
+def measure_stream(stream: StreamWeights, dtype: ir.DataType) -> dict[str, tuple[float, float]]:
+    """Errors after and before the fold, by strategy, with all weights stored as ``dtype``.
+
+    In the merge Q stands in for P, and K and V for the layers behind it.
+    """
+
+    def stored(matrix: Matrix) -> Matrix:
+        with np.errstate(over="ignore"):  # the error is then infinite
+            rounded: Matrix = matrix.astype(dtype.numpy()).astype(np.float64)
+        return rounded
+
+    def side(before: Matrix, after: Matrix | None) -> Side:
+        kept = None if after is None else stored(after)
+        return Side(lambda: before, None if kept is None else lambda: kept)
+
+    product = product_dtype(dtype)
+    o, q = stored(stream.o), stored(stream.q)
+    others = [stored(stream.k), stored(stream.v)]
+    width = len(q)
+
+    def times(left: Matrix, right: Matrix) -> Matrix:
+        result: Matrix = left.astype(product) @ right.astype(product)
+        return result
+
+    errors = {"merge": probe([side(q, None)], [side(r, times(q, r)) for r in others], dtype)}
+
+    basis = Basis(lambda: q)
+    readers = [side(q, None), *(side(r, basis.of_reader(r)) for r in others)]
+    errors["absorb"] = probe([side(o, times(o, q))], readers, dtype)
+
+    order, rest = select_rows(o)
+    coefficients = np.empty_like(o)
+    coefficients[order] = np.vstack([np.eye(width), rest])
+    rows = o[order[:width]]
+    readers = [side(r, times(rows, r)) for r in (q, *others)]
+    errors["interpolate"] = probe([side(o, coefficients)], readers, dtype)
+
+    if width <= SELECT_UP_TO:
+        heads = np.hstack([q, *others])
+        columns = select_blocks(heads.copy(), stream.head_dim)[:, None] * stream.head_dim
+        chosen = (columns + np.arange(stream.head_dim)).ravel()
+        rest = np.delete(heads, chosen, axis=1)
+        basis = Basis(lambda: heads[:, chosen])
+        readers = [side(heads[:, chosen], None), side(rest, basis.of_reader(rest))]
+        errors["select"] = probe([side(o, times(o, heads[:, chosen]))], readers, dtype)
+    return errors
+
+
+def stream_results(
+    name: str, make: Callable[[int], StreamWeights], count: int
+) -> Iterator[StreamResult]:
+    """Measure ``count`` streams in every storage type."""
+    errors: dict[str, list[dict[str, tuple[float, float]]]] = defaultdict(list)
+    conditions = []
+    width = 0
+    for index in range(count):
+        stream = make(index)
+        width = len(stream.q)
+        conditions.append(Basis(lambda q=stream.q: q).condition)  # type: ignore[misc]
+        for short, dtype in DTYPES.items():
+            errors[short].append(measure_stream(stream, _data_type(dtype)))
+    for short, runs in errors.items():
+        ratios = {s: [after / before for after, before in (r[s] for r in runs)] for s in runs[0]}
+        yield StreamResult(
+            name,
+            width,
+            short,
+            count,
+            statistics.median(conditions),
+            statistics.median(run["absorb"][1] for run in runs),
+            {strategy: statistics.median(values) for strategy, values in ratios.items()},
+            {strategy: max(values) for strategy, values in ratios.items()},
+        )
+
+
+def all_streams(counts: Mapping[int, int], trained: Mapping[str, State]) -> Iterator[StreamResult]:
+    """Measure random streams, so many of each width, and those of trained models."""
+    for width, count in counts.items():
+        for kind in KINDS:
+            yield from stream_results(kind, _maker(kind, width), count)
+    for name, state in trained.items():
+        streams = list(matrices.trained_streams(state, HEAD_DIM[name]))
+        yield from stream_results(name, streams.__getitem__, len(streams))
+
+
+def _maker(kind: str, width: int) -> Callable[[int], StreamWeights]:
+    return lambda seed: matrices.random_stream(kind, width, seed)
+
+
+def _data_type(name: str) -> ir.DataType:
+    return {
+        "float32": ir.DataType.FLOAT,
+        "float16": ir.DataType.FLOAT16,
+        "bfloat16": ir.DataType.BFLOAT16,
+    }[name]
+
+
+# --- Models ---------------------------------------------------------------------------------------
+
+
+def strategies() -> dict[str, dict[str, Any]]:
+    """Options of ``fold``: the paper's own, merge with each other pass, and the automatic choice.
+
+    All but the last are taken whatever error is predicted.
+    """
+    forced = {"tolerance": math.inf}
+    options: dict[str, dict[str, Any]] = {
+        "paper": {"only": ["merge", "absorb"], "pivot": "q", **forced}
+    }
+    for each in PASSES:
+        if each.name not in ("merge", "absorb"):
+            options[f"merge + {each.name}"] = {"only": ["merge", each.name], **forced}
+    options["automatic"] = {}
+    return options
+
+
+def measure_model(
+    name: str, model: SkiplessTransformer, dtypes: Iterable[str] = DTYPES
+) -> Iterator[ModelResult]:
+    """Fold and judge a float32 model in each of these storage types."""
+    import torch
+
+    from onnx_fold.models.export import export_module
+
+    for short in dtypes:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "model.onnx")
+            narrow = copy.deepcopy(model).to(getattr(torch, DTYPES[short]))
+            export_module(narrow, path)
+            yield measure_file(name, short, model.config, path)
+
+
+def measure_file(name: str, dtype: str, config: SkiplessConfig, path: Path) -> ModelResult:
+    """Fold and judge a model that is stored as ``dtype``."""
+    width = config.hidden_size
+    result: ModelResult | None = None
+    for strategy, options in strategies().items():
+        folded = onnx_fold.fold(path, verify=False, **options)
+        parity = onnx_fold.verify(
+            path, folded.model, tolerance=0.0, emulate=dtype != "fp32", samples=2
+        )
+        logits = parity.outputs[0]
+        saving, done = folded.report.saving, folded.report.folded
+        if result is None:
+            result = ModelResult(
+                name, width, config.num_hidden_layers, dtype, saving.before.weights
+            )
+            result.error_original = logits.error_original
+        taken = [stream.folded for stream in done if stream.folded is not None]
+        names = [each.strategy for each in taken]
+        conditions = [each.condition for each in taken if each.condition is not None]
+        result.strategies[strategy] = Folded(
+            error=logits.error_folded,
+            ratio=logits.ratio,
+            weights_removed=saving.weights,
+            squares_removed=saving.weights / width**2,
+            folds={each: names.count(each) for each in dict.fromkeys(names)},
+            condition=max(conditions, default=None),
+            top1_agreement=logits.top1_agreement,
+        )
+    assert result is not None
+    return result
+
+
+def random_model(width: int, init: str) -> SkiplessTransformer:
+    """Two blocks, GQA, a GLU that is linear in scale; f and the heads as in Mistral-7B."""
+    from onnx_fold.models.skipless import SkiplessTransformer
+
+    return SkiplessTransformer(
+        SkiplessConfig(
+            vocab_size=2 * width,  # wide enough that merging O and the head would save nothing
+            hidden_size=width,
+            num_attention_heads=width // 64,
+            num_key_value_heads=width // 256,
+            head_dim=64,
+            intermediate_size=7 * width // 2,
+            activation="sigmoid",
+            init="gaussian" if init == "gaussian" else "orthogonal",
+        )
+    )
+
+
+def char_gqa_model(state: State) -> SkiplessTransformer:
+    """The small trained model that the package ships."""
+    import torch
+
+    from onnx_fold.models.skipless import SkiplessTransformer
+    from onnx_fold.models.train import CONFIG
+
+    model = SkiplessTransformer(CONFIG)
+    model.load_state_dict({name: torch.from_numpy(array.copy()) for name, array in state.items()})
+    return model
+
+
+def all_models(quick: bool, trained: Mapping[str, State]) -> Iterator[ModelResult]:
+    """Measure random models, and trained ones."""
+    for width in (256,) if quick else (256, 512, 1024):
+        yield from measure_model("gaussian", random_model(width, "gaussian"))
+    if not quick:
+        yield from measure_model("orthogonal", random_model(512, "orthogonal"))
+    char_gqa = char_gqa_model(trained["char-gqa"])
+    yield measure_file("char-gqa", "fp32", char_gqa.config, matrices.CHAR_GQA)
+    if not quick:
+        yield from measure_model("char-gqa", char_gqa, ("fp16", "bf16"))
+        import minilm
+
+        yield from measure_model("MiniLM", minilm.build(trained["MiniLM"]))
+
+
+def targets(models: Iterable[ModelResult]) -> list[dict[str, Any]]:
+    """Whether MiniLM, merged and interpolated, is as accurate and as small as promised."""
+    result = []
+    for model in models:
+        if model.model == "MiniLM" and model.dtype in TARGETS:
+            folded = model.strategies["merge + interpolate"]
+            limit, least = TARGETS[model.dtype], 2 * model.blocks - 1
+            met = folded.ratio is not None and folded.ratio <= limit
+            result.append(
+                {
+                    "dtype": model.dtype,
+                    "ratio": folded.ratio,
+                    "ratio_limit": limit,
+                    "squares_removed": folded.squares_removed,
+                    "squares_least": least,
+                    "met": met and folded.squares_removed >= least,
+                }
+            )
+    return result
+
+
+# --- What is written ------------------------------------------------------------------------------
+
+
+def environment(command: str) -> dict[str, Any]:
+    """Where and when the figures were measured."""
+    packages = ("onnx-fold", "numpy", "scipy", "onnx", "onnx-ir", "onnxruntime", "torch")
+    return {
+        "command": command,
+        "date": datetime.now(UTC).date().isoformat(),
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "versions": {
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in packages},
+        },
+    }
+
+
+def _cpu() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def measure(part: str, quick: bool) -> dict[str, Any]:
+    """Measure one part, ``"streams"`` or ``"models"``, and return it as JSON-ready data."""
+    start = time.perf_counter()
+    trained = {"char-gqa": matrices.char_gqa()}
+    if not quick:
+        import minilm
+
+        trained["MiniLM"] = minilm.read()
+    data: dict[str, Any] = {}
+    if part == "streams":
+        streams = _shown(all_streams({256: 2} if quick else SEEDS, trained))
+        data["streams"] = [_rounded(asdict(each)) for each in streams]
+    else:
+        models = list(_shown(all_models(quick, trained)))
+        data["models"] = [_rounded(asdict(each)) for each in models]
+        data["targets"] = [_rounded(each) for each in targets(models)]
+    quickly = " --quick" if quick else ""
+    data[f"{part}_measured"] = {
+        **environment(f"python benchmarks/accuracy.py{quickly} --only {part}"),
+        "seconds": round(time.perf_counter() - start),
+    }
+    return data
+
+
+def _shown(results: Iterable[Any]) -> Iterator[Any]:
+    for result in results:
+        name = getattr(result, "model", None) or result.weights
+        print(f"{name}, d = {result.d}, {result.dtype}", flush=True)
+        yield result
+
+
+def _rounded(value: Any) -> Any:
+    """Floats to four digits; infinity and NaN, which JSON does not know, to None."""
+    if isinstance(value, dict):
+        return {name: _rounded(item) for name, item in value.items()}
+    if isinstance(value, float):
+        return float(f"{value:.4g}") if math.isfinite(value) else None
+    return value
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    align = ["---", *["---:"] * (len(header) - 1)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (header, align, *rows))
+
+
+def tables(data: Mapping[str, Any]) -> dict[str, str]:
+    """Markdown tables by name."""
+    return {
+        "models": _models_table(data["models"]),
+        "streams": _streams_table(data["streams"]),
+        "streams measured": _environment_text(data["streams_measured"]),
+        "models measured": _environment_text(data["models_measured"]),
+    }
+
+
+def _models_table(models: Sequence[Mapping[str, Any]]) -> str:
+    names = list(models[0]["strategies"])
+    rows = []
+    for model in models:
+        row = [
+            f"{model['model']}, d = {model['d']}, {model['blocks']} blocks",
+            model["dtype"],
+            _error(model["error_original"]),
+        ]
+        for name in names:
+            folded = model["strategies"][name]
+            row.append(f"{_times(folded['ratio'])} ({folded['squares_removed']:.3g})")
+        rows.append(row)
+    return _table(["model", "storage", "original", *names], rows)
+
+
+def _streams_table(streams: Sequence[Mapping[str, Any]]) -> str:
+    names = list(dict.fromkeys(name for each in streams for name in each["ratio"]))
+    rows = []
+    for key in dict.fromkeys((each["weights"], each["d"]) for each in streams):
+        group = [each for each in streams if (each["weights"], each["d"]) == key]
+        cells = [
+            " / ".join(_number(each["ratio"][name]) for each in group)
+            + f" ({_number(_worst(group, name))})"
+            if name in group[0]["ratio"]
+            else ""
+            for name in names
+        ]
+        first = group[0]
+        rows.append([key[0], str(key[1]), str(first["count"]), f"{first['condition']:.1e}", *cells])
+    return _table(["weights", "d", "streams", "cond(Q)", *names], rows)
+
+
+def _environment_text(data: Mapping[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
+    return (
+        f"Measured on {data['date']} by `{data['command']}` in {data['seconds']} s on"
+        f" {data['cpu']} ({data['cores']} cores, {data['platform']}); {versions}."
+    )
+
+
+def _error(value: float | None) -> str:
+    return "overflow" if value is None else f"{value:.1e}"
+
+
+def _times(value: float | None) -> str:
+    return "overflow" if value is None else f"{_number(value)}x"
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "overflow"
+    if value >= 9999.5:
+        return f"{value:.0e}"
+    return f"{value:.0f}" if value >= 9.95 else f"{value:.1f}"
+
+
+def _worst(group: Iterable[Mapping[str, Any]], strategy: str) -> float | None:
+    """The largest ratio; None, which is infinite, if there is one."""
+    ratios = [each["worst"][strategy] for each in group]
+    return None if None in ratios else max(ratios)
+
+
+def write_tables(page: Path, data: Mapping[str, Any]) -> None:
+    """Put each table between ``<!-- its name -->`` and ``<!-- end -->``."""
+    text = page.read_text(encoding="utf-8")
+    for name, table in tables(data).items():
+        head, start, rest = text.partition(f"<!-- {name} -->\n")
+        _, end, tail = rest.partition("<!-- end -->")
+        text = f"{head}{start}{table}\n{end}{tail}"
+    page.write_text(text, encoding="utf-8")
+
+
+COLOURS = {
+    "absorb": "#c1440e",
+    "paper": "#c1440e",
+    "interpolate": "#1f6f8b",
+    "merge + interpolate": "#1f6f8b",
+    "merge": "#888888",
+    "select": "#b08900",
+    "merge + select": "#b08900",
+    "automatic": "#3a7d44",
+}
+
+
+def plot(data: Mapping[str, Any], path: Path) -> None:
+    """Draw the ratios of streams over their width, and those of whole models."""
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    from matplotlib import pyplot
+
+    mpl.rcParams.update({"font.size": 9, "svg.hashsalt": "onnx-fold", "axes.axisbelow": True})
+    figure = pyplot.figure(figsize=(9.5, 6.6), layout="constrained")
+    panels: Any = figure.subfigures(2, 1, height_ratios=(1, 1.15))
+    top, bottom = panels
+    _plot_streams(top, data["streams"])
+    _plot_models(bottom, data["models"])
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
+
+
+def _plot_streams(figure: Any, streams: Sequence[Mapping[str, Any]]) -> None:
+    from matplotlib.lines import Line2D
+
+    figure.suptitle("One stream: error of q, k, v after the fold / before (median)")
+    axes = figure.subplots(1, len(KINDS), sharey=True)
+    styles = dict(zip(DTYPES, ("-", "--", ":"), strict=True))
+    names = list(streams[0]["ratio"])
+    for axis, kind in zip(axes, KINDS, strict=True):
+        for dtype, style in styles.items():
+            group = [each for each in streams if (each["weights"], each["dtype"]) == (kind, dtype)]
+            widths = [each["d"] for each in group]
+            for name in names:
+                ratios = [each["ratio"].get(name) or math.nan for each in group]
+                axis.plot(widths, ratios, style, color=COLOURS[name], marker="o", markersize=2.5)
+        axis.set(xscale="log", yscale="log", title=f"{kind} weights", xlabel="d")
+        axis.set_xticks(list(SEEDS), [str(width) for width in SEEDS])
+        axis.minorticks_off()
+        _grid(axis, onnx_fold.basis.MAX_STREAM_RATIO)
+    axes[0].set_ylabel("error ratio")
+    handles = [Line2D([], [], color=COLOURS[name], label=name) for name in names]
+    handles += [Line2D([], [], color="black", ls=ls, label=name) for name, ls in styles.items()]
+    figure.legend(handles=handles, loc="outside right center", frameon=False)
+
+
+def _plot_models(figure: Any, models: Sequence[Mapping[str, Any]]) -> None:
+    figure.suptitle("Whole models: error of the logits after the fold / before")
+    axes = figure.subplots(1, len(DTYPES), sharey=True)
+    names = list(models[0]["strategies"])
+    for axis, dtype in zip(axes, DTYPES, strict=True):
+        group = [each for each in models if each["dtype"] == dtype]
+        for index, name in enumerate(names):
+            offsets = [i + (index - (len(names) - 1) / 2) * 0.2 for i in range(len(group))]
+            ratios = [each["strategies"][name]["ratio"] or math.nan for each in group]
+            axis.bar(offsets, ratios, 0.2, color=COLOURS.get(name, "#666666"), label=name)
+        labels = [f"{each['model']} {each['d']}" for each in group]
+        axis.set_xticks(range(len(group)), labels, rotation=40, ha="right")
+        axis.set(yscale="log", title=dtype)
+        _grid(axis, onnx_fold.basis.MAX_RATIO)
+    axes[0].set_ylabel("error ratio")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", frameon=False)
+
+
+def _grid(axis: Any, limit: float) -> None:
+    """Lines at the powers of ten, and one at the largest ratio that is taken."""
+    axis.grid(visible=True, color="#dddddd", linewidth=0.6)
+    axis.axhline(limit, color="black", linewidth=0.8)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def main() -> None:
+    """Measure, and write what was measured."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="small random models and char-gqa")
+    parser.add_argument("--render", action="store_true", help="draw and write the tables anew only")
+    parser.add_argument("--output", type=Path, help="folder to write to; by default docs")
+    parser.add_argument("--only", choices=("streams", "models"), help="keep the other part")
+    arguments = parser.parse_args()
+    folder = arguments.output or (None if arguments.quick else DOCS)
+    file = None if folder is None else folder / "accuracy.json"
+    data: dict[str, Any] = {}
+    if file is not None and file.exists() and (arguments.only or arguments.render):
+        data = json.loads(file.read_text(encoding="utf-8"))
+    for part in ("streams", "models"):
+        if not arguments.render and arguments.only in (None, part):
+            data.update(measure(part, arguments.quick))
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    if "streams" not in data or "models" not in data:
+        return
+    print(*tables(data).values(), sep="\n\n")
+    if folder is not None and not arguments.quick:
+        plot(data, folder / "accuracy.svg")
+        if (page := folder / "accuracy.md").exists():
+            write_tables(page, data)
+
+
+if __name__ == "__main__":
+    main()

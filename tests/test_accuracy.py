@@ -1,0 +1,193 @@
+"""What the accuracy page states, and what its figures rest on."""
+
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from onnx_fold.basis import Basis, select_rows
+
+ROOT = Path(__file__).parents[1]
+DTYPES = ("fp32", "fp16", "bf16")
+KEYS = {
+    "top": {"streams", "streams_measured", "models", "models_measured", "targets"},
+    "measured": {"command", "date", "cpu", "cores", "platform", "versions", "seconds"},
+    "streams": {"weights", "d", "dtype", "count", "condition", "error_original", "ratio", "worst"},
+    "models": {"model", "d", "blocks", "dtype", "weights", "error_original", "strategies"},
+    "folded": {"error", "ratio", "weights_removed", "squares_removed", "folds", "condition"}
+    | {"top1_agreement"},
+    "targets": {"dtype", "ratio", "ratio_limit", "squares_removed", "squares_least", "met"},
+}
+
+
+def check_schema(data: dict) -> None:
+    assert data.keys() == KEYS["top"]
+    for part in ("streams_measured", "models_measured"):
+        assert data[part].keys() == KEYS["measured"]
+    for stream in data["streams"]:
+        assert stream.keys() == KEYS["streams"]
+        assert stream["dtype"] in DTYPES
+        assert {"merge", "absorb", "interpolate"} <= stream["ratio"].keys()
+        assert stream["ratio"].keys() == stream["worst"].keys()
+    for model in data["models"]:
+        assert model.keys() == KEYS["models"]
+        assert {"paper", "merge + interpolate", "automatic"} <= model["strategies"].keys()
+        for folded in model["strategies"].values():
+            assert folded.keys() == KEYS["folded"]
+            assert folded["squares_removed"] == pytest.approx(
+                folded["weights_removed"] / model["d"] ** 2, rel=1e-3
+            )
+    for target in data["targets"]:
+        assert target.keys() == KEYS["targets"]
+
+
+def gaussian_streams(data: dict) -> dict[str, dict]:
+    found = [s for s in data["streams"] if (s["weights"], s["d"]) == ("gaussian", 256)]
+    return {stream["dtype"]: stream for stream in found}
+
+
+def check_order(data: dict) -> None:
+    """Interpolation stays below 8 times the original's own error, absorption is worse."""
+    streams = gaussian_streams(data)
+    assert tuple(streams) == DTYPES
+    for stream in streams.values():
+        assert stream["worst"]["merge"] < 1.5
+        assert stream["worst"]["interpolate"] <= 8
+        assert stream["ratio"]["absorb"] > 2 * stream["ratio"]["interpolate"]
+    models = [m for m in data["models"] if (m["model"], m["d"]) == ("gaussian", 256)]
+    assert tuple(model["dtype"] for model in models) == DTYPES
+    for model in models:
+        folded = model["strategies"]
+        assert folded["merge + interpolate"]["ratio"] <= 8
+        assert folded["automatic"]["ratio"] <= 8
+        assert folded["paper"]["ratio"] > folded["merge + interpolate"]["ratio"]
+        assert folded["paper"]["squares_removed"] == 2 * model["blocks"]
+        assert folded["automatic"]["squares_removed"] >= 2 * model["blocks"]
+
+
+def test_quick_run(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    script = ROOT / "benchmarks" / "accuracy.py"
+    command = [sys.executable, str(script), "--quick", "--output", str(tmp_path)]
+    one_thread = os.environ | {"OPENBLAS_NUM_THREADS": "1"}  # the other cores run other tests
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600, env=one_thread)
+    assert result.returncode == 0, result.stderr
+    data = json.loads((tmp_path / "accuracy.json").read_text(encoding="utf-8"))
+    check_schema(data)
+    check_order(data)
+
+
+def test_page_shows_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    spec = importlib.util.spec_from_file_location("accuracy", ROOT / "benchmarks" / "accuracy.py")
+    accuracy = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "accuracy", accuracy)
+    spec.loader.exec_module(accuracy)
+    data = json.loads((ROOT / "docs" / "accuracy.json").read_text(encoding="utf-8"))
+    check_schema(data)
+    check_order(data)
+    page = (ROOT / "docs" / "accuracy.md").read_text(encoding="utf-8")
+    for name, table in accuracy.tables(data).items():
+        assert f"<!-- {name} -->\n{table}\n<!-- end -->" in page
+
+
+# --- Rows of a writer -----------------------------------------------------------------------------
+
+
+@st.composite
+def tall_matrices(draw: st.DrawFn) -> np.ndarray:
+    """Gaussian rows of any rank and scale, some of them zero, some equal."""
+    width = draw(st.integers(1, 24))
+    rows = width + draw(st.integers(1, 60))
+    rank = draw(st.integers(0, width))
+    generator = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    matrix = generator.standard_normal((rows, rank)) @ generator.standard_normal((rank, width))
+    if draw(st.booleans()):
+        matrix[generator.random(rows) < 0.3] = 0.0
+    if draw(st.booleans()):
+        matrix[rows // 2 :] = matrix[: rows - rows // 2]
+    if draw(st.booleans()):
+        matrix *= 10.0 ** generator.integers(-8, 9, (rows, 1))
+    if draw(st.booleans()):
+        matrix *= 10.0 ** generator.integers(-8, 9, (1, width))
+    return matrix * 10.0 ** draw(st.sampled_from((-8, 0, 8)))
+
+
+@settings(derandomize=True, deadline=None, max_examples=300)
+@given(tall_matrices())
+def test_selected_rows_give_all_rows(matrix: np.ndarray) -> None:
+    rows, width = matrix.shape
+    before = matrix.copy()
+    order, b = select_rows(matrix)
+    np.testing.assert_array_equal(matrix, before)
+    assert sorted(order) == list(range(rows))
+    assert b.shape == (rows - width, width)
+    assert np.abs(b).max() <= 1.5
+    basis, others = matrix[order[:width]], matrix[order[width:]]
+    # column by column, so that a small channel is not hidden by a large one
+    limit = 1e-12 * width * np.abs(matrix).max(axis=0)
+    assert (np.abs(others - b @ basis) <= limit).all()
+
+
+def test_swaps_undo_the_growth_of_pivoting() -> None:
+    """Partial pivoting is content with growth; swaps bring the coefficients under the bound."""
+    width = 12
+    wilkinson = np.tril(-np.ones((width, width)), -1) + np.eye(width)
+    matrix = np.vstack([wilkinson, np.ones((1, width))])
+    order, unswapped = select_rows(matrix, bound=math.inf)
+    assert np.abs(unswapped).max() > 100
+    order, b = select_rows(matrix)
+    assert np.abs(b).max() <= 1.5
+    np.testing.assert_allclose(b @ matrix[order[:width]], matrix[order[width:]], atol=1e-9)
+
+
+# --- A square basis -------------------------------------------------------------------------------
+
+
+@st.composite
+def squares(draw: st.DrawFn) -> tuple[np.ndarray, float]:
+    """A square matrix and its condition number, up to nearly singular."""
+    width = draw(st.integers(2, 32))
+    condition = 10.0 ** draw(st.integers(0, 13))
+    generator = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    left, right = (np.linalg.qr(generator.standard_normal((width, width)))[0] for _ in range(2))
+    values = np.geomspace(1.0, 1.0 / condition, width) * 10.0 ** draw(st.sampled_from((-8, 0, 8)))
+    return left * values @ right, condition
+
+
+@settings(derandomize=True, deadline=None, max_examples=200)
+@given(squares())
+def test_a_nearly_singular_basis_is_solved_with_a_small_residual(
+    square: tuple[np.ndarray, float],
+) -> None:
+    matrix, condition = square
+    width = len(matrix)
+    size = np.linalg.norm(matrix)
+    generator = np.random.default_rng(0)
+    weight = generator.standard_normal((width, 5))
+
+    basis = Basis(lambda: matrix)
+    assert condition / 3 <= basis.condition <= 1.1 * condition
+    solved = basis.of_reader(weight)  # T⁻¹ R
+    assert np.linalg.norm(matrix @ solved - weight) <= 1e-13 * size * np.linalg.norm(solved)
+    np.testing.assert_allclose(basis.of_writer(weight.T), weight.T @ matrix, rtol=1e-13)
+
+    inverse = Basis(lambda: matrix, inverted=True)
+    solved = inverse.of_writer(weight.T)  # W P⁻¹
+    assert np.linalg.norm(solved @ matrix - weight.T) <= 1e-13 * size * np.linalg.norm(solved)
+    np.testing.assert_allclose(inverse.of_reader(weight), matrix @ weight, rtol=1e-13)
+
+
+@pytest.mark.parametrize("scale", [1e-8, 1.0, 1e8])
+def test_a_singular_basis_has_no_finite_condition(scale: float) -> None:
+    matrix = scale * np.random.default_rng(0).standard_normal((8, 8))
+    matrix[3] = 0.0
+    assert Basis(lambda: matrix).condition == math.inf
