@@ -46,7 +46,7 @@ def load(source: ModelSource) -> ir.Model:
     if isinstance(source, ir.Model):
         return source
     if isinstance(source, onnx.ModelProto):
-        return ir.from_proto(source)
+        return _from_proto(source, "the given model")
     if isinstance(source, str | os.PathLike):
         return _load_file(Path(source))
     model: Any = getattr(source, "model", None)  # torch.onnx.ONNXProgram, without importing torch
@@ -66,17 +66,21 @@ def _load_file(path: Path) -> ir.Model:
         raise InvalidModelError(f"cannot read {path}: {error.strerror}") from error
     except (DecodeError, ValueError, *_TEXT_ERRORS) as error:
         raise InvalidModelError(f"{path} is not an ONNX model, or is truncated") from error
-    if not proto.HasField("graph") or not proto.opset_import:
-        raise InvalidModelError(f"{path} is not an ONNX model: it holds no graph")
-    try:
-        model = ir.from_proto(proto)
-    except Exception as error:
-        raise InvalidModelError(f"{path} is not a valid ONNX model: {error}") from error
+    model = _from_proto(proto, str(path))
     folder = path.parent.resolve()
     ir.external_data.set_base_dir(model.graph, folder)
     for tensor in external_tensors(model):
         _check_external(tensor, folder, path)
     return model
+
+
+def _from_proto(proto: onnx.ModelProto, name: str) -> ir.Model:
+    if not proto.HasField("graph") or not proto.opset_import:
+        raise InvalidModelError(f"{name} is not an ONNX model: it holds no graph")
+    try:
+        return ir.from_proto(proto)
+    except Exception as error:
+        raise InvalidModelError(f"{name} is not a valid ONNX model: {error}") from error
 
 
 def check(source: ModelSource, model: ir.Model, cause: Exception) -> None:

@@ -19,6 +19,7 @@ from onnx_fold.errors import CannotWriteError, CheckFailedError, UsageError
 from onnx_fold.files import ModelSource, check, load, replacing, save
 from onnx_fold.folding import PIVOTS, FoldPass, Options, fold_streams
 from onnx_fold.heads import Attention, find_attention
+from onnx_fold.linear import find_linears, label
 from onnx_fold.parity import verify as parity_check
 from onnx_fold.passes import PASSES
 from onnx_fold.report import FoldReport, new_table
@@ -106,7 +107,7 @@ def fold(
         CheckFailedError: The folded model does not compute the same function.
         InvalidModelError: The model cannot be read.
         MissingExtraError: ``verify`` is asked for and onnxruntime is not installed.
-        UsageError: An unknown pivot or pass.
+        UsageError: An unknown pivot or pass, or nothing has a name that is to be protected.
     """
     if verify or calibrate is not None:
         onnxruntime()  # say at once that it is missing, not after the work
@@ -115,6 +116,7 @@ def fold(
     options = Options(pivot=pivot, protect=frozenset(protect), tolerance=tolerance)
     passes = _passes(options, strategy, only, skip)
     original = load(model)
+    _check_names(original, options.protect)
     seen = None if calibrate is None else record(original, calibrate, provider)
     before = cost(original)
     try:
@@ -132,6 +134,15 @@ def fold(
             raise CheckFailedError(message, report)
     source = Path(model) if isinstance(model, str | os.PathLike) else None
     return FoldResult(folded, report, original, source)
+
+
+def _check_names(model: ir.Model, protect: Iterable[str]) -> None:
+    graph = model.graph
+    known = {value.name for node in graph for value in (*node.inputs, *node.outputs) if value}
+    known |= {node.name for node in graph} | {label(node) for node in graph}
+    known |= {linear.label for linear in find_linears(graph)} | set(graph.initializers)
+    if unknown := sorted(set(protect) - known):
+        raise UsageError(f"nothing in the model is called '{unknown[0]}'")
 
 
 def _passes(

@@ -1,11 +1,12 @@
 """The public functions: what they take, what they leave alone, and passes in others' hands."""
 
+import onnx
 import onnx_ir as ir
 import pytest
 from helpers import assert_same_function, chain, fold, normal, operators, proto, refused
 
 import onnx_fold
-from onnx_fold.errors import CannotWriteError, UsageError
+from onnx_fold.errors import CannotWriteError, InvalidModelError, UsageError
 from onnx_fold.passes import PASSES, AbsorbPass, MergePass
 
 
@@ -34,6 +35,11 @@ def test_an_exported_program():
     assert_same_function(program.model, result.model)
 
 
+def test_an_empty_proto():
+    with pytest.raises(InvalidModelError, match="holds no graph"):
+        onnx_fold.fold(onnx.ModelProto())
+
+
 def test_not_a_model():
     with pytest.raises(UsageError, match="expected a path"):
         onnx_fold.fold(3)
@@ -45,6 +51,7 @@ def test_not_a_model():
         ({"only": ["mrege"]}, "unknown pass 'mrege'; there are merge"),
         ({"strategy": "best"}, "unknown pass 'best'"),
         ({"pivot": "o"}, "unknown pivot 'o'"),
+        ({"protect": ["lm_haed"]}, "nothing in the model is called 'lm_haed'"),
     ],
 )
 def test_unknown_words(model, options, message):
