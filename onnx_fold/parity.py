@@ -677,7 +677,7 @@ def _table(report: ParityReport) -> Table:
         captions.append(f"{len(rows) - _ROWS} further outputs lie deeper within their limits")
         rows = sorted(rows, key=_margin)[:_ROWS]
     table = Table(
-        title=f"Parity in {report.dtype} on {report.provider}: {_inputs(report.shapes)}",
+        title=f"Parity in {report.dtype.lower()} on {report.provider}: {_inputs(report.shapes)}",
         caption="; ".join(captions) or None,
         title_justify="left",
         caption_justify="left",
