@@ -108,3 +108,34 @@ def test_weights_of_the_source_are_never_overwritten(model, tmp_path):
     with pytest.raises(CannotWriteError, match=r"m\.onnx\.data holds the weights of the input"):
         result.save(tmp_path / "m.onnx")
     assert (tmp_path / "m.onnx.data").read_bytes() == data
+
+
+@pytest.mark.filterwarnings("ignore")  # the exporter's own
+def test_the_attention_operator_of_opset_23():
+    torch = pytest.importorskip("torch")
+    functional = torch.nn.functional
+
+    class Attention(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.o, self.p = torch.nn.Linear(40, 16, bias=False), torch.nn.Linear(16, 16)
+            self.q, self.k, self.v = (torch.nn.Linear(16, n, bias=False) for n in (16, 8, 8))
+            self.m = torch.nn.Linear(16, 40)
+
+        def forward(self, x):
+            x = self.o(x)
+            q, k, v = (
+                f(x).unflatten(-1, (-1, 4)).transpose(1, 2) for f in (self.q, self.k, self.v)
+            )
+            a = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            return functional.relu(self.m(self.p(a.transpose(1, 2).flatten(2))))
+
+    torch.manual_seed(0)
+    program = torch.onnx.export(
+        Attention().eval(), (torch.randn(2, 5, 40),), dynamo=True, opset_version=23, verbose=False
+    )
+    result = onnx_fold.fold(program)
+    assert "Attention" in operators(result.model)
+    assert result.report.saving.weights == 2 * 16**2 + 16  # O · Q, P · M, and the bias of P
+    (layer,) = onnx_fold.inspect(program).attention
+    assert (layer.kind, layer.num_heads, layer.num_kv_heads, layer.head_dim) == ("GQA", 4, 2, 4)
