@@ -48,6 +48,10 @@ class Options:
     tolerance: float | None = None
 
 
+Memo = dict[tuple[object, ...], tuple[CandidateReport, tuple[ir.TensorProtocol, ...]]]
+"""Verdicts by candidate and the tensors of its stream, kept so that their ids stay theirs."""
+
+
 @dataclass
 class Candidate:
     """One way to fold one stream.
@@ -92,8 +96,8 @@ class Candidate:
             return "no weights would be saved"
         return f"weights would grow by {-self.weights_removed:,}"
 
-    def judged(self, stream: Stream, options: Options) -> CandidateReport:
-        """Weigh it: cheap checks first, the weights are evaluated last."""
+    def judged(self, stream: Stream, options: Options, memo: Memo) -> CandidateReport:
+        """Weigh it: cheap checks first, the weights are evaluated last, and once."""
         report = CandidateReport(
             strategy=self.strategy,
             text=self.text,
@@ -104,6 +108,15 @@ class Candidate:
             return replace(report, refused=self._growth())
         if protected := sorted(self.rewrite.names() & options.protect):
             return replace(report, refused=f"'{protected[0]}' is protected")
+        tensors = tuple(member.weight.tensor for member in stream.members)
+        key = (self.strategy, self.text, self.weights_removed, self.nodes, *map(id, tensors))
+        if key not in memo:
+            memo[key] = self._measured(report, stream, options), tensors
+        return memo[key][0]
+
+    def _measured(
+        self, report: CandidateReport, stream: Stream, options: Options
+    ) -> CandidateReport:
         report = replace(report, condition=self.condition)
         if self.condition is not None and self.condition > 1e15:
             return replace(report, refused="the matrix to invert is singular")
@@ -171,15 +184,6 @@ class FoldPass(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, any(stream.folded for stream in streams))
 
 
-_State = tuple[frozenset[ir.Node], tuple[int, ...]]
-
-
-def _state(stream: Stream) -> _State:
-    """The layers of a stream and how many readers their weights have."""
-    users = tuple(len(member.weight.leaf.uses()) for member in stream.members)
-    return frozenset(stream.nodes), users
-
-
 def fold_streams(
     model: ir.Model,
     passes: Sequence[FoldPass],
@@ -203,12 +207,10 @@ def fold_streams(
     reports: list[tuple[int, StreamReport]] = []
     finished: set[ir.Node] = set()
     is_first_round = True
-    touched: set[ir.Node] = set()
-    refused: dict[_State, StreamReport] = {}  # as long as nothing near has changed
+    memo: Memo = {}
     while True:
         left: list[tuple[int, StreamReport]] = []
-        refused = {state: report for state, report in refused.items() if not state[0] & touched}
-        touched = set()
+        touched: set[ir.Node] = set()
         for stream in find_streams(model, activations):
             nodes = stream.nodes
             position = min(order.get(node, 0) for node in nodes)
@@ -219,11 +221,7 @@ def fold_streams(
                 continue
             if nodes & touched:
                 continue  # a neighbour has just changed: look again in the next round
-            rewrite = None
-            if (state := _state(stream)) in refused:
-                report = refused[state]
-            else:
-                report, rewrite = _choose(stream, report, passes, options)
+            report, rewrite = _choose(stream, report, passes, options, memo)
             if rewrite is not None and report.folded is not None:
                 changed = nodes | rewrite.nodes
                 if changed & touched:
@@ -237,7 +235,6 @@ def fold_streams(
                 reports.append((position, report))
             elif stream.is_closed or not nodes & finished:
                 left.append((position, report))
-                refused[state] = report
         if not touched:
             break
         is_first_round = False
@@ -245,7 +242,11 @@ def fold_streams(
 
 
 def _choose(
-    stream: Stream, report: StreamReport, passes: Sequence[FoldPass], options: Options
+    stream: Stream,
+    report: StreamReport,
+    passes: Sequence[FoldPass],
+    options: Options,
+    memo: Memo,
 ) -> tuple[StreamReport, Rewrite | None]:
     """The best admissible candidate of a stream, or the reasons why there is none."""
     if not stream.is_closed:
@@ -255,7 +256,7 @@ def _choose(
         return replace(report, reasons=[f"'{protected[0]}' is protected"]), None
     judged: list[CandidateReport] = []
     for group in _ranked(stream, passes, judged):
-        verdicts = [(candidate.judged(stream, options), candidate) for candidate in group]
+        verdicts = [(candidate.judged(stream, options, memo), candidate) for candidate in group]
         judged += [verdict for verdict, _ in verdicts]
         accepted = [(v, candidate) for v, candidate in verdicts if v.refused is None]
         if accepted:

@@ -265,14 +265,18 @@ class Search:
             queue.extend(self._upstream(stream, value, axis))
             queue.extend(self._downstream(stream, value, axis))
         for layers in (stream.writers, stream.readers):
-            layers.sort(key=lambda layer: self.order[layer.node])
-        stream.constants.sort(key=lambda writer: (self.order[writer.node], writer.index))
+            layers.sort(key=lambda layer: self._position(layer.node))
+        stream.constants.sort(key=lambda writer: (self._position(writer.node), writer.index))
         stream.openings.sort(key=lambda opening: (not opening.is_norm, opening.text))
         both = {layer.node for layer in stream.writers} & {layer.node for layer in stream.readers}
         for layer in stream.writers:
             if layer.node in both:
                 _open(stream, layer.y, "is both read and written", layer.node)
         return stream
+
+    def _position(self, node: ir.Node) -> int:
+        """Place in the graph; nodes that a fold has added since come last."""
+        return self.order.get(node, len(self.order))
 
     def _upstream(
         self, stream: Stream, value: ir.Value, axis: int

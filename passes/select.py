@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from onnx_fold.basis import Basis, FoldedTensor, Side, select_blocks
 from onnx_fold.constants import Array
-from onnx_fold.folding import Candidate, FoldPass
+from onnx_fold.folding import Candidate, FoldPass, Options
 from onnx_fold.heads import head_layout, role
 from onnx_fold.linear import Linear, compact
 from onnx_fold.rebase import rebase
@@ -33,6 +33,10 @@ class SelectPass(FoldPass):
     name = "select"
     operators = 3
 
+    def __init__(self, options: Options | None = None) -> None:
+        super().__init__(options)
+        self._selected: dict[tuple[ir.TensorProtocol, ...], Indices] = {}
+
     def candidates(self, stream: Stream) -> Iterator[Candidate]:
         """Yield one candidate, if whole heads can make up the width of the stream."""
         readers = [(reader, _head_dim(stream, reader)) for reader in stream.readers]
@@ -44,9 +48,19 @@ class SelectPass(FoldPass):
         total = sum(layer.out_features for layer in layers)
         if stream.width % head_dim or total < stream.width:
             return
-        matrix = np.hstack([layer.matrix() for layer in layers])
-        if np.isfinite(matrix).all():
-            yield _select(stream, layers, select_blocks(matrix, head_dim), head_dim)
+        heads = self._heads(layers, head_dim)
+        if len(heads):
+            yield _select(stream, layers, heads, head_dim)
+
+    def _heads(self, layers: Sequence[Linear], head_dim: int) -> Indices:
+        """The best heads of ``layers``, found once for the same weights; none if not finite."""
+        tensors = tuple(layer.weight.tensor for layer in layers)
+        if tensors not in self._selected:
+            matrix = np.hstack([layer.matrix() for layer in layers])
+            is_finite = bool(np.isfinite(matrix).all())
+            blocks = select_blocks(matrix, head_dim) if is_finite else np.zeros(0, np.intp)
+            self._selected[tensors] = blocks
+        return self._selected[tensors]
 
 
 def _head_dim(stream: Stream, reader: Linear) -> int | None:

@@ -91,7 +91,8 @@ def assert_same_function(
             continue
         a, r = actual[name].astype(np.float64), reference.astype(np.float64)
         limit = TOLERANCE[reference.dtype.name]
-        assert np.linalg.norm(a - r) <= limit * np.linalg.norm(r), name
+        floor = 1e-3  # where branches cancel exactly the reference is zero, the folded one rounds
+        assert np.linalg.norm(a - r) <= limit * max(np.linalg.norm(r), floor), name
 
 
 def fold(model: ir.Model, **options) -> FoldResult:

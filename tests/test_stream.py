@@ -5,6 +5,8 @@ import onnx_ir as ir
 import pytest
 from helpers import chain, folded, graph, normal, refused, stream_of
 
+from onnx_fold.basis import FoldedTensor
+from onnx_fold.rewrite import Rewrite
 from onnx_fold.stream import Stream
 
 D = 4
@@ -203,3 +205,14 @@ def test_an_unknown_size_is_not_another_unknown_size_of_the_same_name():
     model.opset_imports["custom"] = 1
     refused(model)
     assert "does not keep the channel axis whole" in openings(model, "h")
+
+
+def test_a_search_meets_nodes_that_a_fold_has_added_since():
+    model = chain("m = Identity(p)")
+    stream = stream_of(model, "p")
+    vector = FoldedTensor(lambda: normal(4), ir.DataType.FLOAT, (4,))
+    value = next(value for value in stream.values if value.name == "p")
+    Rewrite(biases={value: (-1, vector)}).apply(model.graph)
+    again = stream.search.stream(value, -1, 4)
+    assert again.is_closed
+    assert len(again.constants) == 1
