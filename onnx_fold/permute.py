@@ -25,20 +25,9 @@ Order = Callable[[], npt.NDArray[np.intp]]
 
 _ELEMENTWISE = frozenset(
     (
-        *(
-            "Abs",
-            "Celu",
-            "Clip",
-            "Elu",
-            "Erf",
-            "Exp",
-            "Gelu",
-            "HardSigmoid",
-            "HardSwish",
-            "LeakyRelu",
-        ),
-        *("Log", "Mish", "Pow", "QuickGelu", "Reciprocal", "Relu", "Selu", "Sigmoid", "Softplus"),
-        *("Softsign", "Sqrt", "Swish", "Tanh", "ThresholdedRelu"),
+        *("Abs", "Celu", "Clip", "Elu", "Erf", "Exp", "Gelu", "HardSigmoid", "HardSwish"),
+        *("LeakyRelu", "Log", "Mish", "Pow", "QuickGelu", "Reciprocal", "Relu", "Selu", "Sigmoid"),
+        *("Softplus", "Softsign", "Sqrt", "Swish", "Tanh", "ThresholdedRelu"),
         *("Add", "Sub", "Mul", "Div", "Max", "Min", "Sum"),
     )
 )

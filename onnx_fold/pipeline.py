@@ -16,7 +16,7 @@ from onnx_fold.calibrate import record
 from onnx_fold.constants import Array
 from onnx_fold.cost import Saving, cost
 from onnx_fold.errors import CannotWriteError, CheckFailedError, UsageError
-from onnx_fold.files import ModelSource, check, load, replacing, save
+from onnx_fold.files import ModelSource, check, external_tensors, load, replacing, save
 from onnx_fold.folding import PIVOTS, FoldPass, Options, fold_streams
 from onnx_fold.heads import Attention, find_attention
 from onnx_fold.linear import find_linears, label
@@ -50,20 +50,14 @@ class FoldResult:
             CannotWriteError: ``path`` is the source itself, or the system refuses to write it.
         """
         target = Path(path)
+        is_single_file = not any(external_tensors(self.model))
         if self.source is not None and target.exists() and target.samefile(self.source):
             raise CannotWriteError(f"{path} is the input; write to another file")
-        if self.source is not None and not self.report.folded and self._is_single_file():
+        if self.source is not None and not self.report.folded and is_single_file:
             with replacing(target) as folder:
                 shutil.copyfile(self.source, folder / target.name)
         else:
             save(self.model, target, self.original)
-
-    def _is_single_file(self) -> bool:
-        return not any(
-            isinstance(value.const_value, ir.ExternalTensor)
-            for graph in self.model.graphs()
-            for value in graph.initializers.values()
-        )
 
 
 def fold(

@@ -48,19 +48,16 @@ def rebase(stream: Stream, basis: Basis, width: int, pivot: Linear) -> Rebased:
             )
         return tied[key]
 
-    for layer in stream.writers:
+    def side(layer: Linear, is_writer: bool) -> Side:
         after = None
         if layer is not pivot:
-            tensor = result.stored[layer.edge] = store(layer, is_writer=True)
+            tensor = result.stored[layer.edge] = store(layer, is_writer)
             after = stored_matrix(layer, tensor)
-        rows = stream.rows_of(layer)
-        result.writers.append(Side(weights_of(layer), after, rows=rows))
-    for layer in stream.readers:
-        after = None
-        if layer is not pivot:
-            tensor = result.stored[layer.edge] = store(layer, is_writer=False)
-            after = stored_matrix(layer, tensor)
-        result.readers.append(Side(weights_of(layer), after))
+        rows = stream.rows_of(layer) if is_writer else None
+        return Side(weights_of(layer), after, rows)
+
+    result.writers += [side(layer, is_writer=True) for layer in stream.writers]
+    result.readers += [side(layer, is_writer=False) for layer in stream.readers]
     for writer in stream.constants:
         if not writer.is_zero():
             result.stored[writer.edge] = _constant(writer, basis, width)

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnx_fold.constants import integers
-from onnx_fold.rewrite import Build, CannotRewriteError, Rewrite, unused_name, unused_node_name
+from onnx_fold.rewrite import Build, CannotRewriteError, Rewrite, new_constant, new_node
 from onnx_fold.stream import Stream
 
 _FREE = (0, -1)
@@ -24,15 +24,24 @@ def resize_stream(stream: Stream, values: Iterable[ir.Value], width: int, rewrit
     if stream.measures:
         raise CannotRewriteError(f"{stream.measures[0].name} reads the width of the stream")
     for value in values:
-        rewrite.resized[value] = (stream.values[value], width)
-        node = value.producer()
-        if node is None or node.op_type not in ("Reshape", "Expand"):
-            continue
-        resized = resized_shape(node, stream.values[value], width)
-        if isinstance(resized, ir.TensorProtocol):
-            rewrite.stored[node, 1] = resized
-        elif resized is not None:
-            rewrite.rewired[node, 1] = resized
+        resize(value, stream.values[value], width, rewrite)
+
+
+def resize(value: ir.Value, axis: int, width: int, rewrite: Rewrite) -> None:
+    """Let ``axis`` (from the end) of one value be ``width`` wide, and the node that makes it so.
+
+    Raises:
+        CannotRewriteError: The node depends on the width in a way that cannot be rewritten.
+    """
+    rewrite.resized[value] = (axis, width)
+    node = value.producer()
+    if node is None or node.op_type not in ("Reshape", "Expand"):
+        return
+    shape = resized_shape(node, axis, width)
+    if isinstance(shape, ir.TensorProtocol):
+        rewrite.stored[node, 1] = shape
+    elif shape is not None:
+        rewrite.rewired[node, 1] = shape
 
 
 def resized_shape(node: ir.Node, axis: int, width: int) -> ir.TensorProtocol | Build | None:
@@ -63,20 +72,8 @@ def resized_shape(node: ir.Node, axis: int, width: int) -> ir.TensorProtocol | B
     changed = [*last[:-1], width]
 
     def build(graph: ir.Graph) -> ir.Value:
-        name = f"{concat.outputs[0].name}_resized"
-        tail = ir.Value(
-            name=unused_name(graph, f"{name}_width"),
-            const_value=ir.tensor(np.asarray(changed, dtype=np.int64)),
-        )
-        graph.register_initializer(tail)
-        new = ir.node(
-            "Concat",
-            [*concat.inputs[:-1], tail],
-            attributes={"axis": 0},
-            name=unused_node_name(graph, f"{concat.name}_resized"),
-        )
-        new.outputs[0].name = unused_name(graph, name)
-        graph.insert_after(concat, new)
-        return new.outputs[0]
+        tensor = ir.tensor(np.asarray(changed, dtype=np.int64))
+        tail = new_constant(graph, tensor, f"{concat.outputs[0].name}_width")
+        return new_node(graph, node, "Concat", [*concat.inputs[:-1], tail], axis=0).outputs[0]
 
     return build

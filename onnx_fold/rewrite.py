@@ -239,7 +239,7 @@ def new_node(
     graph: ir.Graph,
     before: ir.Node,
     operator: str,
-    inputs: Sequence[ir.Value],
+    inputs: Sequence[ir.Value | None],
     num_outputs: int = 1,
     **attributes: int | Sequence[int],
 ) -> ir.Node:

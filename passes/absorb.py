@@ -21,7 +21,7 @@ from onnx_fold.heads import Fused, Part, fused, role
 from onnx_fold.linear import Linear, compact
 from onnx_fold.rebase import become_identity, rebase, stored_matrix
 from onnx_fold.report import CandidateReport
-from onnx_fold.resize import resized_shape
+from onnx_fold.resize import resize, resized_shape
 from onnx_fold.rewrite import CannotRewriteError, Rewrite, new_constant, new_node, new_split
 from onnx_fold.stream import Stream
 
@@ -101,16 +101,9 @@ def _plan_part(stream: Stream, fused: Fused, part: Part, text: str) -> Candidate
 def _shrink_path(fused: Fused, kept: Array, rewrite: Rewrite) -> None:
     """Let the operators between the layer and its Split handle the ``kept`` columns only."""
     for node in (fused.linear.node, *fused.path):
-        rewrite.resized[node.outputs[0]] = (-1, len(kept))
+        resize(node.outputs[0], -1, len(kept), rewrite)
     for node, index in _vectors(fused):
         rewrite.stored[node, index] = _columns(node, index, kept, len(kept))
-    for node in fused.path:
-        if node.op_type == "Reshape":
-            shape = resized_shape(node, -1, len(kept))
-            if isinstance(shape, ir.TensorProtocol):
-                rewrite.stored[node, 1] = shape
-            elif shape is not None:
-                rewrite.rewired[node, 1] = shape
 
 
 def _replay_path(fused: Fused, part: Part, columns: slice, rewrite: Rewrite) -> None:
