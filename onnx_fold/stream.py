@@ -265,8 +265,8 @@ class Search:
             queue.extend(self._upstream(stream, value, axis))
             queue.extend(self._downstream(stream, value, axis))
         for layers in (stream.writers, stream.readers):
-            layers.sort(key=lambda layer: self._position(layer.node))
-        stream.constants.sort(key=lambda writer: (self._position(writer.node), writer.index))
+            layers.sort(key=lambda layer: self.position(layer.node))
+        stream.constants.sort(key=lambda writer: (self.position(writer.node), writer.index))
         stream.openings.sort(key=lambda opening: (not opening.is_norm, opening.text))
         both = {layer.node for layer in stream.writers} & {layer.node for layer in stream.readers}
         for layer in stream.writers:
@@ -274,7 +274,7 @@ class Search:
                 _open(stream, layer.y, "is both read and written", layer.node)
         return stream
 
-    def _position(self, node: ir.Node) -> int:
+    def position(self, node: ir.Node) -> int:
         """Place in the graph; nodes that a fold has added since come last."""
         return self.order.get(node, len(self.order))
 
