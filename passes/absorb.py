@@ -14,13 +14,14 @@ from functools import partial
 import numpy as np
 import onnx_ir as ir
 
-from onnx_fold.basis import Basis, FoldedTensor, Side
+from onnx_fold.basis import Basis, Side
 from onnx_fold.constants import constant
+from onnx_fold.expression import FoldedTensor, reshape, scale, take
 from onnx_fold.folding import Candidate, FoldPass, attempt
 from onnx_fold.fused import Columns, Fused, Part, fused
 from onnx_fold.heads import role
 from onnx_fold.linear import Linear, compact
-from onnx_fold.rebase import become_identity, rebase, stored_matrix
+from onnx_fold.rebase import become_identity, rebase, stored_matrix, weights_of
 from onnx_fold.report import CandidateReport
 from onnx_fold.rewrite import CannotRewriteError, Rewrite, new_constant, new_node, new_split
 from onnx_fold.stream import Edge, Stream
@@ -35,14 +36,14 @@ class AbsorbPass(FoldPass):
         """Yield a candidate for each square layer that the pivot option admits."""
         for reader in stream.readers:
             if reader.is_square and self._admits(role(reader.y)):
-                yield _absorb(stream, reader, Basis(reader.matrix))
+                yield _absorb(stream, reader, Basis(weights_of(reader)))
             elif (parts := fused(reader, stream.shapes)) is not None:
                 for part in parts.parts:
                     if len(part.columns) == stream.width and self._admits(part.role):
                         yield _absorb_part(stream, parts, part)
         for writer in stream.writers:
             if writer.is_square and self._admits("p"):
-                yield _absorb(stream, writer, Basis(writer.matrix, inverted=True))
+                yield _absorb(stream, writer, Basis(weights_of(writer), inverted=True))
 
     def _admits(self, kind: str | None) -> bool:
         return self.options.pivot == "auto" or kind is None or kind == self.options.pivot
@@ -74,21 +75,17 @@ def _absorb_part(stream: Stream, fused: Fused, part: Part) -> Candidate | Candid
 def _plan_part(stream: Stream, fused: Fused, part: Part, text: str) -> Candidate:
     """Absorb the columns of ``part``; the fused layer makes the other parts, one behind another."""
     linear = fused.linear
-    others = [other for other in fused.parts if other is not part]
-    kept = np.concatenate([other.columns for other in others])
-    basis = Basis(lambda: linear.matrix()[:, part.columns])
+    kept = np.concatenate([other.columns for other in fused.parts if other is not part])
+    chosen, others = (take(weights_of(linear), columns, 1) for columns in (part.columns, kept))
+    basis = Basis(chosen)
     rebased = rebase(stream, basis, stream.width, pivot=linear)
-    rewrite = Rewrite(stored=rebased.stored)
-    shape = linear.packed_shape(stream.width, len(kept))
-    tensor = FoldedTensor(
-        lambda: linear.pack(basis.of_reader(linear.matrix()[:, kept])), linear.weight.dtype, shape
-    )
-    rewrite.stored[linear.edge] = tensor
+    tensor = FoldedTensor(linear.pack(basis.of_reader(others)), linear.weight.dtype)
+    rewrite = Rewrite(stored={**rebased.stored, linear.edge: tensor})
     rewrite.resized[linear.y] = (-1, len(kept))
     position = stream.readers.index(linear)
     rebased.readers[position : position + 1] = [
-        Side(lambda: linear.matrix()[:, kept], stored_matrix(linear, tensor)),
-        Side(lambda: linear.matrix()[:, part.columns], None),
+        Side(others, stored_matrix(linear, tensor)),
+        Side(chosen, None),
     ]
     if fused.measures:
         raise CannotRewriteError(f"{fused.measures[0].name} reads the width of {linear.label}")
@@ -147,6 +144,5 @@ def _bias(edge: Edge, columns: Columns, *, is_kept: bool) -> FoldedTensor:
     assert held is not None
     leaves_gemm = node.op_type == "Gemm" and not is_kept
     beta = node.attributes.get_float("beta", 1.0) if leaves_gemm else 1.0
-    return FoldedTensor(
-        lambda: held.wide().reshape(-1)[columns] * beta, held.dtype, (len(columns),)
-    )
+    vector = take(reshape(held.wide(), (held.size,)), columns, 0)
+    return FoldedTensor(scale(vector, beta), held.dtype)
