@@ -131,7 +131,8 @@ def weights(model: ir.Model) -> int:
     held = [v.const_value for g in model.graphs() for v in g.initializers.values()]
     held += [
         attribute.as_tensor()
-        for node in model.graph.all_nodes()
+        for body in (model.graph, *model.functions.values())
+        for node in body.all_nodes()
         for attribute in node.attributes.values()
         if attribute.type == ir.AttributeType.TENSOR
     ]
