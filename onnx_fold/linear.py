@@ -365,6 +365,16 @@ _RECOGNISERS: dict[tuple[str, str], Recogniser] = {
 """Domain and operator → what reads it as a linear layer."""
 
 
+OPERATORS = frozenset(_RECOGNISERS)
+"""Domain and name of every operator that can be a linear layer."""
+
+
+def described(node: ir.Node) -> str:
+    """Operator and name of ``node``, for reasons."""
+    name = label(node)
+    return name if name.startswith(node.op_type) else f"{node.op_type} {name!r}"
+
+
 def label(node: ir.Node, weight: Constant | None = None) -> str:
     """The name a person knows ``node`` by.
 

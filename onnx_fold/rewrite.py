@@ -120,8 +120,9 @@ class Rewrite:
         return all((node, index) in gone or self._is_dead(node) for node, index in value.uses())
 
     def _is_dead(self, node: ir.Node) -> bool:
+        """Whether ``node`` is replaced, or makes a constant that dies; data is still read."""
         return all(
-            value in self.replaced or (not value.is_graph_output() and self._dies(value))
+            value in self.replaced or (constant(value) is not None and self._dies(value))
             for value in node.outputs
         )
 
@@ -266,9 +267,10 @@ def new_split(
 
 
 def unused_name(graph: ir.Graph, name: str) -> str:
-    """``name``, or ``name_folded``, ``name_folded_1``, ... if it is taken."""
-    taken = set(graph.initializers) | {v.name for node in graph for v in node.outputs}
-    taken |= {value.name for value in graph.inputs}
+    """``name``, or ``name_folded``, ``name_folded_1``, ... if it is taken, here or in a body."""
+    taken = {value.name for node in graph.all_nodes() for value in node.outputs}
+    for each in (graph, *graph.subgraphs()):
+        taken |= set(each.initializers) | {value.name for value in each.inputs}
     candidate, count = name, 0
     while candidate in taken:
         candidate = f"{name}_folded" + (f"_{count}" if count else "")

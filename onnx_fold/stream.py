@@ -15,7 +15,8 @@ import onnx_ir as ir
 from onnx_fold.commute import OpensStreamError, Port, Rule, ports
 from onnx_fold.constants import Constant, constant
 from onnx_fold.expression import Array, Expression, broadcast, reshape, transpose
-from onnx_fold.linear import Edge, Linear, find_linears, label
+from onnx_fold.linear import Edge, Linear, described, find_linears, label
+from onnx_fold.quantised import is_quantised
 from onnx_fold.shapes import Shapes
 
 if TYPE_CHECKING:
@@ -288,7 +289,7 @@ class Search:
         for node, index in value.uses():
             linear = self.linears.get(node)
             if node.graph is not self.graph:
-                _open(stream, value, "is used inside the body of a control-flow operator", node)
+                _open(stream, value, "is used inside the body of a control-flow operator, by", node)
             elif linear is None:
                 if node.op_type in ("Shape", "Size"):
                     stream.measures.append(node)
@@ -326,7 +327,7 @@ class Search:
             _open(stream, value, f"is {verb} by", node, f", which {reason}")
             return
         if found is None:
-            _open(stream, value, f"is {verb} by", node)
+            _open(stream, value, f"is {verb} by", node, _obstacle(node))
             return
         for port in found:
             if port.is_output:
@@ -342,14 +343,21 @@ class Search:
                 stream.constants.append(writer)
 
 
+def _obstacle(node: ir.Node) -> str:
+    """What keeps ``node`` from being a linear layer or an operator inside the stream, if known."""
+    if is_quantised(node):
+        return ", whose weight is quantised"
+    for value in node.inputs:
+        if value is not None and value.is_initializer() and value.is_graph_input():
+            return f", which reads '{value.name}', an initializer that a caller can override"
+    return ""
+
+
 def _open(
     stream: Stream, value: ir.Value, text: str, node: ir.Node | None = None, detail: str = ""
 ) -> None:
     if node is not None:
-        name = label(node)
-        text = (
-            f"{text} {node.op_type}{'' if name.startswith(node.op_type) else f' {name!r}'}{detail}"
-        )
+        text = f"{text} {described(node)}{detail}"
     opening = Opening(value.name or "?", node, text)
     if opening not in stream.openings:
         stream.openings.append(opening)
