@@ -14,12 +14,11 @@ from onnx_fold.expression import (
     Array,
     Device,
     Expression,
-    FoldedTensor,
     Held,
     Indices,
     Shape,
+    Spool,
     Spread,
-    cast,
     evaluate,
     take,
 )
@@ -32,29 +31,44 @@ class RowSelection:
         matrix: The matrix.
         order: All rows, the basis first, ``[f]``.
         basis: The rows of the basis, ``[d, d]``.
-        rest: ``B``, ``[f - d, d]``: the other rows in terms of the basis.
+        rest: ``B``, ``[f - d, d]``: the other rows in terms of the basis, as it is stored.
     """
 
-    def __init__(self, matrix: Expression, dtype: ir.DataType, seen: Array | None = None) -> None:
-        """Select among the rows of ``matrix``; ``B`` is to be stored as ``dtype``.
+    def __init__(
+        self,
+        matrix: Expression,
+        dtype: ir.DataType,
+        seen: Array | None = None,
+        spool: Spool | None = None,
+    ) -> None:
+        """Select among the rows of ``matrix``.
 
-        Rows count as much as they are used by the activations ``seen``, ``[n, f]``.
+        Args:
+            matrix: The matrix, in the type in which to select.
+            dtype: The type in which ``B`` is to be stored.
+            seen: Activations ``[n, f]``: rows count as much as they are used by these.
+            spool: Where to keep ``B`` until it is written.
         """
         self.matrix = matrix
         self.order: Expression = _Order(self)
-        self.rest = FoldedTensor(_Rest(self, dtype.numpy()), dtype)
+        self.rest: Expression = _Rest(self, dtype.numpy())
         self.basis = take(matrix, take(self.order, slice(matrix.shape[1]), 0), 0)
         self._seen = seen
+        self._spool = spool or Spool()
 
     @cached_property
-    def selected(self) -> tuple[Indices, Array]:
-        """The order of the rows and ``B``, float64."""
-        matrix = evaluate(cast(self.matrix, np.float64))
+    def selected(self) -> tuple[Indices, Expression]:
+        """The order of the rows, and ``B`` as it is stored."""
+        order, rest = self._select()
+        return order, self._spool.add(rest.astype(self.rest.dtype))
+
+    def _select(self) -> tuple[Indices, Array]:
+        matrix = evaluate(self.matrix)
         if self._seen is None:
             return select_rows(matrix)
         scale = np.sqrt(np.mean(self._seen**2, axis=0))
         scale = np.maximum(scale, 1e-3 * scale.max(initial=1e-30))[:, None]
-        order, rest = select_rows(matrix * scale)
+        order, rest = select_rows((matrix * scale).astype(matrix.dtype))
         ordered = scale[order]
         width = matrix.shape[1]
         return order, rest / ordered[width:] * ordered[:width].T
@@ -95,18 +109,20 @@ class _Rest(Expression):
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        return np.dtype(np.float64)
+        return self.storage
 
     def compute(self, device: Device, *operands: Any) -> Any:
-        return device.load(self.selection.selected[1])
+        return self.selection.selected[1].compute(device)
+
+    def take(self, indices: Expression, axis: int) -> Expression:
+        """Some rows or columns; they are selected now if they were not before."""
+        return self.selection.selected[1].take(indices, axis)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Held, (self.selection.selected[1],)
+        return Held, (evaluate(self.selection.selected[1]),)
 
 
-def select_rows(
-    matrix: Array, bound: float = 1.1, max_rounds: int = 100
-) -> tuple[Indices, Array]:
+def select_rows(matrix: Array, bound: float = 1.1, max_rounds: int = 100) -> tuple[Indices, Array]:
     """Find rows of ``matrix`` that are a good basis of all its rows.
 
     LU with partial pivoting picks ``d`` of the ``f`` rows, and swaps make their volume larger until
@@ -124,7 +140,8 @@ def select_rows(
         basis, so it exists and is bounded even where ``matrix`` has a rank below ``d``.
     """
     rows, width = matrix.shape
-    (getrf,) = scipy.linalg.get_lapack_funcs(("getrf",), (matrix,))
+    lapack = scipy.linalg.lapack
+    getrf = lapack.sgetrf if matrix.dtype == np.float32 else lapack.dgetrf
     lu, pivots, _ = getrf(np.array(matrix, order="F"), overwrite_a=True)
     order = np.arange(rows)
     for position, pivot in enumerate(pivots):
