@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 import onnx_ir as ir
 
+from onnx_fold.affine import make_explicit
 from onnx_fold.basis import MAX_STREAM_RATIO, TOLERANCES, Basis, Side, TableSide, probe
+from onnx_fold.expression import ImpliedTensor
 from onnx_fold.report import CandidateReport, StreamReport
 from onnx_fold.rewrite import CannotRewriteError, Rewrite
 from onnx_fold.stream import Stream, find_streams
@@ -104,7 +106,9 @@ class Candidate:
             weights_removed=self.weights_removed,
             nodes_added=self.nodes,
         )
-        if self.weights_removed <= 0:
+        if self.weights_removed < 0 or (
+            self.weights_removed == 0 and not self.rewrite.drops_implied
+        ):
             return replace(report, refused=self._growth())
         if protected := sorted(self.rewrite.names() & options.protect):
             return replace(report, refused=f"'{protected[0]}' is protected")
@@ -206,6 +210,7 @@ def fold_streams(
     order = {node: position for position, node in enumerate(model.graph)}
     reports: list[tuple[int, StreamReport]] = []
     finished: set[ir.Node] = set()
+    explicit = make_explicit(model)
     is_first_round = True
     memo: Memo = {}
     while True:
@@ -238,6 +243,7 @@ def fold_streams(
         if not touched:
             break
         is_first_round = False
+    explicit.restore()
     return [report for _, report in sorted([*reports, *left], key=lambda item: item[0])]
 
 
@@ -255,6 +261,8 @@ def _choose(
     if protected:
         return replace(report, reasons=[f"'{protected[0]}' is protected"]), None
     judged: list[CandidateReport] = []
+    is_implied = any(isinstance(m.weight.tensor, ImpliedTensor) for m in stream.members)
+    passes = [each for each in passes if not (is_implied and each.is_basis_change)]
     for group in _ranked(stream, passes, judged):
         verdicts = [(candidate.judged(stream, options, memo), candidate) for candidate in group]
         judged += [verdict for verdict, _ in verdicts]
