@@ -16,7 +16,8 @@ TOLERANCE = {"float64": 1e-9, "float32": 1e-4, "float16": 3e-2, "bfloat16": 6e-2
 
 def graph(text: str, /, opset: int = 18, **weights: np.ndarray) -> ir.Model:
     """``"(float[n, 4] x) => (float[n, 4] y) { ... }"`` as a model; ``weights`` are initializers."""
-    model = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["": {opset}]> g {text}')
+    domains = f'"": {opset}' + (', "com.microsoft": 1' if "com.microsoft." in text else "")
+    model = onnx.parser.parse_model(f"<ir_version: 10, opset_import: [{domains}]> g {text}")
     for name, array in weights.items():
         model.graph.initializer.append(ir.to_proto(ir.tensor(array, name=name)))
     return ir.from_proto(model)
