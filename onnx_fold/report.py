@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from onnx_fold.cost import Saving, predicted
-from onnx_fold.heads import attention_kind, role
+from onnx_fold.heads import attention_kind, roles
 from onnx_fold.linear import compact
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ class StreamReport:
 
 
 def _ending(stream: Stream) -> str:
-    if any(role(writer.y) for writer in stream.writers):
+    if any(roles(writer.y) for writer in stream.writers):
         return "attention cores"
     if any(value.is_graph_output() for value in stream.values):
         return "graph outputs"

@@ -9,8 +9,8 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.convenience import replace_all_uses_with
 
-from onnx_fold.basis import FoldedTensor
 from onnx_fold.constants import FLOATS, Constant, constant
+from onnx_fold.expression import FoldedTensor
 from onnx_fold.stream import Edge
 
 Build = Callable[[ir.Graph], ir.Value]
@@ -33,6 +33,7 @@ class Rewrite:
         resized: Values whose channel axis gets another width: value → (axis, width).
         added: Further initializers that ``replaced`` makes.
         kept: Constants that ``replaced`` still reads.
+        dropped: Further inputs that nothing reads once ``replaced`` is applied.
         reordered: Values whose channels come in another order.
         nodes_added: Operators that ``rewired`` and ``replaced`` build.
     """
@@ -44,6 +45,7 @@ class Rewrite:
     resized: dict[ir.Value, tuple[int, int]] = field(default_factory=dict)
     added: list[FoldedTensor] = field(default_factory=list)
     kept: set[ir.Value] = field(default_factory=set)
+    dropped: set[Edge] = field(default_factory=set)
     reordered: list[ir.Value] = field(default_factory=list)
     nodes_added: int = 0
 
@@ -76,7 +78,7 @@ class Rewrite:
 
     def names(self) -> set[str]:
         """Names of the initializers, nodes and values that it changes or removes."""
-        edges = [*self.stored, *self.rewired]
+        edges = [*self.stored, *self.rewired, *self.dropped]
         nodes = [node for node, _ in edges] + [value.producer() for value in self.replaced]
         values = [node.inputs[index] for node, index in edges if index < len(node.inputs)]
         leaves = [held.leaf for held in map(constant, values) if held is not None]
@@ -85,7 +87,7 @@ class Rewrite:
 
     def is_finite(self) -> bool:
         """Whether every new initializer can be stored. Evaluates them."""
-        return all(tensor.is_finite() for tensor in self._new_tensors())
+        return all(np.isfinite(tensor.numpy()).all() for tensor in self._new_tensors())
 
     def shared(self) -> list[str]:
         """Names of initializers that have to stay because something else reads them too."""
@@ -101,7 +103,7 @@ class Rewrite:
 
     def _dropped(self) -> Iterator[Constant]:
         """The weights behind the inputs that this change replaces or makes unnecessary."""
-        edges = list(self.stored)
+        edges = [*self.stored, *self.dropped]
         for value in self.replaced:
             if (node := value.producer()) is not None and self._is_dead(node):
                 edges.extend((node, index) for index in range(len(node.inputs)))
@@ -114,10 +116,8 @@ class Rewrite:
         """Whether nothing reads ``value`` any more once the change is applied."""
         if value in self.kept or value.is_graph_output():
             return False
-        return all(
-            (node, index) in self.stored or (node, index) in self.rewired or self._is_dead(node)
-            for node, index in value.uses()
-        )
+        gone = self.stored.keys() | self.rewired.keys() | self.dropped
+        return all((node, index) in gone or self._is_dead(node) for node, index in value.uses())
 
     def _is_dead(self, node: ir.Node) -> bool:
         return all(
