@@ -1,7 +1,7 @@
-"""Architectures as their own libraries build them, with their skips and norms or without, exported.
+"""Architectures as their own libraries build them, with their skips and norms or without.
 
-Models come from ``transformers`` configurations (nothing is downloaded), from PyTorch's own modules,
-or, for the blocks of He and Hofmann and the fused attention of vision models, from a few lines here.
+Models come from ``transformers`` configurations (nothing is downloaded), from PyTorch's own
+modules, or from a few lines here: the blocks of He and Hofmann, the fused attention of timm.
 :func:`without_skips` puts the identity in the place of each norm on the stream and leaves the
 residual sums out; attention, caches, masks and position codes stay the library's.
 """
@@ -16,13 +16,14 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 import transformers
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import DynamicCache, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 WIDTH, LAYERS, HEADS, KV_HEADS, FFN, VOCAB = 32, 2, 4, 2, 96, 101
@@ -31,6 +32,7 @@ FRAMES, MELS, IMAGE, PATCH = 10, 8, 8, 4
 
 Forward = Callable[..., object]
 Axes = dict[int, str]
+MakeCase = Callable[[nn.Module, bool], "Case"]
 
 
 # Blocks without skips, by the class whose forward has them.
@@ -91,6 +93,10 @@ def whisper_decoder_layer(
     return whisper_ffn(self, attended)
 
 
+def gained_block(self, x):
+    return self.gains[0] * self.attention(x)[0] + self.gains[1] * self.ffn(x)
+
+
 LLAMA_LIKE = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Mixtral")
 SKIPLESS: dict[str, Forward] = {
     **{f"{name}DecoderLayer": in_series("self_attn", "mlp") for name in LLAMA_LIKE},
@@ -104,11 +110,13 @@ SKIPLESS: dict[str, Forward] = {
     "BertOutput": bert_output,
     "WhisperEncoderLayer": whisper_encoder_layer,
     "WhisperDecoderLayer": whisper_decoder_layer,
+    "SerialBlock": in_series("attention", "ffn"),
+    "ParallelBlock": gained_block,
 }
 NORMS_OF_HEADS = ("q_norm", "k_norm")
 
 
-def without_skips(model: nn.Module) -> nn.Module:
+def without_skips(model: nn.Module) -> None:
     """Take the residual sums and the norms of the stream out of ``model``, in place."""
     for module in list(model.modules()):
         if (forward := SKIPLESS.get(type(module).__name__)) is not None:
@@ -116,45 +124,36 @@ def without_skips(model: nn.Module) -> nn.Module:
         for name, child in module.named_children():
             if "Norm" in type(child).__name__ and name not in NORMS_OF_HEADS:
                 setattr(module, name, nn.Identity())
-    return model
 
 
-# Weights: no norm keeps the activations in bounds, so the weights have to.
+# Weights. No norm keeps the activations in bounds, so the weights have to.
 
 
 @torch.no_grad()
 def randomise(model: nn.Module) -> None:
-    """Weights of blocks that are rotations, embeddings of unit variance, biases that are not 0."""
+    """Weights of blocks that are rotations, tables of unit variance, biases that are not zero."""
     for module in model.modules():
-        is_norm, is_table = "Norm" in type(module).__name__, isinstance(module, nn.Embedding)
-        for parameter in module.parameters(recurse=False):
+        for name, parameter in module.named_parameters(recurse=False):
             if parameter.ndim == 1:
-                parameter.normal_(float(is_norm), 0.1)
-            elif is_table:
+                parameter.normal_(0.0 if name.endswith("bias") else 1.0, 0.1)
+            elif isinstance(module, nn.Embedding) or parameter.shape[0] == 1:
                 parameter.normal_()
-            elif parameter.ndim == 2:
-                rotate(parameter)
             elif isinstance(module, nn.Conv1d | nn.Conv2d):
                 rotate(parameter.flatten(1))
-            elif parameter.shape[0] == 1:  # a class token, positions
-                parameter.normal_()
-            else:  # a weight for each expert
-                for matrix in parameter:
+            else:
+                for matrix in parameter if parameter.ndim == 3 else [parameter]:  # experts
                     rotate(matrix)
 
 
 def rotate(matrix: Tensor) -> None:
-    side = min(matrix.shape)
-    for block in matrix.split(side, dim=int(matrix.shape[1] > side)):
-        if block.shape[0] <= side and block.shape[1] <= side:
-            nn.init.orthogonal_(block)
+    for block in matrix.split(min(matrix.shape), dim=int(matrix.shape[1] > matrix.shape[0])):
+        nn.init.orthogonal_(block)
 
 
 @contextmanager
 def unit_outputs(model: nn.Module) -> Iterator[None]:
     """While it runs, scale each layer so that what it writes has unit variance."""
 
-    @torch.no_grad()
     def scale(layer, _, output):
         size = output.std()
         layer.weight.div_(size)
@@ -164,11 +163,10 @@ def unit_outputs(model: nn.Module) -> Iterator[None]:
 
     layers = [m for m in model.modules() if isinstance(m, nn.Linear | Conv1D)]
     hooks = [layer.register_forward_hook(scale) for layer in layers]
-    try:
+    with torch.no_grad():
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    for hook in hooks:
+        hook.remove()
 
 
 # What is exported: flat inputs, flat outputs.
@@ -183,17 +181,19 @@ class Case:
         args: Example inputs, for all names in ``inputs`` in order.
         inputs: Dynamic axes by input.
         outputs: Dynamic axes by output.
-        is_variadic: Whether the inputs behind the second one are collected by ``*args``.
+        star: The first input that the module collects by ``*args``, if one.
     """
 
     module: nn.Module
     args: tuple[Tensor, ...]
     inputs: dict[str, Axes]
     outputs: dict[str, Axes]
-    is_variadic: bool = False
+    star: int | None = None
 
 
 class Wrapper(nn.Module):
+    """Holds a model, and calls it in a way that can be exported."""
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
@@ -229,52 +229,85 @@ class Seq2Seq(Wrapper):
 
 
 TOKENS = {0: "batch", 1: "sequence"}
+LOGITS = {"logits": TOKENS}
 
 
 def tokens() -> Tensor:
     return torch.randint(VOCAB, (BATCH, SEQ))
 
 
-def ones(length: int = SEQ) -> Tensor:
+def mask(length: int = SEQ) -> Tensor:
     return torch.ones(BATCH, length, dtype=torch.int64)
 
 
-def causal_lm(model: nn.Module, *, cache: bool, kv_heads: int) -> Case:
-    total = "past + sequence" if cache else "sequence"
-    inputs = {"input_ids": TOKENS, "attention_mask": {0: "batch", 1: total}}
-    outputs = {"logits": TOKENS}
-    args = [tokens(), ones(SEQ + PAST * cache)]
-    head_dim = getattr(model.config, "head_dim", None) or WIDTH // HEADS
-    for layer in range(LAYERS if cache else 0):
-        for part in ("key", "value"):
-            args.append(torch.randn(BATCH, kv_heads, PAST, head_dim))
-            inputs[f"past.{layer}.{part}"] = {0: "batch", 2: "past"}
-            outputs[f"present.{layer}.{part}"] = {0: "batch", 2: total}
-    return Case(CausalLM(model), tuple(args), inputs, outputs, is_variadic=cache)
+def causal_lm(kv_heads: int | None = None, head_dim: int = WIDTH // HEADS) -> MakeCase:
+    """A decoder; with ``kv_heads``, one that can be exported with its cache."""
+
+    def case(model: nn.Module, cache: bool) -> Case:
+        total = "past + sequence" if cache else "sequence"
+        args = [tokens(), mask(SEQ + PAST * cache)]
+        inputs = {"input_ids": TOKENS, "attention_mask": {0: "batch", 1: total}}
+        outputs = dict(LOGITS)
+        if not cache:
+            return Case(CausalLM(model), tuple(args), inputs, outputs)
+        for layer in range(LAYERS):
+            for part in ("key", "value"):
+                args.append(torch.randn(BATCH, kv_heads, PAST, head_dim))
+                inputs[f"past.{layer}.{part}"] = {0: "batch", 2: "past"}
+                outputs[f"present.{layer}.{part}"] = {0: "batch", 2: total}
+        return Case(CausalLM(model), tuple(args), inputs, outputs, star=2)
+
+    return case
 
 
-def masked_lm(model: nn.Module) -> Case:
+def masked_lm(model: nn.Module, cache: bool) -> Case:
     inputs = {"input_ids": TOKENS, "attention_mask": TOKENS}
-    return Case(Encoder(model), (tokens(), ones()), inputs, {"logits": TOKENS})
+    return Case(Encoder(model), (tokens(), mask()), inputs, LOGITS, star=0)
 
 
-def classifier(model: nn.Module) -> Case:
+def image_classifier(model: nn.Module, cache: bool) -> Case:
     pixels = torch.randn(BATCH, 3, IMAGE, IMAGE)
-    return Case(Encoder(model), (pixels,), {"pixel_values": {0: "batch"}}, {"logits": {0: "batch"}})
+    inputs, outputs = {"pixel_values": {0: "batch"}}, {"logits": {0: "batch"}}
+    return Case(Encoder(model), (pixels,), inputs, outputs, star=0)
 
 
-def seq2seq(model: nn.Module) -> Case:
+def seq2seq(model: nn.Module, cache: bool) -> Case:
     features = torch.randn(BATCH, MELS, 2 * FRAMES)
-    inputs = {"input_features": {0: "batch"}, "decoder_input_ids": TOKENS}
-    inputs["decoder_attention_mask"] = TOKENS
-    return Case(Seq2Seq(model), (features, tokens(), ones()), inputs, {"logits": TOKENS})
+    inputs = {"input_features": {0: "batch"}}
+    inputs |= {"decoder_input_ids": TOKENS, "decoder_attention_mask": TOKENS}
+    return Case(Seq2Seq(model), (features, tokens(), mask()), inputs, LOGITS)
 
 
-def plain(model: nn.Module) -> Case:
-    return Case(model, (tokens(),), {"input_ids": TOKENS}, {"logits": TOKENS})
+def plain(model: nn.Module, cache: bool) -> Case:
+    return Case(model, (tokens(),), {"input_ids": TOKENS}, LOGITS)
 
 
-# Blocks that no configuration describes.
+# Models that no configuration describes.
+
+
+class SerialBlock(nn.Module):
+    """A pre-norm block."""
+
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        self.attention = attention
+        self.ffn = nn.Sequential(nn.Linear(WIDTH, FFN), nn.GELU(), nn.Linear(FFN, WIDTH))
+        self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+
+    def forward(self, x):
+        x = x + self.attention(self.norm1(x))[0]
+        return x + self.ffn(self.norm2(x))
+
+
+class ParallelBlock(SerialBlock):
+    """A pre-norm block of which both branches read the same and have a gain."""
+
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__(attention)
+        self.gains = nn.Parameter(torch.empty(2))
+
+    def forward(self, x):
+        return x + gained_block(self, self.norm1(x))
 
 
 class Blocks(nn.Module):
@@ -295,28 +328,6 @@ class Blocks(nn.Module):
         return self.head(x)
 
 
-def ffn() -> nn.Module:
-    return nn.Sequential(nn.Linear(WIDTH, FFN), nn.GELU(), nn.Linear(FFN, WIDTH))
-
-
-class Block(nn.Module):
-    """Attention and an FFN: in series or in parallel, with skips and norms or without."""
-
-    def __init__(self, attention: nn.Module, *, parallel: bool = False, residual: bool = False):
-        super().__init__()
-        self.attention, self.ffn, self.parallel = attention, ffn(), parallel
-        self.gains = nn.Parameter(torch.empty(2)) if parallel else None
-        self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(2)) if residual else None
-
-    def forward(self, x):
-        if self.norms is not None:
-            x = x + self.attention(self.norms[0](x))
-            return x + self.ffn(self.norms[1](x))
-        if self.gains is not None:
-            return self.gains[0] * self.attention(x) + self.gains[1] * self.ffn(x)
-        return self.ffn(self.attention(x))
-
-
 class TorchAttention(nn.Module):
     """``nn.MultiheadAttention``, which packs Q, K and V into one weight."""
 
@@ -326,14 +337,14 @@ class TorchAttention(nn.Module):
         self.mha = nn.MultiheadAttention(WIDTH, HEADS, batch_first=batch_first)
 
     def forward(self, x):
-        if not self.batch_first:
-            x = x.transpose(0, 1)
-        x = self.mha(x, x, x, need_weights=False)[0]
-        return x if self.batch_first else x.transpose(0, 1)
+        if self.batch_first:
+            return self.mha(x, x, x, need_weights=False)
+        x = x.transpose(0, 1)
+        return self.mha(x, x, x, need_weights=False)[0].transpose(0, 1), None
 
 
 class FusedAttention(nn.Module):
-    """Q, K and V of all heads from one layer, cut out as timm's vision transformers do."""
+    """Q, K and V of all heads from one layer, cut apart as in timm's vision transformers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -345,14 +356,14 @@ class FusedAttention(nn.Module):
         qkv = self.qkv(x).reshape(batch, length, 3, HEADS, WIDTH // HEADS).permute(2, 0, 3, 1, 4)
         query, key, value = qkv.unbind(0)
         x = functional.scaled_dot_product_attention(query, key, value)
-        return self.proj(x.transpose(1, 2).reshape(batch, length, WIDTH))
+        return self.proj(x.transpose(1, 2).reshape(batch, length, WIDTH)), None
 
 
 class ShapedAttention(nn.Module):
     """Attention of B. He and T. Hofmann, arXiv 2311.01906: ``alpha I + beta A - gamma C``.
 
-    ``C`` is what ``A`` is without Q: uniform over the positions that the causal mask admits. The
-    identity stands in for the skip. With ``identity_values`` V and P are the identity, as there.
+    ``C`` is what ``A`` would be without Q: uniform over the positions that the causal mask admits.
+    The identity stands in for the skip. With ``identity_values`` V and P are the identity too.
     """
 
     def __init__(self, *, identity_values: bool = False) -> None:
@@ -371,66 +382,32 @@ class ShapedAttention(nn.Module):
         seen = torch.ones(length, length, device=x.device).tril()
         scores = query @ key.transpose(2, 3) / math.sqrt(WIDTH // HEADS)
         attention = scores.masked_fill(seen == 0, -1e9).softmax(-1)
-        alpha, beta, gamma = (g[:, None, None] for g in (self.alpha, self.beta, self.gamma))
+        alpha, beta, gamma = (gain[:, None, None] for gain in (self.alpha, self.beta, self.gamma))
         uniform = seen / seen.sum(-1, keepdim=True)
         shaped = alpha * torch.eye(length, device=x.device) + beta * attention - gamma * uniform
-        return self.proj((shaped @ value).transpose(1, 2).reshape(batch, length, WIDTH))
+        return self.proj((shaped @ value).transpose(1, 2).reshape(batch, length, WIDTH)), None
 
 
 # The families.
 
-SHAPE = {
-    "hidden_size": WIDTH,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": HEADS,
-    "intermediate_size": FFN,
-    "vocab_size": VOCAB,
-    "max_position_embeddings": 64,
-    "tie_word_embeddings": False,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": None,
-}
-GPT_SHAPE = {
-    "n_embd": WIDTH,
-    "n_layer": LAYERS,
-    "n_head": HEADS,
-    "n_inner": FFN,
-    "vocab_size": VOCAB,
-    "n_positions": 64,
-    "tie_word_embeddings": False,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-FALCON_SHAPE = {key: value for key, value in SHAPE.items() if key != "intermediate_size"} | {
-    "ffn_hidden_size": FFN,
-    "alibi": False,
-}
-VISION_SHAPE = {
-    "hidden_size": WIDTH,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": HEADS,
-    "intermediate_size": FFN,
-    "image_size": IMAGE,
-    "patch_size": PATCH,
-    "num_labels": VOCAB,
-}
-WHISPER_SHAPE = {
+COMMON = {"vocab_size": VOCAB, "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2}
+HIDDEN = {"hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS}
+SHAPE = COMMON | HIDDEN | {"intermediate_size": FFN, "pad_token_id": None}
+GQA = SHAPE | {"num_key_value_heads": KV_HEADS}
+GPT = COMMON | {"n_embd": WIDTH, "n_layer": LAYERS, "n_head": HEADS, "n_inner": FFN}
+FALCON = COMMON | HIDDEN | {"ffn_hidden_size": FFN, "alibi": False}
+IMAGES = HIDDEN | {"intermediate_size": FFN, "image_size": IMAGE, "patch_size": PATCH}
+IMAGES |= {"num_labels": VOCAB}
+WHISPER = COMMON | {
     "d_model": WIDTH,
-    "encoder_layers": LAYERS,
+    "encoder_layers": 1,
     "decoder_layers": LAYERS,
-    "encoder_attention_heads": HEADS,
-    "decoder_attention_heads": HEADS,
-    "encoder_ffn_dim": FFN,
-    "decoder_ffn_dim": FFN,
-    "vocab_size": VOCAB,
+    **{f"{side}_attention_heads": HEADS for side in ("encoder", "decoder")},
+    **{f"{side}_ffn_dim": FFN for side in ("encoder", "decoder")},
     "num_mel_bins": MELS,
     "max_source_positions": FRAMES,
     "max_target_positions": 64,
-    "tie_word_embeddings": False,
     "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
     "decoder_start_token_id": 1,
 }
 
@@ -440,125 +417,119 @@ class Family:
     """One architecture.
 
     Attributes:
-        config: Its configuration.
-        model: The class in ``transformers`` that builds it.
-        kv_heads: Heads in its cache; None if it is exported without one.
-        case: How it is exported.
-        attention: Which implementation of attention the library is to take.
+        make: Builds it as its library does.
+        case: What of it is exported.
+        streams: Closed streams of the skipless model.
+        cached: Whether it can be exported with a cache.
+        opset: Opset of the dynamo export; the families share out those that there are.
     """
 
-    config: PreTrainedConfig
-    model: str = "AutoModelForCausalLM"
-    kv_heads: int | None = None
-    case: Callable[..., Case] = causal_lm
-    attention: str = "sdpa"
-
-    def build(self, *, skipless: bool) -> PreTrainedModel:
-        torch.manual_seed(0)
-        factory = getattr(transformers, self.model)
-        make = getattr(factory, "from_config", None) or factory._from_config
-        model = make(self.config, attn_implementation=self.attention).eval()
-        if model.config.model_type == "mixtral":
-            model.set_experts_implementation("batched_mm")  # the loop over experts has no graph
-        randomise(model)
-        if not skipless:
-            return model
-        without_skips(model)
-        case = self.export_case(model, cache=False)
-        with unit_outputs(model), torch.no_grad():
-            case.module(*case.args)
-        return model
-
-    def export_case(self, model: nn.Module, *, cache: bool) -> Case:
-        if self.case is causal_lm:
-            return causal_lm(model, cache=cache, kv_heads=self.kv_heads or 0)
-        return self.case(model)
+    make: Callable[[], nn.Module]
+    case: MakeCase
+    streams: int
+    cached: bool = False
+    opset: int = 20
 
 
-def _families() -> dict[str, Family]:
-    t = transformers
-    gqa = SHAPE | {"num_key_value_heads": KV_HEADS}
-    causal = {
-        "llama": Family(t.LlamaConfig(**gqa), kv_heads=KV_HEADS),
-        "mistral": Family(t.MistralConfig(**gqa, sliding_window=4), kv_heads=KV_HEADS),
-        "qwen2": Family(t.Qwen2Config(**gqa), kv_heads=KV_HEADS),
-        "qwen3": Family(t.Qwen3Config(**gqa, head_dim=WIDTH // HEADS), kv_heads=KV_HEADS),
-        "gemma": Family(t.GemmaConfig(**SHAPE, num_key_value_heads=1, head_dim=16), kv_heads=1),
-        "mixtral": Family(
-            t.MixtralConfig(**gqa, num_local_experts=4, num_experts_per_tok=2), kv_heads=KV_HEADS
-        ),
-        "gpt2": Family(t.GPT2Config(**GPT_SHAPE), kv_heads=HEADS),
-        "gpt2-tied": Family(t.GPT2Config(**GPT_SHAPE | {"tie_word_embeddings": True})),
-        "gpt_neox": Family(t.GPTNeoXConfig(**SHAPE, rotary_pct=0.5), kv_heads=HEADS),
-        "gptj": Family(t.GPTJConfig(**GPT_SHAPE, rotary_dim=4), kv_heads=HEADS, attention="eager"),
-        "phi": Family(t.PhiConfig(**SHAPE), kv_heads=HEADS),
-        "falcon-mqa": Family(t.FalconConfig(**FALCON_SHAPE), kv_heads=1),
-        "falcon-gqa": Family(
-            t.FalconConfig(
-                **FALCON_SHAPE, new_decoder_architecture=True, num_kv_heads=KV_HEADS, bias=True
-            ),
-            kv_heads=HEADS,
-        ),
-    }
-    return causal | {
-        "bert": Family(t.BertConfig(**SHAPE), "AutoModelForMaskedLM", case=masked_lm),
-        "vit": Family(t.ViTConfig(**VISION_SHAPE), "ViTForImageClassification", case=classifier),
-        "whisper": Family(
-            t.WhisperConfig(**WHISPER_SHAPE), "WhisperForConditionalGeneration", case=seq2seq
-        ),
-    }
+SERIAL = 2 * LAYERS + 1
+"""P into the FFN and the FFN into the next block (or the head) of each, and the embedding."""
+PARALLEL = LAYERS + 1
+"""Both branches into the next block (or the head) of each, and the embedding."""
+ENCODER_DECODER = 2 + 3 * LAYERS + 1
+"""P into the FFN and that into all cross-attentions, of an encoder of one block that an activation
+writes to; P into Q of the cross-attention, P of that into the FFN, and the FFN onwards, of each
+block of the decoder, and its embedding."""
 
 
-FAMILIES = _families()
+def from_config(
+    config: PreTrainedConfig, model: str = "AutoModelForCausalLM", **options: str
+) -> Callable[[], nn.Module]:
+    factory = getattr(transformers, model)
+    make = getattr(factory, "from_config", None) or factory._from_config
+    return lambda: make(config, **options)
 
 
-def _attention(name: str) -> nn.Module:
-    return {
-        "torch-mha": lambda: TorchAttention(batch_first=True),
-        "torch-mha-sequence-first": lambda: TorchAttention(batch_first=False),
-        "timm": FusedAttention,
-        "shaped": ShapedAttention,
-        "shaped-parallel": ShapedAttention,
-        "shaped-identity-values": lambda: ShapedAttention(identity_values=True),
-    }[name]()
+def decoder(
+    config: PreTrainedConfig,
+    streams: int,
+    kv_heads: int | None,
+    head_dim: int = WIDTH // HEADS,
+    opset: int = 20,
+    **options: str,
+) -> Family:
+    make = from_config(config, **options)
+    return Family(make, causal_lm(kv_heads, head_dim), streams, kv_heads is not None, opset)
 
 
-BLOCKS = (
-    "torch-mha",
-    "torch-mha-sequence-first",
-    "timm",
-    "shaped",
-    "shaped-parallel",
-    "shaped-identity-values",
-)
+def of_blocks(
+    block: type[SerialBlock], *attention: Callable[[], nn.Module], streams: int = SERIAL
+) -> Family:
+    return Family(lambda: Blocks(*(block(make()) for make in attention)), plain, streams)
 
 
-def blocks(name: str, *, skipless: bool) -> Case:
-    """The case of one of :data:`BLOCKS`."""
-    torch.manual_seed(0)
-    model = Blocks(
-        *(
-            Block(_attention(name), parallel="parallel" in name, residual=not skipless)
-            for _ in range(LAYERS)
-        )
-    ).eval()
-    randomise(model)
-    with torch.no_grad():
-        for parameter_name, parameter in model.named_parameters():
-            if parameter_name.rpartition(".")[2] in ("alpha", "beta", "gamma", "gains"):
-                parameter.uniform_(0.5, 1.5)
-    if skipless:
-        with unit_outputs(model), torch.no_grad():
-            model(tokens())
-    return plain(model)
+BATCH_FIRST, SEQUENCE_FIRST = (partial(TorchAttention, batch_first=b) for b in (True, False))
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+NEW_FALCON = {"new_decoder_architecture": True, "num_kv_heads": KV_HEADS, "bias": True}
+
+FAMILIES: dict[str, Family] = {
+    "llama": decoder(transformers.LlamaConfig(**GQA), SERIAL, KV_HEADS, opset=18),
+    "mistral": decoder(
+        transformers.MistralConfig(**GQA, sliding_window=4), SERIAL, KV_HEADS, opset=19
+    ),
+    "qwen2": decoder(transformers.Qwen2Config(**GQA), SERIAL, KV_HEADS, opset=21),
+    "qwen3": decoder(transformers.Qwen3Config(**GQA, head_dim=8), SERIAL, KV_HEADS, opset=23),
+    "gemma": decoder(
+        transformers.GemmaConfig(**SHAPE, num_key_value_heads=1, head_dim=16), SERIAL, 1, 16
+    ),
+    "mixtral": decoder(  # the other implementations of the experts cannot be exported
+        transformers.MixtralConfig(**GQA, **EXPERTS),
+        SERIAL,
+        KV_HEADS,
+        experts_implementation="batched_mm",
+    ),
+    "gpt2": decoder(transformers.GPT2Config(**GPT), SERIAL, HEADS),
+    "gpt-neox": decoder(transformers.GPTNeoXConfig(**SHAPE, rotary_pct=0.5), PARALLEL, HEADS),
+    "gpt-j": decoder(
+        transformers.GPTJConfig(**GPT, rotary_dim=4), PARALLEL, HEADS, attn_implementation="eager"
+    ),
+    "phi": decoder(transformers.PhiConfig(**SHAPE), PARALLEL, HEADS),
+    "falcon-mqa": decoder(transformers.FalconConfig(**FALCON), PARALLEL, 1),
+    "falcon-gqa": decoder(transformers.FalconConfig(**FALCON, **NEW_FALCON), PARALLEL, HEADS),
+    "bert": Family(
+        from_config(transformers.BertConfig(**SHAPE), "AutoModelForMaskedLM"), masked_lm, SERIAL
+    ),
+    "vit": Family(
+        from_config(transformers.ViTConfig(**IMAGES), "ViTForImageClassification"),
+        image_classifier,
+        SERIAL,
+    ),
+    "whisper": Family(
+        from_config(transformers.WhisperConfig(**WHISPER), "WhisperForConditionalGeneration"),
+        seq2seq,
+        ENCODER_DECODER,
+    ),
+    "torch": of_blocks(SerialBlock, BATCH_FIRST, SEQUENCE_FIRST),
+    "timm": of_blocks(SerialBlock, *LAYERS * [FusedAttention]),
+    "shaped": of_blocks(SerialBlock, *LAYERS * [ShapedAttention]),
+    "shaped-parallel": of_blocks(ParallelBlock, *LAYERS * [ShapedAttention], streams=PARALLEL),
+    "shaped-identity-values": of_blocks(  # heads of x itself: only the last FFN into the head
+        SerialBlock, *LAYERS * [partial(ShapedAttention, identity_values=True)], streams=1
+    ),
+}
 
 
 def case(name: str, *, skipless: bool = True, cache: bool = False) -> Case:
-    """A family or block by name, ready for :func:`export`."""
-    if name in BLOCKS:
-        return blocks(name, skipless=skipless)
+    """A family, ready for :func:`export`; the weights are the same each time."""
+    torch.manual_seed(0)
     family = FAMILIES[name]
-    return family.export_case(family.build(skipless=skipless), cache=cache)
+    model = family.make().eval()
+    randomise(model)
+    if skipless:
+        without_skips(model)
+        plain_case = family.case(model, False)
+        with unit_outputs(model):
+            plain_case.module(*plain_case.args)
+    return family.case(model, cache)
 
 
 @contextmanager
@@ -592,11 +563,9 @@ def export(case: Case, path: Path, exporter: str, opset: int) -> Path:
                 case.module, case.args, str(path), dynamo=False, dynamic_axes=axes, **common
             )
             return path
-        shapes = tuple(case.inputs.values())
-        if case.is_variadic:
-            shapes = (*shapes[:2], shapes[2:])
-        elif isinstance(case.module, Encoder):
-            shapes = (shapes,)
+        shapes: tuple[object, ...] = tuple(case.inputs.values())
+        if case.star is not None:
+            shapes = (*shapes[: case.star], shapes[case.star :])
         torch.onnx.export(
             case.module, case.args, dynamo=True, dynamic_shapes=shapes, verbose=False, **common
         ).save(path)
