@@ -19,10 +19,9 @@ import onnx_ir as ir
 
 from onnx_fold.constants import constant, integers
 from onnx_fold.heads import roles
-from onnx_fold.linear import Linear
+from onnx_fold.linear import Edge, Linear
 from onnx_fold.rewrite import new_constant, new_node
 from onnx_fold.shapes import Dims, Shapes
-from onnx_fold.stream import Edge
 
 Columns = npt.NDArray[np.intp]
 """Numbers of output channels of a layer."""
@@ -157,18 +156,13 @@ class _Trace:
 def fused(linear: Linear, shapes: Shapes) -> Fused | None:
     """Read ``linear`` as a fused projection, if its output is taken apart and nothing else."""
     rank = shapes.rank(linear.y)
-    if linear.y_axis != -1 or rank is None or len(roles(linear.y)) == 1:
+    if not linear.is_plain or rank is None or len(roles(linear.y)) == 1:
         return None
     trace = _Trace(shapes)
-    bias = (
-        linear.node.inputs[2]
-        if linear.node.op_type == "Gemm" and len(linear.node.inputs) > 2
-        else None
-    )
-    if bias is not None:
-        if not _is_vector(bias, linear.out_features):
+    if linear.bias is not None:
+        if not _is_vector(linear.node.inputs[linear.bias[1]], linear.out_features):
             return None
-        trace.biases.append((linear.node, 2))
+        trace.biases.append(linear.bias)
     start = Layout((*range(rank - 1), CHANNELS), np.arange(linear.out_features))
     if not _follow(linear.y, start, linear.out_features, trace) or len(trace.parts) < 2:
         return None

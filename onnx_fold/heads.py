@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from onnx_fold.constants import constant
+from onnx_fold.linear import as_linear
 from onnx_fold.shapes import Dims, Shapes
 
 _ATTENTION_OPERATORS = frozenset(
@@ -48,7 +49,7 @@ def roles(value: ir.Value) -> frozenset[str]:
                 found |= set("qkv" if is_packed else "qkv"[index])
             elif node.op_type in _PRODUCTS and len(node.inputs) > 1:
                 left, right = node.inputs[0], node.inputs[1]
-                if left is None or right is None or constant(left) or constant(right):
+                if left is None or right is None or _multiplies_weights(node):
                     return frozenset()  # another linear layer: no attention between
                 is_value = index == 1 and _is_probability(left)
                 found.add("v" if is_value else "k" if index == 1 else "q")
@@ -60,6 +61,10 @@ def roles(value: ir.Value) -> frozenset[str]:
                     seen.update(onward)
                     queue.extend(onward)
     return frozenset(found)
+
+
+def _multiplies_weights(node: ir.Node) -> bool:
+    return as_linear(node) is not None or any(map(constant, node.inputs))
 
 
 def _is_probability(value: ir.Value) -> bool:

@@ -19,9 +19,11 @@ from onnx_fold.errors import CannotWriteError, CheckFailedError, UsageError
 from onnx_fold.expression import Array
 from onnx_fold.files import ModelSource, check, external_tensors, load, replacing, save
 from onnx_fold.folding import PIVOTS, FoldPass, Options, fold_streams
+from onnx_fold.inline import inline
 from onnx_fold.linear import find_linears, label
 from onnx_fold.parity import verify as parity_check
 from onnx_fold.passes import PASSES
+from onnx_fold.quantised import find_quantised
 from onnx_fold.report import FoldReport, new_table
 from onnx_fold.runtime import onnxruntime
 from onnx_fold.stream import find_streams
@@ -114,12 +116,14 @@ def fold(
     seen = None if calibrate is None else record(original, calibrate, provider)
     before = cost(original)
     try:
-        folded = original.clone()
+        folded = inline(original).clone()
         streams = fold_streams(folded, passes, options, seen)
+        if not any(stream.folded for stream in streams):
+            folded = original.clone()
     except Exception as error:
         check(model, original, error)
         raise
-    report = FoldReport(Saving(before, cost(folded)), streams)
+    report = FoldReport(Saving(before, cost(folded)), streams, find_quantised(original.graph))
     if verify and report.folded:
         parity = parity_check(original, folded, provider=provider)
         report = replace(report, verification=parity)

@@ -120,12 +120,14 @@ class FoldReport:
     Attributes:
         saving: Cost before and after.
         streams: All streams, in graph order.
+        quantised: Layers that were left alone because their weights are quantised.
         verification: The parity check of the result, if it was asked for.
         is_plan: Nothing was written: this is what would be done.
     """
 
     saving: Saving
     streams: list[StreamReport]
+    quantised: list[str] = field(default_factory=list)
     verification: ParityReport | None = None
     is_plan: bool = False
 
@@ -149,6 +151,7 @@ class FoldReport:
         return {
             **saving_dict(self.saving),
             "streams": [stream.to_dict() for stream in self.streams],
+            "quantised": self.quantised,
             "verification": self.verification.to_dict() if self.verification else None,
         }
 
@@ -159,6 +162,8 @@ class FoldReport:
             parts.append(folds_table(self.folded, "Would fold" if self.is_plan else "Folded"))
         if self.left_alone:
             parts.append(reasons_table(self.left_alone))
+        if self.quantised:
+            parts.append(quantised_text(self.quantised))
         if self.endings:
             parts.append(endings_text(self.endings))
         parts.append(saving_text(self.saving))
@@ -219,6 +224,14 @@ def reasons_table(streams: Sequence[StreamReport]) -> Table:
         shown = [*stream.reasons[:MAX_REASONS], *([f"and {more} more reasons"] if more > 0 else [])]
         table.add_row(_arrow(stream), "\n".join(shown))
     return table
+
+
+def quantised_text(layers: Sequence[str]) -> Text:
+    """The layers that hold integers; a folded weight would have to be quantised anew."""
+    more = len(layers) - MAX_REASONS
+    shown = [*layers[:MAX_REASONS], *([f"{more} more"] if more > 0 else [])]
+    count = counted(len(layers), "layer")
+    return Text(f"Left alone because their weights are quantised: {count} ({', '.join(shown)}).")
 
 
 def endings_text(endings: Mapping[str, int]) -> Text:

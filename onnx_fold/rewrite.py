@@ -11,7 +11,7 @@ from onnx_ir.convenience import replace_all_uses_with
 
 from onnx_fold.constants import FLOATS, Constant, constant
 from onnx_fold.expression import FoldedTensor
-from onnx_fold.stream import Edge
+from onnx_fold.linear import Edge
 
 Build = Callable[[ir.Graph], ir.Value]
 """Makes, when the change is applied, the value that takes the place of another."""
@@ -28,7 +28,7 @@ class Rewrite:
     Attributes:
         stored: Node inputs that get a new initializer.
         rewired: Node inputs that get a value built for them.
-        biases: Values to which a vector is added, along their channel axis: value → (axis, vector).
+        biases: Values to which a constant is added.
         replaced: Values and what their readers read instead.
         resized: Values whose channel axis gets another width: value → (axis, width).
         added: Further initializers that ``replaced`` makes.
@@ -40,7 +40,7 @@ class Rewrite:
 
     stored: dict[Edge, ir.TensorProtocol] = field(default_factory=dict)
     rewired: dict[Edge, Build] = field(default_factory=dict)
-    biases: dict[ir.Value, tuple[int, FoldedTensor]] = field(default_factory=dict)
+    biases: dict[ir.Value, FoldedTensor] = field(default_factory=dict)
     replaced: dict[ir.Value, ir.Value | Build] = field(default_factory=dict)
     resized: dict[ir.Value, tuple[int, int]] = field(default_factory=dict)
     added: list[FoldedTensor] = field(default_factory=list)
@@ -98,7 +98,7 @@ class Rewrite:
 
     def _new_tensors(self) -> Iterator[FoldedTensor]:
         yield from (tensor for tensor in self.stored.values() if isinstance(tensor, FoldedTensor))
-        yield from (tensor for _, tensor in self.biases.values())
+        yield from self.biases.values()
         yield from self.added
 
     def _dropped(self) -> Iterator[Constant]:
@@ -120,8 +120,9 @@ class Rewrite:
         return all((node, index) in gone or self._is_dead(node) for node, index in value.uses())
 
     def _is_dead(self, node: ir.Node) -> bool:
+        """Whether ``node`` is replaced, or makes a constant that dies; data is still read."""
         return all(
-            value in self.replaced or (not value.is_graph_output() and self._dies(value))
+            value in self.replaced or (constant(value) is not None and self._dies(value))
             for value in node.outputs
         )
 
@@ -147,10 +148,10 @@ class Rewrite:
         for (node, index), build in self.rewired.items():
             suspects.append(node.inputs[index])
             node.replace_input_with(index, build(graph))
-        for value, (axis, tensor) in self.biases.items():
+        for value, tensor in self.biases.items():
             bias = initializer(tensor)
             new[id(tensor)] = (bias, f"{value.name}_bias")
-            _add_bias(graph, value, axis, bias)
+            _add_bias(graph, value, bias)
         for value, replacement in self.replaced.items():
             suspects.append(value)
             if isinstance(replacement, ir.Value):
@@ -175,7 +176,7 @@ def initializer(tensor: ir.TensorProtocol) -> ir.Value:
     return value
 
 
-def _add_bias(graph: ir.Graph, value: ir.Value, axis: int, bias: ir.Value) -> None:
+def _add_bias(graph: ir.Graph, value: ir.Value, bias: ir.Value) -> None:
     """Insert an Add behind ``value``; the sum takes the name if it is a graph output."""
     producer = value.producer()
     assert producer is not None
@@ -266,9 +267,10 @@ def new_split(
 
 
 def unused_name(graph: ir.Graph, name: str) -> str:
-    """``name``, or ``name_folded``, ``name_folded_1``, ... if it is taken."""
-    taken = set(graph.initializers) | {v.name for node in graph for v in node.outputs}
-    taken |= {value.name for value in graph.inputs}
+    """``name``, or ``name_folded``, ``name_folded_1``, ... if it is taken, here or in a body."""
+    taken = {value.name for node in graph.all_nodes() for value in node.outputs}
+    for each in (graph, *graph.subgraphs()):
+        taken |= set(each.initializers) | {value.name for value in each.inputs}
     candidate, count = name, 0
     while candidate in taken:
         candidate = f"{name}_folded" + (f"_{count}" if count else "")

@@ -92,6 +92,8 @@ def _infer(
         for value in node.outputs:
             if not value.is_graph_output():
                 value.shape = None
+    for node in list(scratch.graph):
+        _stand_in(node)
     ends = (*scratch.graph.inputs, *scratch.graph.outputs)
     stated = {dim for value in ends if value.shape is not None for dim in _dims(value.shape)}
     logging_was = logging.root.manager.disable
@@ -127,6 +129,32 @@ def _infer(
             and (found := integers(value)) is not None
         },
     )
+
+
+_ELEMENTWISE = frozenset(("BiasGelu", "FastGelu", "Gelu", "QuickGelu", "RotaryEmbedding"))
+
+
+def _stand_in(node: ir.Node) -> None:
+    """Let a standard operator whose output has the same shape stand for one of ONNX Runtime's."""
+    if node.domain != "com.microsoft" or len(node.outputs) != 1:
+        return
+    if node.op_type in _ELEMENTWISE:
+        node.resize_inputs(1)
+        node.domain, node.op_type = "", "Identity"
+        node.attributes.clear()
+    elif node.op_type == "FusedMatMul" and len(node.inputs) == 2:
+        for index, name in enumerate(("transA", "transB")):
+            if not node.attributes.get_int(name, 0):
+                continue
+            value = node.inputs[index]
+            held = constant(value)
+            if held is None or len(held.shape) != 2 or node.graph is None:
+                return
+            transpose = ir.node("Transpose", [value])
+            node.graph.insert_before(node, transpose)
+            node.replace_input_with(index, transpose.outputs[0])
+        node.domain, node.op_type = "", "MatMul"
+        node.attributes.clear()
 
 
 def _dims(shape: ir.Shape) -> Dims:

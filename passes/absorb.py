@@ -20,11 +20,11 @@ from onnx_fold.expression import FoldedTensor, reshape, scale, take
 from onnx_fold.folding import Candidate, FoldPass, attempt
 from onnx_fold.fused import Columns, Fused, Part, fused
 from onnx_fold.heads import role
-from onnx_fold.linear import Linear, compact
+from onnx_fold.linear import Edge, Linear, compact
 from onnx_fold.rebase import become_identity, rebase, stored_matrix, weights_of
 from onnx_fold.report import CandidateReport
 from onnx_fold.rewrite import CannotRewriteError, Rewrite, new_constant, new_node, new_split
-from onnx_fold.stream import Edge, Stream
+from onnx_fold.stream import Stream
 
 
 class AbsorbPass(FoldPass):
@@ -101,8 +101,8 @@ def _lay_out(stream: Stream, fused: Fused, part: Part, rewrite: Rewrite) -> None
     kept = np.concatenate([other.columns for other in others])
     own = [_bias(edge, part.columns, is_kept=False) for edge in fused.biases]
     left = {edge: _bias(edge, kept, is_kept=True) for edge in fused.biases}
-    if (linear.node, 2) in left:
-        rewrite.stored[linear.node, 2] = left.pop((linear.node, 2))
+    if linear.bias is not None:
+        rewrite.stored[linear.bias] = left.pop(linear.bias)
     rewrite.dropped.update(left)
     rewrite.added.extend([*own, *left.values()])
     ends = {part.value.producer() for part in fused.parts}

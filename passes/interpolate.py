@@ -41,12 +41,15 @@ class InterpolatePass(FoldPass):
         if tall and not stream.tables:
             yield from _rows_of(stream, max(tall, key=lambda layer: layer.in_features))
         wide = [r for r in stream.readers if _can_be_joined(r) and r.out_features > stream.width]
-        if wide:
-            yield from _columns_of(stream, max(wide, key=lambda layer: layer.out_features))
+        for reader in sorted(wide, key=lambda layer: -layer.out_features):
+            hidden = hidden_stream(stream, reader)
+            if hidden is not None:
+                yield _columns_of(stream, reader, hidden)
+                break
 
 
 def _can_be_joined(reader: Linear) -> bool:
-    return reader.is_plain and reader.node.op_type == "MatMul"
+    return reader.is_plain and reader.bias is None
 
 
 def _rows_of(stream: Stream, writer: Linear) -> Iterator[Candidate | CandidateReport]:
@@ -55,7 +58,7 @@ def _rows_of(stream: Stream, writer: Linear) -> Iterator[Candidate | CandidateRe
     rows = RowSelection(weights_of(writer), writer.weight.dtype, stream.rows_of(writer))
     basis = Basis(rows.basis, inverted=True)
     rebased = rebase(stream, basis, stream.width, pivot=writer)
-    if writer.node.op_type != "Gemm":  # its bias would need an Add of its own
+    if writer.bias is None:  # its bias would need an Add of its own
         rewrite = Rewrite(stored=rebased.stored)
         candidate = _split(stream, writer, rows, rewrite, rebased, text)
         yield replace(candidate, basis=basis if len(rebased.writers) > 1 else None)
@@ -107,11 +110,8 @@ def _split(
     return Candidate(InterpolatePass.name, text, rewrite, sides, rebased.readers)
 
 
-def _columns_of(stream: Stream, reader: Linear) -> Iterator[Candidate]:
+def _columns_of(stream: Stream, reader: Linear, hidden: Stream) -> Candidate:
     """``[x', x' C]`` in the place of ``x M``."""
-    hidden = hidden_stream(stream, reader)
-    if hidden is None:
-        return
     width = stream.width
     before = weights_of(reader)
     rows = RowSelection(transpose(before), reader.weight.dtype)
@@ -133,4 +133,4 @@ def _columns_of(stream: Stream, reader: Linear) -> Iterator[Candidate]:
     sides[stream.readers.index(reader)] = Side(before, after)
     into = compact([*stream.written_by, *(r.label for r in stream.readers if r is not reader)])
     text = f"{width} columns of {reader.label} into {into}"
-    yield Candidate(InterpolatePass.name, text, rewrite, rebased.writers, sides, basis)
+    return Candidate(InterpolatePass.name, text, rewrite, rebased.writers, sides, basis)
