@@ -439,6 +439,20 @@ class Reshape(_Unary):
 
 
 @dataclass(frozen=True, eq=False)
+class Diagonal(_Unary):
+    """The matrix ``[n, n]`` with ``x``, ``[n]``, on its diagonal."""
+
+    @property
+    def shape(self) -> Shape:
+        return (*self.x.shape, *self.x.shape)
+
+    def compute(self, device: Device, *operands: Any) -> Any:
+        matrix = device.zeros(self.shape, self.dtype)
+        matrix.reshape(-1)[:: self.shape[0] + 1] = operands[0]
+        return matrix
+
+
+@dataclass(frozen=True, eq=False)
 class Broadcast(_Unary):
     """``x`` repeated along axes of size one. Made by :func:`broadcast`."""
 
@@ -785,3 +799,18 @@ class FoldedTensor(ir.LazyTensor):
 
     def _evaluated(self) -> ir.TensorProtocol:
         return ir.Tensor(self.evaluated(), dtype=self.dtype)
+
+
+class ImpliedTensor(FoldedTensor):
+    """A matrix that an operator implies: it counts for the ``size`` numbers that are stored.
+
+    Attributes:
+        stored_size: Elements of the initializers that it stands for.
+    """
+
+    __slots__ = ("stored_size",)
+
+    def __init__(self, expression: Expression, dtype: ir.DataType, stored_size: int) -> None:
+        """Stand for ``expression``, ``[d, d]``, made of ``stored_size`` numbers of ``dtype``."""
+        super().__init__(expression, dtype)
+        self.stored_size = stored_size

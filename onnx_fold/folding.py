@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import onnx_ir as ir
 
+from onnx_fold.affine import make_explicit
 from onnx_fold.basis import MAX_STREAM_RATIO, TOLERANCES, Basis, Side, TableSide, probe
-from onnx_fold.expression import HOST, Device, Expression
+from onnx_fold.expression import HOST, Device, Expression, ImpliedTensor
 from onnx_fold.report import CandidateReport, StreamReport
 from onnx_fold.rewrite import CannotRewriteError, Rewrite, remembered_names
 from onnx_fold.stream import Stream, find_streams
@@ -102,7 +103,9 @@ class Candidate:
             weights_removed=self.weights_removed,
             nodes_added=self.nodes,
         )
-        if self.weights_removed <= 0:
+        if self.weights_removed < 0 or (
+            self.weights_removed == 0 and not self.rewrite.drops_implied
+        ):
             return replace(report, refused=self._growth())
         if protected := sorted(self.rewrite.names() & options.protect):
             return replace(report, refused=f"'{protected[0]}' is protected")
@@ -218,6 +221,7 @@ def _fold_streams(
     order = {node: position for position, node in enumerate(model.graph)}
     reports: list[tuple[int, StreamReport]] = []
     finished: set[ir.Node] = set()
+    explicit = make_explicit(model)
     is_first_round = True
     memo: Memo = {}
     while True:
@@ -250,6 +254,7 @@ def _fold_streams(
         if not touched:
             break
         is_first_round = False
+    explicit.restore()
     return [report for _, report in sorted([*reports, *left], key=lambda item: item[0])]
 
 
@@ -267,6 +272,8 @@ def _choose(
     if protected:
         return replace(report, reasons=[f"'{protected[0]}' is protected"]), None
     judged: list[CandidateReport] = []
+    is_implied = any(isinstance(m.weight.tensor, ImpliedTensor) for m in stream.members)
+    passes = [each for each in passes if not (is_implied and each.is_basis_change)]
     for group in _ranked(stream, passes, judged):
         verdicts = [(candidate.judged(stream, options, memo), candidate) for candidate in group]
         judged += [verdict for verdict, _ in verdicts]

@@ -127,7 +127,7 @@ class Stream:
         readers: Linear layers whose input is in it.
         constants: Constants that enter it.
         openings: What stands against a change of basis; empty if the stream is closed.
-        measures: Nodes that read the shape of its values (Shape, Size).
+        measures: Nodes that read no more than the shape of its values, or whose output is unused.
     """
 
     width: int
@@ -291,7 +291,7 @@ class Search:
             if node.graph is not self.graph:
                 _open(stream, value, "is used inside the body of a control-flow operator, by", node)
             elif linear is None:
-                if node.op_type in ("Shape", "Size"):
+                if node.op_type in ("Shape", "Size") or _is_unused(node):
                     stream.measures.append(node)
                 else:
                     yield from self._across(stream, value, node, Port(False, index, axis), "read")
@@ -351,6 +351,10 @@ def _obstacle(node: ir.Node) -> str:
         if value is not None and value.is_initializer() and value.is_graph_input():
             return f", which reads '{value.name}', an initializer that a caller can override"
     return ""
+
+
+def _is_unused(node: ir.Node) -> bool:
+    return not any(output.uses() or output.is_graph_output() for output in node.outputs)
 
 
 def _open(
