@@ -111,7 +111,7 @@ class Basis:
 
 
 def _largest_singular_value(
-    width: int, gram: Callable[[Any], Any], device: Device, iterations: int = 24
+    width: int, gram: Callable[[Any], Any], device: Device, iterations: int = 8
 ) -> float:
     """Power iteration with ``gram = Aᵀ A`` (or ``A⁻¹ A⁻ᵀ``); from below, within some percent."""
     vector = device.load(np.random.default_rng(0).standard_normal((width, 1)))

@@ -146,14 +146,31 @@ def select_rows(matrix: Array, bound: float = 1.1, max_rounds: int = 100) -> tup
     order = np.arange(rows)
     for position, pivot in enumerate(pivots):
         order[[position, pivot]] = order[[pivot, position]]
-    b: Array = scipy.linalg.solve_triangular(  # L₂ L₁⁻¹
-        lu[:width].T, lu[width:].T, lower=False, unit_diagonal=True, check_finite=False
-    ).T
+    b = np.array(lu[width:], order="C")
+    _divide(b, lu[:width])
     del lu
     for _ in range(max_rounds):
         if not _swap(b, order, bound):
             break
     return order, b
+
+
+def _divide(b: Array, lower: Array) -> None:
+    """``b L⁻¹`` in place, for ``L`` with a unit diagonal in the lower half of ``lower``.
+
+    Columns are halved until they are few: nearly all the work is matrix products.
+    """
+    width = len(lower)
+    if width <= 256:
+        solved = scipy.linalg.solve_triangular(
+            lower.T, b.T, lower=False, unit_diagonal=True, check_finite=False
+        )
+        b[:] = solved.T
+        return
+    half = width // 2
+    _divide(b[:, half:], lower[half:, half:])
+    _subtract(b[:, :half], b[:, half:], lower[half:, :half])
+    _divide(b[:, :half], lower[:half, :half])
 
 
 def _subtract(a: Array, left: Array, right: Array, block: int = 512) -> None:
@@ -172,7 +189,7 @@ def _swap(b: Array, order: Indices, bound: float, watched: int = 256) -> bool:
         Whether there was anything to swap.
     """
     width = b.shape[1]
-    largest = np.array([max(row.max(), -row.min()) for row in b])
+    largest = np.maximum(b.max(axis=1), -b.min(axis=1))
     rows = np.argsort(-largest)[:watched]
     part = b[rows]
     left: list[Array] = []
@@ -204,21 +221,31 @@ def select_blocks(matrix: Array, size: int) -> Indices:
     before has the largest smallest singular value.
 
     Args:
-        matrix: ``[d, n · size]`` with ``n · size >= d``, float64; ``d`` is a multiple of ``size``.
+        matrix: ``[d, n · size]`` with ``n · size >= d``, float32 or float64; ``d`` is a multiple
+            of ``size``.
         size: Columns of a block.
 
     Returns:
         The ``d / size`` blocks taken, in ascending order.
     """
     width, columns = matrix.shape
-    left = np.array(matrix.T, order="C").reshape(columns // size, size, width)
+    left = np.array(matrix.T, order="C")
+    blocks = np.arange(columns // size)
+    shape = (-1, size, width)
+    gram = _gram(left.reshape(shape))
     taken: list[int] = []
     for _ in range(width // size):
-        gram = left @ left.transpose(0, 2, 1)
-        smallest = np.linalg.eigvalsh(gram)[:, 0]
-        smallest[taken] = -np.inf
-        best = int(np.argmax(smallest))
-        taken.append(best)
-        q = np.linalg.qr(left[best].T)[0]
-        left -= (left @ q) @ q.T
+        best = int(np.argmax(np.linalg.eigvalsh(gram)[:, 0]))
+        taken.append(int(blocks[best]))
+        q = np.linalg.qr(left.reshape(shape)[best].T)[0]
+        others = np.arange(len(blocks)) != best
+        left = np.ascontiguousarray(left.reshape(shape)[others]).reshape(-1, width)
+        blocks, inside = blocks[others], left @ q
+        left -= inside @ q.T
+        gram = gram[others] - _gram(inside.reshape(-1, size, size))
     return np.array(sorted(taken), dtype=np.intp)
+
+
+def _gram(blocks: Array) -> Array:
+    """The products of each block's rows with each other, float64 ``[n, size, size]``."""
+    return (blocks @ blocks.transpose(0, 2, 1)).astype(np.float64)
