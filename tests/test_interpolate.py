@@ -130,13 +130,12 @@ def test_storage_types(dtype):
 
 def test_a_wide_writer_has_no_rows_to_spare():
     """The columns of the reader serve; a Gather that moves more than is saved does not pay."""
-    body = f"{MLP} s = MatMul(h, O) y = MatMul(s, R)"
-    square = normal(F, F, seed=2)
-    assert "no strategy applies" in refused(
-        model(body, O=square, R=normal(F, F * F)), only=["interpolate"]
-    )
-    result = folded(model(body, O=square, R=normal(F, F * F // 4 - 1)), F * F, only=["interpolate"])
-    assert operators(result.model)[-3:] == ["MatMul", "Concat", "Gather"]
+    body, square = f"{MLP} s = MatMul(h, O) r = MatMul(s, R)", normal(F, F, seed=2)
+    wide = model(f"{body} y = Relu(r)", O=square, R=normal(F, F * F // 4))
+    assert "no strategy applies" in refused(wide, only=["interpolate"])
+    narrow = model(f"{body} y = Concat<axis = -1>(r, r)", O=square, R=normal(F, F * F // 8))
+    result = folded(narrow, F * F, only=["interpolate"])
+    assert operators(result.model)[-4:] == ["MatMul", "Concat", "Gather", "Concat"]
 
 
 def test_an_infinite_weight_is_refused():
