@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.convenience import replace_all_uses_with
 
 from onnx_fold.constants import FLOATS, Constant, constant
-from onnx_fold.expression import FoldedTensor
+from onnx_fold.expression import (
+    Device,
+    Expression,
+    FoldedTensor,
+    ImpliedTensor,
+    evaluate,
+    sampled,
+)
 from onnx_fold.linear import Edge
 
 Build = Callable[[ir.Graph], ir.Value]
@@ -62,13 +71,21 @@ class Rewrite:
 
         With ``min_rank=2`` matrices are counted and vectors are not.
         """
-        gone = {held.leaf: held.tensor for held in self._dropped() if self._dies(held.leaf)}
         come = {id(tensor): tensor for tensor in self._new_tensors()}
 
         def total(tensors: Iterable[ir.TensorProtocol]) -> int:
-            return sum(tensor.size for tensor in tensors if len(tensor.shape) >= min_rank)
+            return sum(_size(tensor) for tensor in tensors if _rank(tensor) >= min_rank)
 
-        return total(gone.values()) - total(come.values())
+        return total(self._gone()) - total(come.values())
+
+    @property
+    def drops_implied(self) -> bool:
+        """Whether a matrix goes that was written out only to be merged."""
+        return any(isinstance(tensor, ImpliedTensor) for tensor in self._gone())
+
+    def _gone(self) -> Iterable[ir.TensorProtocol]:
+        gone = {held.leaf: held.tensor for held in self._dropped() if self._dies(held.leaf)}
+        return gone.values()
 
     def nodes_change(self) -> int:
         """Operators that come, less those that go."""
@@ -85,9 +102,11 @@ class Rewrite:
         found = [*values, *leaves, *self.replaced, *self.biases, *filter(None, nodes)]
         return {each.name for each in found if each is not None and each.name}
 
-    def is_finite(self) -> bool:
-        """Whether every new initializer can be stored. Evaluates them."""
-        return all(np.isfinite(tensor.numpy()).all() for tensor in self._new_tensors())
+    def is_finite(self, device: Device, given: Mapping[Expression, Any]) -> bool:
+        """Whether some rows and columns of every new initializer can be stored."""
+        generator = np.random.default_rng(0)
+        samples = (sampled(tensor.rounded, generator) for tensor in self._new_tensors())
+        return all(np.isfinite(evaluate(part, device, given)).all() for part in samples)
 
     def shared(self) -> list[str]:
         """Names of initializers that have to stay because something else reads them too."""
@@ -163,10 +182,18 @@ class Rewrite:
                 dims = list(value.shape)
                 dims[axis] = width
                 value.shape = ir.Shape(dims)
-        _remove_dead(graph, suspects)
+        remove_dead(graph, suspects)
         for value, name in new.values():
             value.name = unused_name(graph, name)
             graph.register_initializer(value)
+
+
+def _size(tensor: ir.TensorProtocol) -> int:
+    return tensor.stored_size if isinstance(tensor, ImpliedTensor) else tensor.size
+
+
+def _rank(tensor: ir.TensorProtocol) -> int:
+    return 1 if isinstance(tensor, ImpliedTensor) else len(tensor.shape)
 
 
 def initializer(tensor: ir.TensorProtocol) -> ir.Value:
@@ -210,7 +237,7 @@ def _replace(graph: ir.Graph, old: ir.Value, new: ir.Value) -> None:
         replace_all_uses_with(old, new)
 
 
-def _remove_dead(graph: ir.Graph, suspects: Iterable[ir.Value | None]) -> None:
+def remove_dead(graph: ir.Graph, suspects: Iterable[ir.Value | None]) -> None:
     """Remove what makes ``suspects`` if nothing reads it, and then what only that read."""
     queue = list(suspects)
     while queue:
@@ -221,11 +248,14 @@ def _remove_dead(graph: ir.Graph, suspects: Iterable[ir.Value | None]) -> None:
         if node is None:
             if value.is_initializer() and not value.is_graph_input() and value.name:
                 graph.initializers.pop(value.name, None)
+                _value_names(graph).discard(value.name)
             continue
         if node.graph is None or any(out.uses() or out.is_graph_output() for out in node.outputs):
             continue
         queue.extend(node.inputs)
         graph.remove(node, safe=True)
+        _node_names(graph).discard(node.name)
+        _value_names(graph).difference_update(output.name for output in node.outputs)
 
 
 def new_constant(graph: ir.Graph, tensor: ir.TensorProtocol, name: str) -> ir.Value:
@@ -268,21 +298,49 @@ def new_split(
 
 def unused_name(graph: ir.Graph, name: str) -> str:
     """``name``, or ``name_folded``, ``name_folded_1``, ... if it is taken, here or in a body."""
-    taken = {value.name for node in graph.all_nodes() for value in node.outputs}
-    for each in (graph, *graph.subgraphs()):
-        taken |= set(each.initializers) | {value.name for value in each.inputs}
+    taken = _value_names(graph)
     candidate, count = name, 0
     while candidate in taken:
         candidate = f"{name}_folded" + (f"_{count}" if count else "")
         count += 1
+    taken.add(candidate)
     return candidate
 
 
 def unused_node_name(graph: ir.Graph, name: str) -> str:
     """``name``, or ``name_1``, ``name_2``, ... if a node is called so."""
-    taken = {node.name for node in graph}
+    taken = _node_names(graph)
     candidate, count = name, 0
     while candidate in taken:
         count += 1
         candidate = f"{name}_{count}"
+    taken.add(candidate)
     return candidate
+
+
+_VALUES, _NODES = "onnx_fold.value_names", "onnx_fold.node_names"
+
+
+@contextlib.contextmanager
+def remembered_names(graph: ir.Graph) -> Iterator[None]:
+    """Look for the names of ``graph`` once, while only :class:`Rewrite` changes it."""
+    graph.meta[_VALUES], graph.meta[_NODES] = _value_names(graph), _node_names(graph)
+    try:
+        yield
+    finally:
+        del graph.meta[_VALUES], graph.meta[_NODES]
+
+
+def _value_names(graph: ir.Graph) -> set[str | None]:
+    if (known := graph.meta.get(_VALUES)) is not None:
+        return cast(set[str | None], known)
+    names = {value.name for node in graph.all_nodes() for value in node.outputs}
+    for each in (graph, *graph.subgraphs()):
+        names |= set(each.initializers) | {value.name for value in each.inputs}
+    return names
+
+
+def _node_names(graph: ir.Graph) -> set[str | None]:
+    if (known := graph.meta.get(_NODES)) is not None:
+        return cast(set[str | None], known)
+    return {node.name for node in graph}

@@ -107,11 +107,15 @@ _TOWARDS_STATISTICS = frozenset(("Cast", "Mul", "Pow", "Sub"))
 
 def _is_norm(node: ir.Node, hops: int = 3) -> bool:
     """Whether ``node`` is a norm, or leads to a mean within a few element-wise operators."""
-    if node.op_type in _NORMS or node.op_type in _STATISTICS:
+    return node.op_type in _NORMS or _leads_to_statistics(node, hops)
+
+
+def _leads_to_statistics(node: ir.Node, hops: int) -> bool:
+    if node.op_type in _STATISTICS:
         return True
     if hops == 0 or node.op_type not in _TOWARDS_STATISTICS:
         return False
-    return any(_is_norm(reader, hops - 1) for reader, _ in node.outputs[0].uses())
+    return any(_leads_to_statistics(reader, hops - 1) for reader, _ in node.outputs[0].uses())
 
 
 @dataclass(eq=False)
@@ -127,7 +131,7 @@ class Stream:
         readers: Linear layers whose input is in it.
         constants: Constants that enter it.
         openings: What stands against a change of basis; empty if the stream is closed.
-        measures: Nodes that read the shape of its values (Shape, Size).
+        measures: Nodes that read no more than the shape of its values, or whose output is unused.
     """
 
     width: int
@@ -291,7 +295,7 @@ class Search:
             if node.graph is not self.graph:
                 _open(stream, value, "is used inside the body of a control-flow operator, by", node)
             elif linear is None:
-                if node.op_type in ("Shape", "Size"):
+                if node.op_type in ("Shape", "Size") or _is_unused(node):
                     stream.measures.append(node)
                 else:
                     yield from self._across(stream, value, node, Port(False, index, axis), "read")
@@ -351,6 +355,10 @@ def _obstacle(node: ir.Node) -> str:
         if value is not None and value.is_initializer() and value.is_graph_input():
             return f", which reads '{value.name}', an initializer that a caller can override"
     return ""
+
+
+def _is_unused(node: ir.Node) -> bool:
+    return not any(output.uses() or output.is_graph_output() for output in node.outputs)
 
 
 def _open(
