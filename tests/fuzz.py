@@ -367,6 +367,9 @@ def axes(b: Builder) -> list[Value]:
     there = b.with_axes("Unsqueeze", value, [at], grown, 13)
     if b.flip():
         return [there]
+    if b.flip():
+        shape = tuple(size for size in value.shape if size != 1)
+        return [b.add("Squeeze", [there.name], shape)] if shape else []
     return [b.with_axes("Squeeze", there, [at], value.shape, 13)]
 
 
