@@ -366,7 +366,7 @@ def _slice(node: ir.Node, layout: Layout, shapes: Shapes) -> Iterator[Layout]:
 
 
 def _gather(node: ir.Node, layout: Layout, shapes: Shapes) -> Iterator[Layout]:
-    indices, place = constant(node.inputs[1]), None
+    indices = constant(node.inputs[1])
     axis = node.attributes.get_int("axis", 0) % len(layout.axes)
     place = _places(layout).get(axis)
     if (
@@ -375,9 +375,22 @@ def _gather(node: ir.Node, layout: Layout, shapes: Shapes) -> Iterator[Layout]:
         or indices.dtype not in (ir.DataType.INT64, ir.DataType.INT32)
     ):
         return
-    taken = np.take(layout.columns, indices.numpy(), axis=place)
-    axes = (*layout.axes[:axis], *(CHANNELS,) * len(indices.shape), *layout.axes[axis + 1 :])
-    yield replace(layout, axes=axes, columns=taken)
+    yield _taken(layout, indices.numpy(), axis, place)
+
+
+def _gather_nd(node: ir.Node, layout: Layout, shapes: Shapes) -> Iterator[Layout]:
+    """GatherND that counts one axis, the first: a Gather."""
+    indices, place = constant(node.inputs[1]), _places(layout).get(0)
+    if indices is None or place is None or indices.shape[-1:] != (1,):
+        return
+    if node.attributes.get_int("batch_dims", 0) == 0:
+        yield _taken(layout, indices.numpy()[..., 0], 0, place)
+
+
+def _taken(layout: Layout, indices: Columns, axis: int, place: int) -> Layout:
+    new = (CHANNELS,) * indices.ndim
+    axes = (*layout.axes[:axis], *new, *layout.axes[axis + 1 :])
+    return replace(layout, axes=axes, columns=np.take(layout.columns, indices, axis=place))
 
 
 _STEPS: dict[str, Step] = {
@@ -389,4 +402,5 @@ _STEPS: dict[str, Step] = {
     "Split": _split,
     "Slice": _slice,
     "Gather": _gather,
+    "GatherND": _gather_nd,
 }

@@ -107,11 +107,15 @@ _TOWARDS_STATISTICS = frozenset(("Cast", "Mul", "Pow", "Sub"))
 
 def _is_norm(node: ir.Node, hops: int = 3) -> bool:
     """Whether ``node`` is a norm, or leads to a mean within a few element-wise operators."""
-    if node.op_type in _NORMS or node.op_type in _STATISTICS:
+    return node.op_type in _NORMS or _leads_to_statistics(node, hops)
+
+
+def _leads_to_statistics(node: ir.Node, hops: int) -> bool:
+    if node.op_type in _STATISTICS:
         return True
     if hops == 0 or node.op_type not in _TOWARDS_STATISTICS:
         return False
-    return any(_is_norm(reader, hops - 1) for reader, _ in node.outputs[0].uses())
+    return any(_leads_to_statistics(reader, hops - 1) for reader, _ in node.outputs[0].uses())
 
 
 @dataclass(eq=False)
