@@ -26,6 +26,10 @@ class CheckFailedError(OnnxFoldError):
         self.report = report
 
 
+class NotFiniteError(OnnxFoldError):
+    """A folded weight is NaN or overflows its storage type."""
+
+
 class UsageError(OnnxFoldError):
     """The request itself makes no sense, such as an unknown input name or pass."""
 

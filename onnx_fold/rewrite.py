@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.convenience import replace_all_uses_with
 
 from onnx_fold.constants import FLOATS, Constant, constant
-from onnx_fold.expression import FoldedTensor, ImpliedTensor
+from onnx_fold.expression import (
+    Device,
+    Expression,
+    FoldedTensor,
+    ImpliedTensor,
+    evaluate,
+    sampled,
+)
 from onnx_fold.linear import Edge
 
 Build = Callable[[ir.Graph], ir.Value]
@@ -93,9 +102,11 @@ class Rewrite:
         found = [*values, *leaves, *self.replaced, *self.biases, *filter(None, nodes)]
         return {each.name for each in found if each is not None and each.name}
 
-    def is_finite(self) -> bool:
-        """Whether every new initializer can be stored. Evaluates them."""
-        return all(np.isfinite(tensor.numpy()).all() for tensor in self._new_tensors())
+    def is_finite(self, device: Device, given: Mapping[Expression, Any]) -> bool:
+        """Whether some rows and columns of every new initializer can be stored."""
+        generator = np.random.default_rng(0)
+        samples = (sampled(tensor.rounded, generator) for tensor in self._new_tensors())
+        return all(np.isfinite(evaluate(part, device, given)).all() for part in samples)
 
     def shared(self) -> list[str]:
         """Names of initializers that have to stay because something else reads them too."""
@@ -237,11 +248,14 @@ def remove_dead(graph: ir.Graph, suspects: Iterable[ir.Value | None]) -> None:
         if node is None:
             if value.is_initializer() and not value.is_graph_input() and value.name:
                 graph.initializers.pop(value.name, None)
+                _value_names(graph).discard(value.name)
             continue
         if node.graph is None or any(out.uses() or out.is_graph_output() for out in node.outputs):
             continue
         queue.extend(node.inputs)
         graph.remove(node, safe=True)
+        _node_names(graph).discard(node.name)
+        _value_names(graph).difference_update(output.name for output in node.outputs)
 
 
 def new_constant(graph: ir.Graph, tensor: ir.TensorProtocol, name: str) -> ir.Value:
@@ -284,21 +298,49 @@ def new_split(
 
 def unused_name(graph: ir.Graph, name: str) -> str:
     """``name``, or ``name_folded``, ``name_folded_1``, ... if it is taken, here or in a body."""
-    taken = {value.name for node in graph.all_nodes() for value in node.outputs}
-    for each in (graph, *graph.subgraphs()):
-        taken |= set(each.initializers) | {value.name for value in each.inputs}
+    taken = _value_names(graph)
     candidate, count = name, 0
     while candidate in taken:
         candidate = f"{name}_folded" + (f"_{count}" if count else "")
         count += 1
+    taken.add(candidate)
     return candidate
 
 
 def unused_node_name(graph: ir.Graph, name: str) -> str:
     """``name``, or ``name_1``, ``name_2``, ... if a node is called so."""
-    taken = {node.name for node in graph}
+    taken = _node_names(graph)
     candidate, count = name, 0
     while candidate in taken:
         count += 1
         candidate = f"{name}_{count}"
+    taken.add(candidate)
     return candidate
+
+
+_VALUES, _NODES = "onnx_fold.value_names", "onnx_fold.node_names"
+
+
+@contextlib.contextmanager
+def remembered_names(graph: ir.Graph) -> Iterator[None]:
+    """Look for the names of ``graph`` once, while only :class:`Rewrite` changes it."""
+    graph.meta[_VALUES], graph.meta[_NODES] = _value_names(graph), _node_names(graph)
+    try:
+        yield
+    finally:
+        del graph.meta[_VALUES], graph.meta[_NODES]
+
+
+def _value_names(graph: ir.Graph) -> set[str | None]:
+    if (known := graph.meta.get(_VALUES)) is not None:
+        return cast(set[str | None], known)
+    names = {value.name for node in graph.all_nodes() for value in node.outputs}
+    for each in (graph, *graph.subgraphs()):
+        names |= set(each.initializers) | {value.name for value in each.inputs}
+    return names
+
+
+def _node_names(graph: ir.Graph) -> set[str | None]:
+    if (known := graph.meta.get(_NODES)) is not None:
+        return cast(set[str | None], known)
+    return {node.name for node in graph}

@@ -18,8 +18,9 @@ import onnx_ir as ir
 
 from onnx_fold.basis import Basis, Side
 from onnx_fold.bias import carry_biases
-from onnx_fold.expression import FoldedTensor, cast, evaluate, transpose
-from onnx_fold.folding import Candidate, FoldPass, attempt
+from onnx_fold.expression import Array, FoldedTensor, Spool, cast, evaluate, transpose
+from onnx_fold.folding import Candidate, FoldPass, Options, attempt
+from onnx_fold.heads import role
 from onnx_fold.linear import Linear, compact
 from onnx_fold.permute import hidden_stream, permute
 from onnx_fold.rebase import Rebased, rebase, weights_of
@@ -35,27 +36,56 @@ class InterpolatePass(FoldPass):
     name = "interpolate"
     operators = 1
 
+    def __init__(self, options: Options | None = None) -> None:
+        super().__init__(options)
+        self._spool = Spool()
+        self._selections: dict[tuple[object, ...], RowSelection] = {}
+
     def candidates(self, stream: Stream) -> Iterator[Candidate | CandidateReport]:
         """Yield candidates for the writer with most rows and the reader with most columns."""
         tall = [w for w in stream.writers if w.is_plain and w.in_features > stream.width]
         if tall and not stream.tables:
-            yield from _rows_of(stream, max(tall, key=lambda layer: layer.in_features))
+            writer = max(tall, key=lambda layer: layer.in_features)
+            rows = self._selection(writer, stream.rows_of(writer), is_reader=False)
+            yield from _rows_of(stream, writer, rows)
         wide = [r for r in stream.readers if _can_be_joined(r) and r.out_features > stream.width]
-        for reader in sorted(wide, key=lambda layer: -layer.out_features):
-            hidden = hidden_stream(stream, reader)
-            if hidden is not None:
-                yield _columns_of(stream, reader, hidden)
-                break
+        hidden = {reader: hidden_stream(stream, reader) for reader in wide}
+        free = [reader for reader in wide if hidden[reader] is not None]
+        if not free and not tall:  # the columns have to be put back in order: a last resort
+            free = [reader for reader in wide if role(reader.y) is None and _pays(reader)]
+        if free:
+            reader = max(free, key=lambda layer: layer.out_features)
+            columns = self._selection(reader, None, is_reader=True)
+            yield _columns_of(stream, reader, hidden[reader], columns)
+
+    def _selection(self, layer: Linear, seen: Array | None, *, is_reader: bool) -> RowSelection:
+        """The rows (columns) of ``layer``; the same weights are selected among only once."""
+        weight = layer.weight
+        axes = weight.permutation, layer.in_axes, layer.out_axes
+        key = weight.tensor, *axes, layer.alpha, is_reader, id(seen)
+        if key not in self._selections:
+            matrix = transpose(weights_of(layer)) if is_reader else weights_of(layer)
+            self._selections[key] = RowSelection(matrix, weight.dtype, seen, self._spool)
+        return self._selections[key]
+
+
+def _pays(reader: Linear) -> bool:
+    """Whether putting the columns in order moves less, for one token, than the weights saved.
+
+    A Gather reads as many indices of 8 bytes as values, and writes the values.
+    """
+    return reader.in_features**2 > 4 * reader.out_features
 
 
 def _can_be_joined(reader: Linear) -> bool:
     return reader.is_plain and reader.bias is None
 
 
-def _rows_of(stream: Stream, writer: Linear) -> Iterator[Candidate | CandidateReport]:
+def _rows_of(
+    stream: Stream, writer: Linear, rows: RowSelection
+) -> Iterator[Candidate | CandidateReport]:
     """Biases are expressed in the new basis, or else carried through the readers."""
     text = f"{stream.width} rows of {writer.label} into {compact(stream.read_by)}"
-    rows = RowSelection(weights_of(writer), writer.weight.dtype, stream.rows_of(writer))
     basis = Basis(rows.basis, inverted=True)
     rebased = rebase(stream, basis, stream.width, pivot=writer)
     if writer.bias is None:  # its bias would need an Add of its own
@@ -84,7 +114,8 @@ def _split(
 ) -> Candidate:
     """``x' = h₁ + h₂ B`` in the place of ``h O``."""
     width, depth = stream.width, writer.in_features
-    rewrite.added.append(rows.rest)
+    rest = FoldedTensor(rows.rest, writer.weight.dtype)
+    rewrite.added.append(rest)
     hidden = hidden_stream(stream, writer)
     if hidden is not None:
         permute(hidden, writer, rows.order, rewrite)
@@ -97,39 +128,45 @@ def _split(
             indices = new_constant(graph, order, f"{name}_order")
             value = new_node(graph, node, "Gather", [value, indices], axis=-1).outputs[0]
         head, tail = new_split(graph, node, value, [width, depth - width])
-        rest = new_constant(graph, rows.rest, f"{name}_rest")
-        product = new_node(graph, node, "MatMul", [tail, rest])
+        product = new_node(graph, node, "MatMul", [tail, new_constant(graph, rest, f"{name}_rest")])
         return new_node(graph, node, "Add", [head, product.outputs[0]]).outputs[0]
 
     rewrite.replaced[writer.y] = build
     sides = list(rebased.writers)
     position = stream.writers.index(writer)
     before = rows.matrix
-    after = rows.rebuilt(cast(rows.rest.rounded, before.dtype))
+    after = rows.rebuilt(cast(rows.rest, before.dtype))
     sides[position] = Side(before, after, stream.rows_of(writer))
     return Candidate(InterpolatePass.name, text, rewrite, sides, rebased.readers)
 
 
-def _columns_of(stream: Stream, reader: Linear, hidden: Stream) -> Candidate:
+def _columns_of(
+    stream: Stream, reader: Linear, hidden: Stream | None, columns: RowSelection
+) -> Candidate:
     """``[x', x' C]`` in the place of ``x M``."""
     width = stream.width
     before = weights_of(reader)
-    rows = RowSelection(transpose(before), reader.weight.dtype)
-    basis = Basis(transpose(rows.basis))
+    basis = Basis(transpose(columns.basis))
     rebased = rebase(stream, basis, width, pivot=reader)
-    rest = FoldedTensor(transpose(rows.rest.expression), reader.weight.dtype)
-    rewrite = Rewrite(stored=rebased.stored, added=[rest], nodes_added=2)
-    permute(hidden, reader, rows.order, rewrite)
+    rest = FoldedTensor(transpose(columns.rest), reader.weight.dtype)
+    rewrite = Rewrite(stored=rebased.stored, added=[rest], nodes_added=2 if hidden else 3)
+    if hidden is not None:
+        permute(hidden, reader, columns.order, rewrite)
 
     def build(graph: ir.Graph) -> ir.Value:
         node = reader.node
         weight = new_constant(graph, rest, f"{reader.weight.leaf.name}_rest")
         product = new_node(graph, node, "MatMul", [reader.x, weight]).outputs[0]
-        return new_node(graph, node, "Concat", [reader.x, product], axis=-1).outputs[0]
+        value = new_node(graph, node, "Concat", [reader.x, product], axis=-1).outputs[0]
+        if hidden is not None:
+            return value
+        places = ir.tensor(np.argsort(evaluate(columns.order)).astype(np.int64))
+        indices = new_constant(graph, places, f"{reader.weight.leaf.name}_order")
+        return new_node(graph, node, "Gather", [value, indices], axis=-1).outputs[0]
 
     rewrite.replaced[reader.y] = build
     sides = list(rebased.readers)
-    after = transpose(rows.rebuilt(cast(rows.rest.rounded, before.dtype)))
+    after = transpose(columns.rebuilt(cast(columns.rest, before.dtype)))
     sides[stream.readers.index(reader)] = Side(before, after)
     into = compact([*stream.written_by, *(r.label for r in stream.readers if r is not reader)])
     text = f"{width} columns of {reader.label} into {into}"
