@@ -17,13 +17,10 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from onnx_fold.device import HOST, Array, Device, Indices
 from onnx_fold.expression import (
-    HOST,
-    Array,
-    Device,
     Expression,
     Factors,
-    Indices,
     Solve,
     cast,
     evaluate,

@@ -18,7 +18,8 @@ import onnx_ir as ir
 
 from onnx_fold.affine import make_explicit
 from onnx_fold.basis import MAX_STREAM_RATIO, TOLERANCES, Basis, Side, TableSide, probe
-from onnx_fold.expression import HOST, Device, Expression, ImpliedTensor
+from onnx_fold.device import HOST, Device
+from onnx_fold.expression import Expression, FoldedTensor, ImpliedTensor
 from onnx_fold.report import CandidateReport, StreamReport
 from onnx_fold.rewrite import CannotRewriteError, Rewrite, remembered_names
 from onnx_fold.stream import Stream, find_streams
@@ -209,7 +210,11 @@ def fold_streams(
         no fold could be asked of are reported as they were at first.
     """
     with remembered_names(model.graph):
-        return _fold_streams(model, passes, options, activations)
+        reports = _fold_streams(model, passes, options, activations)
+    for value in model.graph.initializers.values():
+        if isinstance(value.const_value, FoldedTensor):
+            value.const_value.device = options.device
+    return reports
 
 
 def _fold_streams(

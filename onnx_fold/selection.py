@@ -8,15 +8,11 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-import scipy.linalg
 
+from onnx_fold.device import HOST, Array, Device, Indices, Shape, subtract
 from onnx_fold.expression import (
-    Array,
-    Device,
     Expression,
     Held,
-    Indices,
-    Shape,
     Spool,
     Spread,
     evaluate,
@@ -40,6 +36,7 @@ class RowSelection:
         dtype: ir.DataType,
         seen: Array | None = None,
         spool: Spool | None = None,
+        device: Device = HOST,
     ) -> None:
         """Select among the rows of ``matrix``.
 
@@ -48,6 +45,7 @@ class RowSelection:
             dtype: The type in which ``B`` is to be stored.
             seen: Activations ``[n, f]``: rows count as much as they are used by these.
             spool: Where to keep ``B`` until it is written.
+            device: Where to select.
         """
         self.matrix = matrix
         self.order: Expression = _Order(self)
@@ -55,6 +53,7 @@ class RowSelection:
         self.basis = take(matrix, take(self.order, slice(matrix.shape[1]), 0), 0)
         self._seen = seen
         self._spool = spool or Spool()
+        self._device = device
 
     @cached_property
     def selected(self) -> tuple[Indices, Expression]:
@@ -63,12 +62,12 @@ class RowSelection:
         return order, self._spool.add(rest.astype(self.rest.dtype))
 
     def _select(self) -> tuple[Indices, Array]:
-        matrix = evaluate(self.matrix)
+        matrix = evaluate(self.matrix, self._device)
         if self._seen is None:
-            return select_rows(matrix)
+            return select_rows(matrix, device=self._device)
         scale = np.sqrt(np.mean(self._seen**2, axis=0))
         scale = np.maximum(scale, 1e-3 * scale.max(initial=1e-30))[:, None]
-        order, rest = select_rows((matrix * scale).astype(matrix.dtype))
+        order, rest = select_rows((matrix * scale).astype(matrix.dtype), device=self._device)
         ordered = scale[order]
         width = matrix.shape[1]
         return order, rest / ordered[width:] * ordered[:width].T
@@ -122,7 +121,9 @@ class _Rest(Expression):
         return Held, (evaluate(self.selection.selected[1]),)
 
 
-def select_rows(matrix: Array, bound: float = 1.1, max_rounds: int = 100) -> tuple[Indices, Array]:
+def select_rows(
+    matrix: Array, bound: float = 1.1, max_rounds: int = 100, device: Device = HOST
+) -> tuple[Indices, Array]:
     """Find rows of ``matrix`` that are a good basis of all its rows.
 
     LU with partial pivoting picks ``d`` of the ``f`` rows, and swaps make their volume larger until
@@ -133,50 +134,18 @@ def select_rows(matrix: Array, bound: float = 1.1, max_rounds: int = 100) -> tup
         matrix: ``[f, d]``, with ``f > d``, float32 or float64.
         bound: Largest coefficient to accept.
         max_rounds: Give up after so many rounds of swaps.
+        device: Where to eliminate.
 
     Returns:
         The order of the rows, ``[f]``, the basis first; and ``B``, ``[f - d, d]`` in the type of
         ``matrix``, with ``matrix[order[d:]] = B @ matrix[order[:d]]``. It needs no inverse of the
         basis, so it exists and is bounded even where ``matrix`` has a rank below ``d``.
     """
-    rows, width = matrix.shape
-    lapack = scipy.linalg.lapack
-    getrf = lapack.sgetrf if matrix.dtype == np.float32 else lapack.dgetrf
-    lu, pivots, _ = getrf(np.array(matrix, order="F"), overwrite_a=True)
-    order = np.arange(rows)
-    for position, pivot in enumerate(pivots):
-        order[[position, pivot]] = order[[pivot, position]]
-    b = np.array(lu[width:], order="C")
-    _divide(b, lu[:width])
-    del lu
+    order, b = device.eliminate(matrix)
     for _ in range(max_rounds):
         if not _swap(b, order, bound):
             break
     return order, b
-
-
-def _divide(b: Array, lower: Array) -> None:
-    """``b L⁻¹`` in place, for ``L`` with a unit diagonal in the lower half of ``lower``.
-
-    Columns are halved until they are few: nearly all the work is matrix products.
-    """
-    width = len(lower)
-    if width <= 256:
-        solved = scipy.linalg.solve_triangular(
-            lower.T, b.T, lower=False, unit_diagonal=True, check_finite=False
-        )
-        b[:] = solved.T
-        return
-    half = width // 2
-    _divide(b[:, half:], lower[half:, half:])
-    _subtract(b[:, :half], b[:, half:], lower[half:, :half])
-    _divide(b[:, :half], lower[:half, :half])
-
-
-def _subtract(a: Array, left: Array, right: Array, block: int = 512) -> None:
-    """``a -= left @ right`` in place, some rows at a time."""
-    for start in range(0, len(a), block):
-        a[start : start + block] -= left[start : start + block] @ right
 
 
 def _swap(b: Array, order: Indices, bound: float, watched: int = 256) -> bool:
@@ -210,7 +179,7 @@ def _swap(b: Array, order: Indices, bound: float, watched: int = 256) -> bool:
         outside = width + rows[i]
         order[j], order[outside] = order[outside], order[j]
     if left:
-        _subtract(b, np.stack(left, axis=1), np.stack(right))
+        subtract(b, np.stack(left, axis=1), np.stack(right))
     return bool(left)
 
 

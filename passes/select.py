@@ -15,11 +15,11 @@ import numpy as np
 import onnx_ir as ir
 
 from onnx_fold.basis import Basis, Side, product_dtype
+from onnx_fold.device import Indices
 from onnx_fold.expression import (
     Concatenate,
     FoldedTensor,
     Held,
-    Indices,
     Spread,
     cast,
     evaluate,
