@@ -71,6 +71,12 @@ def _planning(command: Callable[..., None]) -> Callable[..., None]:
                 help="Inputs to run the original on once: errors are predicted, and rows picked,"
                 " with what its layers read.",
             ),
+            click.option(
+                "--device",
+                default="cpu",
+                show_default=True,
+                help="Where to evaluate weights: cpu, cuda, or another device of torch.",
+            ),
         )
     ):
         command = option(command)

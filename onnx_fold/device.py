@@ -277,8 +277,8 @@ def find_device(name: str) -> Device:
     except ImportError:
         return _fall_back(name, "torch is not installed: pip install 'onnx-fold[torch]'")
     try:
-        torch.empty(0, device=name)
-    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        torch.zeros(1, dtype=torch.float64, device=name).item()
+    except (AssertionError, NotImplementedError, RuntimeError, TypeError) as error:
         reason = str(error).partition("\n")[0]
         if "Expected one of" in reason or "Invalid device string" in reason:
             raise UsageError(f"unknown device '{name}'; there are cpu, cuda, cuda:1 ...") from error

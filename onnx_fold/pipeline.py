@@ -15,7 +15,7 @@ from rich.console import Group, RenderableType
 from onnx_fold.attention import Attention, find_attention
 from onnx_fold.calibrate import record
 from onnx_fold.cost import Saving, cost
-from onnx_fold.device import Array
+from onnx_fold.device import Array, find_device
 from onnx_fold.errors import CannotWriteError, CheckFailedError, UsageError
 from onnx_fold.files import ModelSource, check, external_tensors, load, replacing, save
 from onnx_fold.folding import PIVOTS, FoldPass, Options, fold_streams
@@ -72,6 +72,7 @@ def fold(
     protect: Iterable[str] = (),
     tolerance: float | None = None,
     calibrate: str | os.PathLike[str] | Mapping[str, Array] | None = None,
+    device: str = "cpu",
     verify: bool = True,
     provider: str = "auto",
 ) -> FoldResult:
@@ -93,6 +94,8 @@ def fold(
         calibrate: Inputs, as arrays by name or an ``.npz`` file. The original runs on them once;
             what its layers read then stands for random rows when errors are predicted, and
             weights the rows that interpolation picks.
+        device: Where to evaluate weights: ``"cpu"``, or a device of torch such as ``"cuda"``; the
+            processor does it, with a logged warning, where torch or the device is missing.
         verify: Run both models in ONNX Runtime and compare them.
         provider: Where to verify: ``"cpu"``, ``"cuda"`` or ``"auto"``.
 
@@ -103,13 +106,13 @@ def fold(
         CheckFailedError: The folded model does not compute the same function.
         InvalidModelError: The model cannot be read.
         MissingExtraError: ``verify`` is asked for and onnxruntime is not installed.
-        UsageError: An unknown pivot or pass, or nothing has a name that is to be protected.
+        UsageError: An unknown pivot, pass or device, or nothing has a name that is to be protected.
     """
     if verify or calibrate is not None:
         onnxruntime()  # say at once that it is missing, not after the work
     if strategy is not None and tolerance is None:
         tolerance = float("inf")
-    options = Options(pivot=pivot, protect=frozenset(protect), tolerance=tolerance)
+    options = Options(pivot, frozenset(protect), tolerance, find_device(device))
     passes = _passes(options, strategy, only, skip)
     original = load(model)
     _check_names(original, options.protect)
@@ -204,6 +207,7 @@ def inspect(
     protect: Iterable[str] = (),
     tolerance: float | None = None,
     calibrate: str | os.PathLike[str] | Mapping[str, Array] | None = None,
+    device: str = "cpu",
 ) -> InspectReport:
     """Show the streams of a model, what would fold, and why the rest would not.
 
@@ -211,7 +215,7 @@ def inspect(
 
     Raises:
         InvalidModelError: The model cannot be read.
-        UsageError: An unknown pivot or pass.
+        UsageError: An unknown pivot, pass or device.
     """
     original = load(model)
     result = fold(
@@ -223,6 +227,7 @@ def inspect(
         protect=protect,
         tolerance=tolerance,
         calibrate=calibrate,
+        device=device,
         verify=False,
     )
     metadata = {

@@ -1,0 +1,278 @@
+"""Measure how fast a model folds, and in how much memory.
+
+``python benchmarks/scale.py --layers 1 8 32 --dtype float16`` exports models of the shape of
+Mistral-7B with so many blocks (0.5 B, 2.0 B and 7.2 B weights), folds each in a process of its own
+and writes ``docs/scale.json``.
+
+The floor of the time is what cannot be avoided: the products, eliminations and solves of the folds
+that were taken, counted in the expressions of the folded weights, at the rate of matrix products on
+this machine; and reading the input and writing the output once, at the rates of this disk. The
+bound of the memory is 1 GiB and four times the largest weight in float64.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+import onnx_fold
+from onnx_fold.expression import Expression, Factors, FoldedTensor, Product, Solve
+from onnx_fold.models.export import export
+from onnx_fold.selection import RowSelection
+
+CHUNK = 2**26
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What this machine does, at best, in one second.
+
+    Attributes:
+        float32: Operations of a product of float32 matrices.
+        float64: The same in float64.
+        read: Bytes read from a file that is not cached.
+        write: Bytes written to a file, and flushed.
+    """
+
+    float32: float
+    float64: float
+    read: float
+    write: float
+
+
+@dataclass(frozen=True)
+class ScaleResult:
+    """One fold.
+
+    Attributes:
+        preset: Name of the shape.
+        layers: Number of blocks.
+        dtype: Storage type.
+        weights: Number of weights.
+        weights_removed: How many of them went.
+        seconds: Time of folding and writing.
+        floor: What cannot be avoided of it.
+        ratio: The first over the second.
+        operations: Of the products, by type.
+        read: Bytes of the input.
+        written: Bytes of the output.
+        peak: Peak of the resident memory, in bytes.
+        bound: What it may be at most.
+    """
+
+    preset: str
+    layers: int | None
+    dtype: str
+    weights: int
+    weights_removed: int
+    seconds: float
+    floor: float
+    ratio: float
+    operations: dict[str, float]
+    read: int
+    written: int
+    peak: int
+    bound: int
+
+
+# --- The fold, in a process of its own ------------------------------------------------------------
+
+
+def fold_and_count(source: Path, target: Path) -> dict[str, Any]:
+    """Fold ``source`` and write ``target``: seconds, operations, sizes."""
+    started = time.perf_counter()
+    result = onnx_fold.fold(source, verify=False)
+    tensors = [
+        value.const_value
+        for value in result.model.graph.initializers.values()
+        if isinstance(value.const_value, FoldedTensor)
+    ]
+    expressions = [tensor.expression for tensor in tensors]
+    result.save(target)
+    seconds = time.perf_counter() - started
+    saving = result.report.saving
+    held = (value.const_value for value in result.original.graph.initializers.values())
+    return {
+        "seconds": seconds,
+        "operations": operations(expressions),
+        "weights": saving.before.weights,
+        "weights_removed": saving.weights,
+        "largest": max(tensor.size for tensor in held if tensor is not None),
+    }
+
+
+def operations(expressions: Iterable[Expression]) -> dict[str, float]:
+    """Floating-point operations to evaluate ``expressions``, by type; what is shared counts once.
+
+    A product of ``[m, k]`` and ``[k, n]`` takes ``2 m k n``, a solve ``2 d² n``, an elimination of
+    ``[f, d]`` takes ``f d² - d³ / 3``, and the coefficients of the other rows ``(f - d) d²``.
+    """
+    total: Counter[str] = Counter()
+    queue: list[Expression | RowSelection] = list(expressions)
+    seen: set[int] = set()
+    while queue:
+        node = queue.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        if isinstance(node, RowSelection):
+            rows, width = node.matrix.shape
+            count = rows * width**2 - width**3 / 3 + (rows - width) * width**2
+            total[node.matrix.dtype.name] += count
+            queue.append(node.matrix)
+            continue
+        if isinstance(node, Product):
+            total[node.dtype.name] += 2 * node.left.shape[-1] * int(np.prod(node.shape))
+        elif isinstance(node, Factors):
+            total[node.dtype.name] += 2 * node.shape[0] ** 3 / 3
+        elif isinstance(node, Solve):
+            total[node.dtype.name] += 2 * node.shape[0] ** 2 * node.shape[1]
+        queue.extend(node.operands)
+        if isinstance(selection := getattr(node, "selection", None), RowSelection):
+            queue.append(selection)
+    return dict(total)
+
+
+# --- The machine ----------------------------------------------------------------------------------
+
+
+def measure_rates(folder: Path, size: int = 4096, nbytes: int = 2**30) -> Rates:
+    """Measure products of ``size`` squared and a file of ``nbytes``."""
+    path = folder / "rate.tmp"
+    try:
+        write = _write_rate(path, nbytes)
+        return Rates(_product_rate("f4", size), _product_rate("f8", size), _read_rate(path), write)
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _product_rate(dtype: str, size: int) -> float:
+    matrix = np.random.default_rng(0).standard_normal((size, size)).astype(dtype)
+    times = []
+    for _ in range(4):
+        started = time.perf_counter()
+        matrix @ matrix
+        times.append(time.perf_counter() - started)
+    return float(2 * size**3 / min(times))
+
+
+def _write_rate(path: Path, nbytes: int) -> float:
+    chunk = np.random.default_rng(0).bytes(min(CHUNK, nbytes))
+    started = time.perf_counter()
+    with path.open("wb") as file:
+        for _ in range(nbytes // len(chunk)):
+            file.write(chunk)
+        file.flush()
+        os.fsync(file.fileno())
+    return path.stat().st_size / (time.perf_counter() - started)
+
+
+def _read_rate(path: Path) -> float:
+    forget(path)
+    started = time.perf_counter()
+    with path.open("rb", buffering=0) as file:
+        while file.read(CHUNK):
+            pass
+    return path.stat().st_size / (time.perf_counter() - started)
+
+
+def forget(path: Path) -> None:
+    """Take a file out of the cache."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+# --- Measuring ------------------------------------------------------------------------------------
+
+
+def measure(preset: str, layers: int | None, dtype: Any, folder: Path, rates: Rates) -> ScaleResult:
+    """Export a model unless it is there, fold it, and compare with the floor."""
+    source = folder / f"{preset}-{layers}-{dtype}.onnx"
+    target = folder / f"{source.stem}-folded.onnx"
+    if not source.exists():
+        export(preset, source, layers=layers, dtype=dtype)
+        if not _data(source):  # small weights lie in the graph: fold what is streamed
+            ir.save(ir.load(source), source, external_data=f"{source.name}.data")
+    for path in (source, *_data(source)):
+        forget(path)
+    command = [sys.executable, __file__, "--fold", str(source), str(target)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        output = process.stdout.read()
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise RuntimeError(f"folding {source} failed")
+    done = json.loads(output)
+    read = sum(path.stat().st_size for path in (source, *_data(source)))
+    written = sum(path.stat().st_size for path in (target, *_data(target)))
+    floor = read / rates.read + written / rates.write
+    floor += sum(count / getattr(rates, kind) for kind, count in done["operations"].items())
+    for path in (target, *_data(target)):
+        path.unlink()
+    return ScaleResult(
+        preset,
+        layers,
+        dtype,
+        done["weights"],
+        done["weights_removed"],
+        done["seconds"],
+        floor,
+        done["seconds"] / floor,
+        done["operations"],
+        read,
+        written,
+        usage.ru_maxrss * 1024,
+        2**30 + 4 * 8 * done["largest"],
+    )
+
+
+def _data(path: Path) -> list[Path]:
+    return sorted(path.parent.glob(f"{path.name}*.data"))
+
+
+def main() -> None:
+    """Measure what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--fold", nargs=2, type=Path, metavar=("MODEL", "OUTPUT"))
+    parser.add_argument("--preset", default="mistral-7b")
+    parser.add_argument("--layers", type=int, nargs="+", default=[1])
+    parser.add_argument("--dtype", nargs="+", default=["float16", "float32"])
+    parser.add_argument("--folder", type=Path, default=Path(), help="where models are kept")
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    parser.add_argument("--quick", action="store_true", help="measure the machine roughly")
+    given = parser.parse_args()
+    if given.fold is not None:
+        print(json.dumps(fold_and_count(*given.fold)))
+        return
+    rates = measure_rates(given.folder, *((512, 2**20) if given.quick else ()))
+    results = []
+    for dtype in given.dtype:
+        for layers in given.layers:
+            result = measure(given.preset, layers, dtype, given.folder, rates)
+            results.append(asdict(result))
+            print(
+                f"{result.weights / 1e9:.2f} B {dtype}: {result.seconds:.1f} s,"
+                f" {result.ratio:.2f}x of the floor ({result.floor:.1f} s);"
+                f" {result.peak / 2**30:.2f} GiB of at most {result.bound / 2**30:.2f}"
+            )
+    if given.output is not None:
+        data = {"rates": asdict(rates), "results": results}
+        given.output.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

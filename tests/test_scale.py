@@ -1,0 +1,107 @@
+"""Folding in bounded memory: what is evaluated, what is read, what the benchmark counts."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from helpers import fold, graph, normal
+
+from onnx_fold import expression
+from onnx_fold.basis import Basis
+from onnx_fold.expression import Held, Part, Stored
+from onnx_fold.selection import RowSelection
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "scale.py"
+
+
+def test_the_benchmark_runs(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    output = tmp_path / "scale.json"
+    options = ["--preset", "tiny-gqa", "--layers", "2", "--dtype", "float16", "--quick"]
+    command = [sys.executable, str(SCRIPT), *options, "--folder", str(tmp_path)]
+    one_thread = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, "--output", str(output)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=one_thread,
+    )
+    assert done.returncode == 0, done.stderr
+    (result,) = json.loads(output.read_text(encoding="utf-8"))["results"]
+    assert result["weights_removed"] == 5 * 64**2
+    assert result["ratio"] == pytest.approx(result["seconds"] / result["floor"])
+    assert result["bound"] == 2**30 + 32 * 256 * 64
+    assert 0 < result["peak"] <= result["bound"]
+
+
+def test_operations_are_counted_once() -> None:
+    spec = importlib.util.spec_from_file_location("scale", SCRIPT)
+    scale = importlib.util.module_from_spec(spec)
+    sys.modules["scale"] = scale
+    spec.loader.exec_module(scale)
+    basis = Basis(Held(np.eye(4)))
+    readers = [basis.of_reader(Held(np.ones((4, n)))) for n in (3, 5)]
+    rows = RowSelection(Held(np.ones((9, 4), np.float32)), ir.DataType.FLOAT16)
+    counted = scale.operations([*readers, rows.rest, rows.order])
+    assert counted["float64"] == pytest.approx(2 * 4**3 / 3 + 2 * 4**2 * 8)
+    assert counted["float32"] == pytest.approx(9 * 4**2 - 4**3 / 3 + 5 * 4**2)
+
+
+def stored(model: ir.Model, folder: Path) -> Path:
+    ir.save(model, folder / "model.onnx", external_data="model.data")
+    return folder / "model.onnx"
+
+
+def residual(width: int) -> ir.Model:
+    """P between two norms: nothing folds."""
+    text = f"(float[n, {width}] x) => (float[n, {width}] y) {{"
+    text += " a = LayerNormalization(x, g) p = MatMul(a, P) y = LayerNormalization(p, g) }"
+    return graph(text, P=normal(width, width), g=normal(width))
+
+
+def test_where_nothing_folds_no_weight_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = stored(residual(64), tmp_path)
+
+    def read(self: object, *_: object) -> None:
+        raise AssertionError("a weight was read")
+
+    monkeypatch.setattr(ir.ExternalTensor, "numpy", read)
+    monkeypatch.setattr(Stored, "compute", read)
+    monkeypatch.setattr(Part, "compute", read)
+    assert not fold(path).report.folded
+
+
+def test_deciding_reads_samples_of_the_layers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the pivot, which is square, is read whole."""
+    monkeypatch.setattr(expression, "SAMPLE", 8)
+    width = 24
+    held = {"O": normal(96, width), "Q": np.eye(width, dtype=np.float32), "R": normal(width, 80)}
+    text = f"(float[n, 96] h) => (float[n, {width}] y, float[n, 80] z)"
+    model = graph(f"{text} {{ s = MatMul(h, O) y = MatMul(s, Q) z = MatMul(s, R) }}", **held)
+    read: list[tuple[int, ...]] = []
+    whole, part = Stored.compute, Part.compute
+
+    def record_whole(self: Stored, *operands: object) -> object:
+        read.append(self.shape)
+        return whole(self, *operands)
+
+    def record_part(self: Part, *operands: object) -> object:
+        read.append(self.shape)
+        return part(self, *operands)
+
+    monkeypatch.setattr(Stored, "compute", record_whole)
+    monkeypatch.setattr(Part, "compute", record_part)
+    result = fold(stored(model, tmp_path), only=["absorb"])
+    assert [stream.folded.strategy for stream in result.report.folded] == ["absorb"]
+    assert set(read) <= {(width, width), (8, width), (width, 8), (8, 8)}
