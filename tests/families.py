@@ -17,13 +17,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
 import transformers
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import DynamicCache, PreTrainedConfig
+from transformers import DynamicCache, EncoderDecoderCache, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 WIDTH, LAYERS, HEADS, KV_HEADS, FFN, VOCAB = 32, 2, 4, 2, 96, 101
@@ -228,6 +229,24 @@ class Seq2Seq(Wrapper):
         ).logits
 
 
+class CachedDecoder(Wrapper):
+    """The decoder of an encoder-decoder that has what the encoder gave as keys and values."""
+
+    def forward(self, input_ids, attention_mask, *past):
+        layers = [past[index : index + 4] for index in range(0, len(past), 4)]
+        own, cross = (DynamicCache([layer[i : i + 2] for layer in layers]) for i in (0, 2))
+        cache = EncoderDecoderCache(own, cross)
+        encoded = torch.zeros(1, 1, WIDTH)  # asked for, but never read
+        output = self.model(
+            attention_mask=None,
+            encoder_outputs=(encoded,),
+            decoder_input_ids=input_ids,
+            decoder_attention_mask=attention_mask,
+            past_key_values=cache,
+        )
+        return output.logits, *(t for layer in own.layers for t in (layer.keys, layer.values))
+
+
 TOKENS = {0: "batch", 1: "sequence"}
 LOGITS = {"logits": TOKENS}
 
@@ -240,8 +259,8 @@ def mask(length: int = SEQ) -> Tensor:
     return torch.ones(BATCH, length, dtype=torch.int64)
 
 
-def causal_lm(kv_heads: int | None = None, head_dim: int = WIDTH // HEADS) -> MakeCase:
-    """A decoder; with ``kv_heads``, one that can be exported with its cache."""
+def causal_lm(kv_heads: int, head_dim: int) -> MakeCase:
+    """A decoder, with a cache for keys and values of these heads or without."""
 
     def case(model: nn.Module, cache: bool) -> Case:
         total = "past + sequence" if cache else "sequence"
@@ -250,11 +269,10 @@ def causal_lm(kv_heads: int | None = None, head_dim: int = WIDTH // HEADS) -> Ma
         outputs = dict(LOGITS)
         if not cache:
             return Case(CausalLM(model), tuple(args), inputs, outputs)
-        for layer in range(LAYERS):
-            for part in ("key", "value"):
-                args.append(torch.randn(BATCH, kv_heads, PAST, head_dim))
-                inputs[f"past.{layer}.{part}"] = {0: "batch", 2: "past"}
-                outputs[f"present.{layer}.{part}"] = {0: "batch", 2: total}
+        for layer, part in product(range(LAYERS), ("key", "value")):
+            args.append(torch.randn(BATCH, kv_heads, PAST, head_dim))
+            inputs[f"past.{layer}.{part}"] = {0: "batch", 2: "past"}
+            outputs[f"present.{layer}.{part}"] = {0: "batch", 2: total}
         return Case(CausalLM(model), tuple(args), inputs, outputs, star=2)
 
     return case
@@ -275,7 +293,18 @@ def seq2seq(model: nn.Module, cache: bool) -> Case:
     features = torch.randn(BATCH, MELS, 2 * FRAMES)
     inputs = {"input_features": {0: "batch"}}
     inputs |= {"decoder_input_ids": TOKENS, "decoder_attention_mask": TOKENS}
-    return Case(Seq2Seq(model), (features, tokens(), mask()), inputs, LOGITS)
+    if not cache:
+        return Case(Seq2Seq(model), (features, tokens(), mask()), inputs, LOGITS)
+    args = [tokens(), mask(PAST + SEQ)]
+    inputs = {"input_ids": TOKENS, "attention_mask": {0: "batch", 1: "past + sequence"}}
+    outputs = dict(LOGITS)
+    for layer, side, part in product(range(LAYERS), ("own", "cross"), ("key", "value")):
+        length = "past" if side == "own" else "frames"
+        args.append(torch.randn(BATCH, HEADS, PAST if side == "own" else FRAMES, WIDTH // HEADS))
+        inputs[f"past.{layer}.{side}.{part}"] = {0: "batch", 2: length}
+        if side == "own":
+            outputs[f"present.{layer}.{part}"] = {0: "batch", 2: "past + sequence"}
+    return Case(CachedDecoder(model), tuple(args), inputs, outputs, star=2)
 
 
 def plain(model: nn.Module, cache: bool) -> Case:
@@ -420,14 +449,14 @@ class Family:
         make: Builds it as its library does.
         case: What of it is exported.
         streams: Closed streams of the skipless model.
-        cached: Whether it can be exported with a cache.
+        streams_with_cache: The same if it is exported with a cache; None if it cannot be.
         opset: Opset of the dynamo export; the families share out those that there are.
     """
 
     make: Callable[[], nn.Module]
     case: MakeCase
     streams: int
-    cached: bool = False
+    streams_with_cache: int | None = None
     opset: int = 20
 
 
@@ -435,10 +464,12 @@ SERIAL = 2 * LAYERS + 1
 """P into the FFN and the FFN into the next block (or the head) of each, and the embedding."""
 PARALLEL = LAYERS + 1
 """Both branches into the next block (or the head) of each, and the embedding."""
-ENCODER_DECODER = 2 + 3 * LAYERS + 1
-"""P into the FFN and that into all cross-attentions, of an encoder of one block that an activation
-writes to; P into Q of the cross-attention, P of that into the FFN, and the FFN onwards, of each
-block of the decoder, and its embedding."""
+DECODER = 3 * LAYERS + 1
+"""P into Q of the cross-attention, P of that into the FFN, and the FFN into the next block (or the
+head) of each, and the embedding."""
+ENCODER_DECODER = 2 + DECODER
+"""Of an encoder with one block, P into the FFN, and that into the cross-attention of all blocks of
+the decoder; an activation writes what its Q, K and V read."""
 
 
 def from_config(
@@ -452,13 +483,13 @@ def from_config(
 def decoder(
     config: PreTrainedConfig,
     streams: int,
-    kv_heads: int | None,
+    kv_heads: int,
     head_dim: int = WIDTH // HEADS,
     opset: int = 20,
     **options: str,
 ) -> Family:
     make = from_config(config, **options)
-    return Family(make, causal_lm(kv_heads, head_dim), streams, kv_heads is not None, opset)
+    return Family(make, causal_lm(kv_heads, head_dim), streams, streams, opset)
 
 
 def of_blocks(
@@ -507,6 +538,7 @@ FAMILIES: dict[str, Family] = {
         from_config(transformers.WhisperConfig(**WHISPER), "WhisperForConditionalGeneration"),
         seq2seq,
         ENCODER_DECODER,
+        DECODER,
     ),
     "torch": of_blocks(SerialBlock, BATCH_FIRST, SEQUENCE_FIRST),
     "timm": of_blocks(SerialBlock, *LAYERS * [FusedAttention]),
