@@ -66,6 +66,14 @@ def _cast(node: ir.Node, known: Port, width: int, shapes: Shapes) -> list[Port] 
     return _through(known.axis) if floats and target in FLOATS else None
 
 
+def _cast_like(node: ir.Node, known: Port, width: int, shapes: Shapes) -> list[Port] | None:
+    """CastLike: the second input is read for its type alone."""
+    if not known.is_output and known.index == 1:
+        return [known]
+    floats = shapes.dtype(_input(node)) in FLOATS and shapes.dtype(node.outputs[0]) in FLOATS
+    return _through(known.axis) if floats else None
+
+
 def _dropout(node: ir.Node, known: Port, width: int, shapes: Shapes) -> list[Port] | None:
     training = node.inputs[2] if len(node.inputs) > 2 else None
     masked = len(node.outputs) > 1 and (node.outputs[1].uses() or node.outputs[1].is_graph_output())
@@ -296,6 +304,7 @@ RULES: dict[str, Rule] = {
     "Identity": _same,
     "Neg": _same,
     "Cast": _cast,
+    "CastLike": _cast_like,
     "Dropout": _dropout,
     "Add": _sum,
     "Sub": _sum,

@@ -201,6 +201,10 @@ def _follow(value: ir.Value, layout: Layout, width: int, trace: _Trace) -> bool:
         if node.op_type == "Shape":
             trace.measures.append(node)
             continue
+        if node.op_type == "SplitToSequence":
+            if not _follow_sequence(node, layout, width, trace):
+                return False
+            continue
         if node.op_type == "Add" and layout.columns.size == width:
             if layout.columns.ndim != 1 or layout.axes[-1] != CHANNELS:
                 return False
@@ -217,6 +221,22 @@ def _follow(value: ir.Value, layout: Layout, width: int, trace: _Trace) -> bool:
         for output, after in zip(node.outputs, onward, strict=True):
             if not _follow(output, after, width, trace):
                 return False
+    return True
+
+
+def _follow_sequence(split: ir.Node, layout: Layout, width: int, trace: _Trace) -> bool:
+    """SplitToSequence, whose pieces are taken out one by one by SequenceAt."""
+    pieces = list(_split(split, layout, trace.shapes)) if len(split.inputs) > 1 else []
+    if not pieces:
+        return False
+    trace.nodes.append(split)
+    for node, _ in split.outputs[0].uses():
+        at = trace.shapes.integers(node.inputs[1]) if node.op_type == "SequenceAt" else None
+        if at is None or not -len(pieces) <= at[0] < len(pieces):
+            return False
+        trace.nodes.append(node)
+        if not _follow(node.outputs[0], pieces[at[0]], width, trace):
+            return False
     return True
 
 
@@ -340,9 +360,12 @@ def _split(node: ir.Node, layout: Layout, shapes: Shapes) -> Iterator[Layout]:
         given = shapes.integers(node.inputs[1])
         if given is None:
             return
+    is_sequence = node.op_type == "SplitToSequence"
+    if is_sequence and given and len(given) == 1:
+        given, count = None, -(-size // given[0])
     each = -(-size // count)
     sizes = given or [min(each, size - each * index) for index in range(count)]
-    if sum(sizes) == size and min(sizes) > 0 and len(sizes) == count:
+    if sum(sizes) == size and min(sizes) > 0 and (is_sequence or len(sizes) == count):
         for columns in np.split(layout.columns, np.cumsum(sizes)[:-1], axis=place):
             yield replace(layout, columns=columns)
 

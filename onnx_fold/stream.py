@@ -6,7 +6,7 @@ free choice of basis (see :mod:`onnx_fold.basis`) and so carries ``d²`` weights
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -75,7 +75,7 @@ class ConstantWriter:
 class Opening:
     """Why a stream is open: a value, and the node or graph boundary that looks at its channels."""
 
-    value: str
+    value: ir.Value
     node: ir.Node | None
     text: str
 
@@ -85,7 +85,7 @@ class Opening:
         return self.node is not None and _is_norm(self.node)
 
     def __str__(self) -> str:
-        return f"'{self.value}' {self.text}"
+        return f"'{self.value.name or '?'}' {self.text}"
 
 
 _NORMS = frozenset(
@@ -160,6 +160,14 @@ class Stream:
     def is_closed(self) -> bool:
         """Whether its basis is free."""
         return not self.openings
+
+    def around(self, opening: Opening) -> tuple[list[str], list[str]]:
+        """Labels of the layers in front of an opening and behind it."""
+        upwards = _nearest([opening.value.producer()], self.search.linears, _producers)
+        start = [] if opening.node is None else _readers(opening.node)
+        downwards = _nearest(start, self.search.linears, _readers)
+        before = [layer.label for layer in upwards] or [table.label for table in self.tables]
+        return before, [layer.label for layer in downwards]
 
     @property
     def tables(self) -> list[ConstantWriter]:
@@ -361,11 +369,37 @@ def _is_unused(node: ir.Node) -> bool:
     return not any(output.uses() or output.is_graph_output() for output in node.outputs)
 
 
+def _producers(node: ir.Node) -> list[ir.Node | None]:
+    return [value.producer() for value in node.inputs if value is not None]
+
+
+def _readers(node: ir.Node) -> list[ir.Node | None]:
+    return [reader for value in node.outputs for reader, _ in value.uses()]
+
+
+def _nearest(
+    start: Sequence[ir.Node | None],
+    linears: Mapping[ir.Node, Linear],
+    onward: Callable[[ir.Node], Sequence[ir.Node | None]],
+    hops: int = 16,
+) -> list[Linear]:
+    """The layers that are the fewest steps away; those of one distance, and what reads alike."""
+    level, seen = list(dict.fromkeys(start)), set(start)
+    for _ in range(hops):
+        found = [linears[node] for node in level if node in linears]
+        if found:
+            return found
+        following = (other for node in level if node is not None for other in onward(node))
+        level = [node for node in dict.fromkeys(following) if node not in seen]
+        seen.update(level)
+    return []
+
+
 def _open(
     stream: Stream, value: ir.Value, text: str, node: ir.Node | None = None, detail: str = ""
 ) -> None:
     if node is not None:
         text = f"{text} {described(node)}{detail}"
-    opening = Opening(value.name or "?", node, text)
+    opening = Opening(value, node, text)
     if opening not in stream.openings:
         stream.openings.append(opening)
