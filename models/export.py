@@ -22,6 +22,8 @@ from onnx_fold import files
 from onnx_fold.errors import CannotWriteError, MissingExtraError, UsageError
 from onnx_fold.models import presets
 from onnx_fold.models.config import SkiplessConfig
+from onnx_fold.progress import Report, ignore
+from onnx_fold.write import saving
 
 if TYPE_CHECKING:
     from onnx_fold.models.skipless import SkiplessTransformer
@@ -46,6 +48,7 @@ def export(
     kv_cache: bool = False,
     residual: bool = False,
     seed: int = 0,
+    progress: Report = ignore,
 ) -> Path:
     """Write a freshly initialised model of a preset's shape to ``output``.
 
@@ -59,6 +62,7 @@ def export(
         kv_cache: Take and return keys and values, see :func:`export_module`.
         residual: Export the ordinary twin, with skips and norms.
         seed: Decides the weights; equal arguments give equal files.
+        progress: Is called with what is being done, bytes written, and bytes in all.
 
     Returns:
         The path of the graph file.
@@ -105,7 +109,8 @@ def export_module(
         _name_weights(graph)
         ClearMetadataAndDocStringPass()(graph)  # stack traces name the exporting machine's folders
         graph.metadata_props.update(metadata or {})
-        files.save(graph, output)
+        with saving(graph, Path(output)):
+            pass
     return Path(output)
 
 
