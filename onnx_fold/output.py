@@ -20,7 +20,7 @@ import mmap
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from pathlib import Path
 
 from rich.filesize import decimal
@@ -175,7 +175,8 @@ def _settle(folder: Path, target: Path) -> None:
         if (folder / target.name).exists():
             going = [name for name in planned["new"] if not (folder / name).exists()]
         else:
-            going = [name for name in planned["old"] if not _is_mentioned(name, target)]
+            own = {target.name, *planned["new"]}
+            going = [name for name in planned["old"] if not _is_mentioned(name, target.parent, own)]
         for name in going:
             (target.parent / name).unlink(missing_ok=True)
         journal.unlink()  # first: without the graph it would read as committed
@@ -187,10 +188,10 @@ def _settle(folder: Path, target: Path) -> None:
     folder.rmdir()
 
 
-def _is_mentioned(location: str, target: Path) -> bool:
-    """Whether a file beside ``target``, which does not count, contains the name of a data file."""
+def _is_mentioned(location: str, folder: Path, own: Set[str]) -> bool:
+    """Whether a file in ``folder`` but ``own`` ones contains the name of a data file."""
     name = Path(location).name
-    others = (path for path in target.parent.iterdir() if path.name not in (target.name, name))
+    others = (path for path in folder.iterdir() if path.name not in own | {name})
     return any(_contains(path, name.encode()) for path in others if path.is_file())
 
 

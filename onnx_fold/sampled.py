@@ -91,8 +91,9 @@ def verify_sampled(
             False,
             "no folded stream could be cut out of the models to run it",
         )
-    names = "; ".join(str(stream.folded and stream.folded.text) for stream in checked)
-    report.notes.append(f"{len(checked)} of {len(streams)} folded streams were run: {names}")
+    report.scope = f"{len(checked)} of {len(streams)} folded streams"
+    names = "; ".join(stream.folded.text for stream in checked if stream.folded)
+    report.notes.append(f"what was run: {names or 'nothing'}")
     return report
 
 
