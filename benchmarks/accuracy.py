@@ -36,9 +36,11 @@ import onnx_ir as ir
 from matrices import KINDS, Matrix, State, StreamWeights
 
 import onnx_fold
-from onnx_fold.basis import Basis, Side, probe, product_dtype, select_blocks, select_rows
+from onnx_fold.basis import Basis, Side, probe, product_dtype
+from onnx_fold.expression import Held, evaluate
 from onnx_fold.models.config import SkiplessConfig
 from onnx_fold.passes import PASSES
+from onnx_fold.selection import select_blocks, select_rows
 
 if TYPE_CHECKING:
     from onnx_fold.models.skipless import SkiplessTransformer
@@ -136,8 +138,7 @@ def measure_stream(stream: StreamWeights, dtype: ir.DataType) -> dict[str, tuple
         return rounded
 
     def side(before: Matrix, after: Matrix | None) -> Side:
-        kept = None if after is None else stored(after)
-        return Side(lambda: before, None if kept is None else lambda: kept)
+        return Side(Held(before), None if after is None else Held(stored(after)))
 
     product = product_dtype(dtype)
     o, q = stored(stream.o), stored(stream.q)
@@ -150,8 +151,8 @@ def measure_stream(stream: StreamWeights, dtype: ir.DataType) -> dict[str, tuple
 
     errors = {"merge": probe([side(q, None)], [side(r, times(q, r)) for r in others], dtype)}
 
-    basis = Basis(lambda: q)
-    readers = [side(q, None), *(side(r, basis.of_reader(r)) for r in others)]
+    basis = Basis(Held(q))
+    readers = [side(q, None), *(side(r, evaluate(basis.of_reader(Held(r)))) for r in others)]
     errors["absorb"] = probe([side(o, times(o, q))], readers, dtype)
 
     order, rest = select_rows(o)
@@ -166,8 +167,9 @@ def measure_stream(stream: StreamWeights, dtype: ir.DataType) -> dict[str, tuple
         columns = select_blocks(heads.copy(), stream.head_dim)[:, None] * stream.head_dim
         chosen = (columns + np.arange(stream.head_dim)).ravel()
         rest = np.delete(heads, chosen, axis=1)
-        basis = Basis(lambda: heads[:, chosen])
-        readers = [side(heads[:, chosen], None), side(rest, basis.of_reader(rest))]
+        basis = Basis(Held(heads[:, chosen]))
+        solved = evaluate(basis.of_reader(Held(rest)))
+        readers = [side(heads[:, chosen], None), side(rest, solved)]
         errors["select"] = probe([side(o, times(o, heads[:, chosen]))], readers, dtype)
     return errors
 
@@ -182,7 +184,7 @@ def stream_results(
     for index in range(count):
         stream = make(index)
         width = len(stream.q)
-        conditions.append(Basis(lambda q=stream.q: q).condition)  # type: ignore[misc]
+        conditions.append(Basis(Held(stream.q)).condition)
         for short, dtype in DTYPES.items():
             errors[short].append(measure_stream(stream, _data_type(dtype)))
     for short, runs in errors.items():

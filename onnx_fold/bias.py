@@ -9,8 +9,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from onnx_fold.basis import FoldedTensor
-from onnx_fold.constants import Array, constant, scalar
+from onnx_fold.constants import constant, scalar
+from onnx_fold.expression import FoldedTensor, Held, Sum, product, reshape, scale
 from onnx_fold.linear import Linear
 from onnx_fold.rewrite import CannotRewriteError, Rewrite
 from onnx_fold.stream import ConstantWriter, Stream
@@ -109,12 +109,8 @@ def _scaled(carried: Carried | None, factor: float) -> Carried | None:
 
 def _add_bias(rewrite: Rewrite, reader: Linear, carried: Carried) -> None:
     """Add ``b R`` behind ``reader``: into the bias that it has, else as an Add of its own."""
-
-    def through() -> Array:
-        vectors = [gain * writer.channels_last().reshape(-1) for writer, gain in carried]
-        total: Array = np.sum(vectors, axis=0) @ reader.matrix()
-        return total
-
+    vectors = (scale(reshape(writer.channels_last(), (-1,)), gain) for writer, gain in carried)
+    through = product(Sum(tuple(vectors)), reader.matrix())
     dtype, width = reader.weight.dtype, reader.out_features
     node = reader.node
     if node.op_type == "Gemm":
@@ -122,19 +118,15 @@ def _add_bias(rewrite: Rewrite, reader: Linear, carried: Carried) -> None:
         bias = node.inputs[2] if len(node.inputs) > 2 else None
         held = constant(bias)
         if beta != 0.0 and (bias is None or held is not None):
-            own = held.wide if held is not None else lambda: np.zeros(width)
-            shape = np.broadcast_shapes(held.shape if held is not None else (), (width,))
-            rewrite.stored[node, 2] = FoldedTensor(lambda: own() + through() / beta, dtype, shape)
+            own = held.wide() if held is not None else Held(np.zeros(width))
+            total = Sum((own, scale(through, 1.0 / beta)))
+            rewrite.stored[node, 2] = FoldedTensor(total, dtype)
             return
     if reader.y_axis == -1 and len(reader.y.uses()) == 1 and not reader.y.is_graph_output():
         ((add, index),) = reader.y.uses()
         held = constant(add.inputs[1 - index]) if add.op_type == "Add" else None
         if held is not None and held.dtype == dtype and held.shape[-1:] == (held.size,) == (width,):
-            stored = held
-            rewrite.stored[add, 1 - index] = FoldedTensor(
-                lambda: stored.wide() + through(), dtype, held.shape
-            )
+            rewrite.stored[add, 1 - index] = FoldedTensor(Sum((held.wide(), through)), dtype)
             return
     shape = (width,) + (1,) * (-1 - reader.y_axis)
-    tensor = FoldedTensor(lambda: through().reshape(shape), dtype, shape)
-    rewrite.biases[reader.y] = (reader.y_axis, tensor)
+    rewrite.biases[reader.y] = (reader.y_axis, FoldedTensor(reshape(through, shape), dtype))

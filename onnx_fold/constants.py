@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-Array = npt.NDArray[Any]
+from onnx_fold.expression import Array, Expression, cast, evaluate, of_tensor, transpose
 
 FLOATS = frozenset(
     (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
@@ -50,11 +49,14 @@ class Constant:
         """The stored values, in the shape of ``value`` and the type of ``leaf``."""
         return self.tensor.numpy().transpose(self.permutation)
 
-    def wide(self, dtype: npt.DTypeLike = np.float64) -> Array:
-        """The values as ``dtype``; a weight folded before is not rounded to its own type first."""
-        evaluate = getattr(self.tensor, "wide", None)
-        array = evaluate() if evaluate is not None else self.tensor.numpy()
-        return np.asarray(array, dtype=dtype).transpose(self.permutation)
+    @property
+    def values(self) -> Expression:
+        """The values, in the shape of ``value``; a weight folded before is not rounded first."""
+        return transpose(of_tensor(self.tensor), self.permutation)
+
+    def wide(self, dtype: npt.DTypeLike = np.float64) -> Expression:
+        """The values as ``dtype``."""
+        return cast(self.values, dtype)
 
 
 def constant(value: ir.Value | None) -> Constant | None:
@@ -104,7 +106,7 @@ def _leaf(value: ir.Value, tensor: ir.TensorProtocol) -> Constant:
 def scalar(value: ir.Value | None) -> float | None:
     """The number that ``value`` holds, if it is a constant with one element."""
     found = constant(value)
-    return float(found.wide().reshape(())) if found is not None and found.size == 1 else None
+    return float(evaluate(found.wide()).item()) if found is not None and found.size == 1 else None
 
 
 def integers(value: ir.Value | None) -> tuple[int, ...] | None:

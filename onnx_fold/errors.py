@@ -26,6 +26,10 @@ class CheckFailedError(OnnxFoldError):
         self.report = report
 
 
+class NotFiniteError(OnnxFoldError):
+    """A folded weight overflows, or is NaN, in the type that it would be stored in."""
+
+
 class UsageError(OnnxFoldError):
     """The request itself makes no sense, such as an unknown input name or pass."""
 

@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from onnx_fold.constants import FLOATS, Array, Constant, constant
+from onnx_fold.constants import FLOATS, Constant, constant
+from onnx_fold.expression import Expression, scale, transpose
 
 
 @dataclass(frozen=True)
@@ -66,23 +67,18 @@ class Linear:
         """Whether ``x`` could stand in the place of ``y`` if ``W`` were the identity."""
         return self.x_axis == self.y_axis
 
-    def matrix(self, dtype: npt.DTypeLike = np.float64) -> Array:
+    def matrix(self, dtype: npt.DTypeLike = np.float64) -> Expression:
         """``W``, alpha included, ``[in_features, out_features]`` in ``dtype``."""
         return self.unpack(self.weight.wide(dtype))
 
-    def unpack(self, stored: Array) -> Array:
+    def unpack(self, stored: Expression) -> Expression:
         """What the node multiplies by when it stores ``stored``: the inverse of :meth:`pack`."""
-        matrix = stored.T if self.transposed else stored
-        return matrix * self.alpha if self.alpha != 1.0 else matrix
+        return scale(transpose(stored) if self.transposed else stored, self.alpha)
 
-    def pack(self, matrix: Array) -> Array:
+    def pack(self, matrix: Expression) -> Expression:
         """What the node has to store so that :meth:`matrix` gives ``matrix``."""
-        scaled = matrix / self.alpha if self.alpha != 1.0 else matrix
-        return np.ascontiguousarray(scaled.T if self.transposed else scaled)
-
-    def packed_shape(self, in_features: int, out_features: int) -> tuple[int, int]:
-        """Shape of what the node stores for a matrix of these widths."""
-        return (out_features, in_features) if self.transposed else (in_features, out_features)
+        scaled = scale(matrix, 1.0 / self.alpha)
+        return transpose(scaled) if self.transposed else scaled
 
     @property
     def is_plain(self) -> bool:

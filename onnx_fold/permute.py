@@ -7,21 +7,14 @@ channel alike. So the hidden value of an FFN can be reordered by the columns of 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
-from onnx_fold.basis import FoldedTensor
 from onnx_fold.commute import Port, ports
+from onnx_fold.expression import Expression, FoldedTensor, take
 from onnx_fold.linear import Linear
 from onnx_fold.rewrite import Rewrite
 from onnx_fold.shapes import Shapes
 from onnx_fold.stream import ConstantWriter, Stream
-
-Order = Callable[[], npt.NDArray[np.intp]]
-"""Which old channel stands at each new place; evaluated when the weights are."""
 
 _ELEMENTWISE = frozenset(
     (
@@ -60,13 +53,13 @@ def hidden_stream(stream: Stream, layer: Linear) -> Stream | None:
     return hidden if hidden.is_closed and hidden.writers and hidden.readers else None
 
 
-def permute(hidden: Stream, pivot: Linear, order: Order, rewrite: Rewrite) -> None:
+def permute(hidden: Stream, pivot: Linear, order: Expression, rewrite: Rewrite) -> None:
     """Plan to reorder the channels of ``hidden``; the weight of ``pivot`` is left to the caller.
 
     Args:
         hidden: What :func:`hidden_stream` gave.
         pivot: The layer for whose sake it is done.
-        order: The new order.
+        order: Which old channel stands at each new place.
         rewrite: Receives the reordered weights.
     """
     rewrite.reordered.extend(hidden.values)
@@ -79,10 +72,10 @@ def permute(hidden: Stream, pivot: Linear, order: Order, rewrite: Rewrite) -> No
             _reorder(writer, writer.axis, order, rewrite)
 
 
-def _reorder(member: Linear | ConstantWriter, axis: int, order: Order, rewrite: Rewrite) -> None:
+def _reorder(
+    member: Linear | ConstantWriter, axis: int, order: Expression, rewrite: Rewrite
+) -> None:
     """Reorder one axis of a weight, on top of what ``rewrite`` does to it already."""
     planned = rewrite.stored.get(member.edge)
-    wide = planned.wide if isinstance(planned, FoldedTensor) else member.weight.wide
-    rewrite.stored[member.edge] = FoldedTensor(
-        lambda: np.take(wide(), order(), axis=axis), member.weight.dtype, member.weight.shape
-    )
+    values = planned.expression if isinstance(planned, FoldedTensor) else member.weight.values
+    rewrite.stored[member.edge] = FoldedTensor(take(values, order, axis), member.weight.dtype)

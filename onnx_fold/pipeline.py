@@ -16,9 +16,9 @@ import onnx_ir as ir
 from rich.console import Group, RenderableType
 
 from onnx_fold.calibrate import record
-from onnx_fold.constants import Array
 from onnx_fold.cost import Saving, cost
-from onnx_fold.errors import CannotWriteError, CheckFailedError, UsageError
+from onnx_fold.errors import CannotWriteError, CheckFailedError, NotFiniteError, UsageError
+from onnx_fold.expression import Array
 from onnx_fold.files import ModelSource, check, external_tensors, load
 from onnx_fold.folding import PIVOTS, FoldPass, Options, fold_streams
 from onnx_fold.heads import Attention, find_attention
@@ -193,14 +193,17 @@ def fold(
     report = FoldReport(Saving(before, cost(folded)), streams)
     result = FoldResult(folded, report, original, source)
     verified = partial(_verified, result, mode if report.folded else False, provider, progress)
-    if target is None or (in_place and not report.folded):
-        if mode and report.folded:
-            evaluate(folded, executor, progress)
-        return verified(folded)
-    with result._written(
-        target, shard_size, in_place=in_place, executor=executor, report=progress
-    ) as path:
-        result = verified(path)
+    try:
+        if target is None or (in_place and not report.folded):
+            if mode and report.folded:
+                evaluate(folded, executor, progress)
+            return verified(folded)
+        with result._written(
+            target, shard_size, in_place=in_place, executor=executor, report=progress
+        ) as path:
+            result = verified(path)
+    except NotFiniteError as error:
+        raise CheckFailedError(str(error), report) from error
     return replace(result, model=load(target))
 
 

@@ -5,11 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
-from onnx_fold.basis import Basis, Expression, FoldedTensor, Side, TableSide, product_dtype
-from onnx_fold.constants import Array, constant
+from onnx_fold.basis import Basis, Side, TableSide, product_dtype
+from onnx_fold.constants import constant
+from onnx_fold.expression import (
+    Expression,
+    FoldedTensor,
+    cast,
+    of_tensor,
+    reshape,
+    scale,
+    transpose,
+)
 from onnx_fold.linear import Linear
 from onnx_fold.rewrite import CannotRewriteError, Rewrite, new_node
 from onnx_fold.stream import ConstantWriter, Edge, Stream
@@ -37,15 +45,12 @@ def rebase(stream: Stream, basis: Basis, width: int, pivot: Linear) -> Rebased:
     tied: dict[tuple[object, ...], FoldedTensor] = {}
 
     def store(layer: Linear, is_writer: bool) -> FoldedTensor:
-        rows, columns = (layer.in_features, width) if is_writer else (width, layer.out_features)
         weight = layer.weight
         key = (weight.leaf, weight.permutation, is_writer, layer.transposed, layer.alpha)
         if key not in tied:
-            tied[key] = FoldedTensor(
-                _expression(layer, basis, is_writer),
-                layer.weight.dtype,
-                layer.packed_shape(rows, columns),
-            )
+            matrix = weights_of(layer)
+            after = basis.of_writer(matrix) if is_writer else basis.of_reader(matrix)
+            tied[key] = FoldedTensor(layer.pack(after), weight.dtype)
         return tied[key]
 
     def side(layer: Linear, is_writer: bool) -> Side:
@@ -60,54 +65,35 @@ def rebase(stream: Stream, basis: Basis, width: int, pivot: Linear) -> Rebased:
     result.readers += [side(layer, is_writer=False) for layer in stream.readers]
     for writer in stream.constants:
         if not writer.is_zero():
-            result.stored[writer.edge] = _constant(writer, basis, width)
+            result.stored[writer.edge] = _constant(writer, basis)
             result.writers.append(_constant_side(writer, basis))
         elif width != stream.width:
-            result.stored[writer.edge] = _constant(writer, basis, width)
+            result.stored[writer.edge] = _constant(writer, basis)
     return result
 
 
 def stored_matrix(layer: Linear, tensor: FoldedTensor) -> Expression:
     """What ``layer`` multiplies by once it stores ``tensor``, rounding included."""
-    return lambda: layer.unpack(tensor.numpy().astype(product_dtype(tensor.dtype)))
+    return layer.unpack(cast(tensor.rounded, product_dtype(tensor.dtype)))
 
 
 def weights_of(layer: Linear) -> Expression:
     """What ``layer`` multiplies by now, in the type in which its products accumulate."""
-    return lambda: layer.matrix(product_dtype(layer.weight.dtype))
+    return layer.matrix(product_dtype(layer.weight.dtype))
 
 
-def _expression(layer: Linear, basis: Basis, is_writer: bool) -> Expression:
-    dtype = product_dtype(layer.weight.dtype)
-
-    def evaluate() -> Array:
-        matrix = layer.matrix(dtype)
-        return layer.pack(basis.of_writer(matrix) if is_writer else basis.of_reader(matrix))
-
-    return evaluate
-
-
-def _constant(writer: ConstantWriter, basis: Basis, width: int) -> FoldedTensor:
-    shape = list(writer.shape)
-    shape[writer.axis] = width
-
-    def evaluate() -> Array:
-        return np.moveaxis(basis.of_writer(writer.channels_last()), -1, writer.axis)
-
-    return FoldedTensor(evaluate, writer.weight.dtype, shape)
+def _constant(writer: ConstantWriter, basis: Basis) -> FoldedTensor:
+    vectors = basis.of_writer(writer.channels_last())
+    axes = list(range(len(vectors.shape) - 1))
+    axes.insert(len(axes) + 1 + writer.axis, len(axes))
+    return FoldedTensor(transpose(vectors, axes), writer.weight.dtype)
 
 
 def _constant_side(writer: ConstantWriter, basis: Basis) -> TableSide:
     """Rows of a table do not mix, so those that are probed are all that is evaluated."""
-    narrow = writer.weight.dtype.numpy()
-
-    def take(rows: npt.NDArray[np.intp]) -> tuple[Array, Array]:
-        before = writer.take(rows)
-        with np.errstate(over="ignore", invalid="ignore"):
-            after = basis.of_writer(before).astype(narrow).astype(np.float64)
-        return before, after
-
-    return TableSide(writer.num_rows, take)
+    before = reshape(writer.channels_last(), (-1, writer.width))
+    rounded = cast(basis.of_writer(before), writer.weight.dtype.numpy())
+    return TableSide(before, cast(rounded, np.float64))
 
 
 def become_identity(rewrite: Rewrite, layer: Linear) -> None:
@@ -128,9 +114,8 @@ def become_identity(rewrite: Rewrite, layer: Linear) -> None:
         held, stored = constant(bias), rewrite.stored.get((node, 2))
         if held is None:
             raise CannotRewriteError(f"Gemm '{node.name}' scales a bias computed at run time")
-        wide = stored.wide if isinstance(stored, FoldedTensor) else held.wide
-        shape = stored.shape.numpy() if stored is not None else held.shape
-        rewrite.stored[node, 2] = FoldedTensor(lambda: beta * wide(), held.dtype, shape)
+        wide = held.wide() if stored is None else cast(of_tensor(stored), np.float64)
+        rewrite.stored[node, 2] = FoldedTensor(scale(wide, beta), held.dtype)
     if (node, 2) not in rewrite.stored:
         rewrite.kept.add(bias)
 

@@ -9,8 +9,8 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.convenience import replace_all_uses_with
 
-from onnx_fold.basis import FoldedTensor
 from onnx_fold.constants import FLOATS, Constant, constant
+from onnx_fold.expression import FoldedTensor
 from onnx_fold.stream import Edge
 
 Build = Callable[[ir.Graph], ir.Value]
@@ -85,7 +85,7 @@ class Rewrite:
 
     def is_finite(self) -> bool:
         """Whether every new initializer can be stored. Evaluates them."""
-        return all(tensor.is_finite() for tensor in self._new_tensors())
+        return all(np.isfinite(tensor.numpy()).all() for tensor in self._new_tensors())
 
     def shared(self) -> list[str]:
         """Names of initializers that have to stay because something else reads them too."""

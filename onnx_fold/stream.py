@@ -6,17 +6,15 @@ free choice of basis (see :mod:`onnx_fold.basis`) and so carries ``d²`` weights
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
 from onnx_fold.commute import OpensStreamError, Port, Rule, ports
-from onnx_fold.constants import Array, Constant, constant
+from onnx_fold.constants import Constant, constant
+from onnx_fold.expression import Array, Expression, broadcast, reshape, transpose
 from onnx_fold.linear import Linear, find_linears, label
 from onnx_fold.shapes import Shapes
 
@@ -60,31 +58,14 @@ class ConstantWriter:
         dims = self.weight.shape
         return self.weight.size > (dims[self.axis] if -self.axis <= len(dims) else 1)
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of :meth:`channels_last` with the channels moved back."""
-        shape = list(self.weight.shape)
-        shape = [1] * (-self.axis - len(shape)) + shape
+    def channels_last(self) -> Expression:
+        """The values, float64 ``[..., width]``."""
+        rank = max(len(self.weight.shape), -self.axis)
+        shape = [1] * (rank - len(self.weight.shape)) + list(self.weight.shape)
+        values = reshape(self.weight.wide(), shape)
         shape[self.axis] = self.width
-        return tuple(shape)
-
-    def channels_last(self) -> Array:
-        """The values as float64 rows, ``[..., width]``."""
-        return self._moved(self.weight.wide())
-
-    @property
-    def num_rows(self) -> int:
-        """Number of vectors ``[width]`` in it."""
-        return math.prod(self.shape) // self.width
-
-    def take(self, rows: npt.NDArray[np.intp]) -> Array:
-        """Some of the vectors as they are stored, ``[len(rows), width]``, as float64."""
-        table = self._moved(self.weight.numpy()).reshape(-1, self.width)
-        return table[rows].astype(np.float64)
-
-    def _moved(self, array: Array) -> Array:
-        array = array.reshape((1,) * (len(self.shape) - array.ndim) + array.shape)
-        return np.moveaxis(np.broadcast_to(array, self.shape), self.axis, -1)
+        order = [axis for axis in range(rank) if axis != rank + self.axis]
+        return transpose(broadcast(values, shape), [*order, rank + self.axis])
 
     def is_zero(self) -> bool:
         """Whether it adds nothing in any basis."""

@@ -11,7 +11,7 @@ import contextlib
 import os
 import tempfile
 import threading
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import (
     BrokenExecutor,
     Executor,
@@ -29,9 +29,8 @@ import onnx_ir as ir
 from google.protobuf.message import EncodeError
 
 from onnx_fold import progress
-from onnx_fold.basis import FoldedTensor
-from onnx_fold.constants import Array
-from onnx_fold.errors import CannotWriteError, InvalidModelError
+from onnx_fold.errors import CannotWriteError, InvalidModelError, NotFiniteError
+from onnx_fold.expression import Array, FoldedTensor
 from onnx_fold.files import PROTOBUF_LIMIT, external_tensors, load, weight_bytes
 from onnx_fold.output import check_space, data_names, old_data, replacing
 
@@ -86,24 +85,32 @@ class Job:
         """Write the tensor; while it is evaluated, ``turn`` is held.
 
         Raises:
+            NotFiniteError: It was folded, and is not finite in the type that it is stored in.
             OSError: What the operating system refused.
         """
         if isinstance(self.data, Source):
             _copy(self.data, self.path, self.offset, self.nbytes)
             return
         with turn or contextlib.nullcontext():
-            data = _bytes(self.data)
+            data = _bytes(self.name, self.data)
         if len(data) != self.nbytes:
             raise AssertionError(f"'{self.name}' has {len(data)} bytes, not {self.nbytes}")
         _write(self.path, self.offset, data)
 
 
-def _bytes(tensor: ir.TensorProtocol) -> memoryview:
+def _bytes(name: str, tensor: ir.TensorProtocol) -> memoryview:
     """The values as ONNX stores them: little-endian, in C order."""
     if tensor.dtype.bitwidth < 8:
         return memoryview(tensor.tobytes())
-    array = np.ascontiguousarray(tensor.numpy())
-    return array.reshape(-1).view(np.uint8).data
+    return np.ascontiguousarray(_values(name, tensor)).reshape(-1).view(np.uint8).data
+
+
+def _values(name: str, tensor: ir.TensorProtocol) -> Array:
+    """The values; those that a fold made have to be finite."""
+    array = tensor.numpy()
+    if isinstance(tensor, FoldedTensor) and not np.isfinite(array).all():
+        raise NotFiniteError(f"the folded weight '{name}' is not finite in {array.dtype}")
+    return array
 
 
 def _write(path: str, offset: int, data: memoryview) -> None:
@@ -275,6 +282,7 @@ def write(
     jobs: list[Job] = []
     if is_large or shard_size is not None:
         jobs = _externalise(copy, path.absolute(), beside or path, shard_size)
+    evaluate(copy, executor, report)
     _internalise_attributes(copy)
     proto = ir.to_proto(copy)
     check_space(path.parent, proto.ByteSize() + sum(_sizes(jobs).values()))
@@ -296,81 +304,79 @@ def evaluate(
         CannotWriteError: There is not enough space for temporary files (see ``TMPDIR``).
         OSError: What the operating system refused.
     """
-    values = [v for v in _initializers(model) if isinstance(v.const_value, FoldedTensor)]
-    tensors = _distinct(values)
-    if sum(tensor.nbytes for tensor in tensors) <= MEMORY_LIMIT:
-        arrays = {id(tensor): tensor.numpy() for tensor in tensors}
+    values = _holding(model, lambda tensor: isinstance(tensor, FoldedTensor))
+    tensors = dict(values.values())
+    if sum(tensor.nbytes for tensor in tensors.values()) <= MEMORY_LIMIT:
+        arrays = {name: _values(name, tensor) for name, tensor in tensors.items()}
     else:
         arrays = _spooled(tensors, executor, report)
-    for value in values:
-        tensor = value.const_value
-        assert tensor is not None
-        value.const_value = ir.Tensor(arrays[id(tensor)], tensor.dtype, name=value.name)
+    for value, (name, tensor) in values.items():
+        value.const_value = ir.Tensor(arrays[name], tensor.dtype, name=value.name)
 
 
 def _spooled(
-    tensors: Sequence[ir.TensorProtocol], executor: Executor | None, report: progress.Report
-) -> dict[int, Array]:
+    tensors: Mapping[str, ir.TensorProtocol], executor: Executor | None, report: progress.Report
+) -> dict[str, Array]:
     with tempfile.TemporaryDirectory(prefix="onnx-fold-") as folder:
         file = str(Path(folder) / "weights")
-        places = _layout([tensor.nbytes for tensor in tensors], None)
+        places = _layout([tensor.nbytes for tensor in tensors.values()], None)
         jobs = [
-            Job(tensor.name or "a weight", tensor, tensor.nbytes, file, offset)
-            for tensor, (_, offset) in zip(tensors, places, strict=True)
+            Job(name, tensor, tensor.nbytes, file, offset)
+            for (name, tensor), (_, offset) in zip(tensors.items(), places, strict=True)
         ]
         check_space(Path(folder), sum(_sizes(jobs).values()))
         run_jobs(jobs, executor, report)
         content = np.asarray(np.memmap(file, mode="r"))
     return {
-        id(tensor): content[job.offset :][: job.nbytes]
+        job.name: content[job.offset :][: job.nbytes]
         .view(tensor.dtype.numpy())
         .reshape(tensor.shape.numpy())
-        for tensor, job in zip(tensors, jobs, strict=True)
+        for tensor, job in zip(tensors.values(), jobs, strict=True)
     }
 
 
 def _externalise(model: ir.Model, path: Path, target: Path, shard_size: int | None) -> list[Job]:
     """Give the large initializers of ``model`` a place in data files; return what fills these."""
-    values = [value for value in _initializers(model) if _is_large(value.const_value)]
-    tensors = _distinct(values)
-    places = _layout([tensor.nbytes for tensor in tensors], shard_size)
-    names = data_names(target, max((shard for shard, _ in places), default=0) + 1)
-    placed = {}
-    jobs = []
-    for tensor, (shard, offset) in zip(tensors, places, strict=True):
-        placed[_identity(tensor)] = names[shard], offset
-        file = str(path.with_name(names[shard]))
-        jobs.append(Job(tensor.name or "a weight", _data(tensor), tensor.nbytes, file, offset))
-    for value in values:
-        old = value.const_value
-        assert old is not None
+    values = _holding(model, _is_large)
+    tensors = dict(values.values())
+    places = _layout([tensor.nbytes for tensor in tensors.values()], shard_size)
+    files = data_names(target, max((shard for shard, _ in places), default=0) + 1)
+    located = {
+        name: (files[shard], offset) for name, (shard, offset) in zip(tensors, places, strict=True)
+    }
+    for value, (name, tensor) in values.items():
         value.const_value = ir.ExternalTensor(
-            *placed[_identity(old)],
-            old.nbytes,
-            old.dtype,
-            shape=ir.Shape(old.shape.numpy()),
+            *located[name],
+            tensor.nbytes,
+            tensor.dtype,
+            shape=ir.Shape(tensor.shape.numpy()),
             name=value.name or "",
-            doc_string=old.doc_string,
-            metadata_props=dict(old.metadata_props),
+            doc_string=tensor.doc_string,
+            metadata_props=dict(tensor.metadata_props),
         )
-    return jobs
+    return [
+        Job(name, _data(tensor), tensor.nbytes, str(path.with_name(file)), offset)
+        for (name, tensor), (file, offset) in zip(tensors.items(), located.values(), strict=True)
+    ]
 
 
-def _initializers(model: ir.Model) -> Iterator[ir.Value]:
-    for graph in model.graphs():
-        yield from graph.initializers.values()
+def _holding(
+    model: ir.Model, wanted: Callable[[ir.TensorProtocol], bool]
+) -> dict[ir.Value, tuple[str, ir.TensorProtocol]]:
+    """The initializers, of all graphs, with a wanted tensor: its name, one for all, and it."""
+    found = {}
+    names: dict[Hashable, str] = {}
+    for number, graph in enumerate(model.graphs()):
+        for value in graph.initializers.values():
+            tensor = value.const_value
+            if tensor is not None and wanted(tensor):
+                own = f"{value.name} of body {number}" if number else str(value.name)
+                found[value] = names.setdefault(_identity(tensor), own), tensor
+    return found
 
 
-def _is_large(tensor: ir.TensorProtocol | None) -> bool:
-    return (
-        tensor is not None and tensor.dtype != ir.DataType.STRING and tensor.nbytes >= INLINE_LIMIT
-    )
-
-
-def _distinct(values: Iterable[ir.Value]) -> list[ir.TensorProtocol]:
-    """The tensors of ``values``, one for each that is stored."""
-    tensors = [value.const_value for value in values if value.const_value is not None]
-    return list({_identity(tensor): tensor for tensor in tensors}.values())
+def _is_large(tensor: ir.TensorProtocol) -> bool:
+    return tensor.dtype != ir.DataType.STRING and tensor.nbytes >= INLINE_LIMIT
 
 
 def _identity(tensor: ir.TensorProtocol) -> Hashable:

@@ -14,12 +14,13 @@ from functools import partial
 import numpy as np
 import onnx_ir as ir
 
-from onnx_fold.basis import Basis, FoldedTensor, Side
-from onnx_fold.constants import Array, constant
+from onnx_fold.basis import Basis, Side
+from onnx_fold.constants import constant
+from onnx_fold.expression import Array, FoldedTensor, scale, take
 from onnx_fold.folding import Candidate, FoldPass, attempt
 from onnx_fold.heads import Fused, Part, fused, role
 from onnx_fold.linear import Linear, compact
-from onnx_fold.rebase import become_identity, rebase, stored_matrix
+from onnx_fold.rebase import become_identity, rebase, stored_matrix, weights_of
 from onnx_fold.report import CandidateReport
 from onnx_fold.resize import resize, resized_shape
 from onnx_fold.rewrite import CannotRewriteError, Rewrite, new_constant, new_node, new_split
@@ -35,14 +36,14 @@ class AbsorbPass(FoldPass):
         """Yield a candidate for each square layer that the pivot option admits."""
         for reader in stream.readers:
             if reader.is_square and self._admits(role(reader.y)):
-                yield _absorb(stream, reader, Basis(reader.matrix))
+                yield _absorb(stream, reader, Basis(weights_of(reader)))
             elif (parts := fused(reader, stream.shapes)) is not None:
                 for part in parts.parts:
                     if part.size == stream.width and self._admits(role(part.output)):
                         yield _absorb_part(stream, parts, part)
         for writer in stream.writers:
             if writer.is_square and self._admits("p"):
-                yield _absorb(stream, writer, Basis(writer.matrix, inverted=True))
+                yield _absorb(stream, writer, Basis(weights_of(writer), inverted=True))
 
     def _admits(self, kind: str | None) -> bool:
         return self.options.pivot == "auto" or kind is None or kind == self.options.pivot
@@ -77,20 +78,15 @@ def _plan_part(stream: Stream, fused: Fused, part: Part, text: str) -> Candidate
     linear = fused.linear
     columns = slice(part.start, part.start + part.size)
     kept = np.r_[0 : part.start, part.start + part.size : linear.out_features]
-    basis = Basis(lambda: linear.matrix()[:, columns])
+    chosen, others = (take(weights_of(linear), part, 1) for part in (columns, kept))
+    basis = Basis(chosen)
     rebased = rebase(stream, basis, stream.width, pivot=linear)
-    rewrite = Rewrite(stored=rebased.stored)
-
-    def shrunk() -> Array:
-        return linear.pack(basis.of_reader(linear.matrix()[:, kept]))
-
-    shape = linear.packed_shape(stream.width, len(kept))
-    tensor = FoldedTensor(shrunk, linear.weight.dtype, shape)
-    rewrite.stored[linear.edge] = tensor
+    tensor = FoldedTensor(linear.pack(basis.of_reader(others)), linear.weight.dtype)
+    rewrite = Rewrite(stored={**rebased.stored, linear.edge: tensor})
     position = stream.readers.index(linear)
     rebased.readers[position : position + 1] = [
-        Side(lambda: linear.matrix()[:, kept], stored_matrix(linear, tensor)),
-        Side(lambda: linear.matrix()[:, columns], None),
+        Side(others, stored_matrix(linear, tensor)),
+        Side(chosen, None),
     ]
     _shrink_path(fused, kept, rewrite)
     _replay_path(fused, part, columns, rewrite)
@@ -103,12 +99,12 @@ def _shrink_path(fused: Fused, kept: Array, rewrite: Rewrite) -> None:
     for node in (fused.linear.node, *fused.path):
         resize(node.outputs[0], -1, len(kept), rewrite)
     for node, index in _vectors(fused):
-        rewrite.stored[node, index] = _columns(node, index, kept, len(kept))
+        rewrite.stored[node, index] = _columns(node, index, kept)
 
 
 def _replay_path(fused: Fused, part: Part, columns: slice, rewrite: Rewrite) -> None:
     """Let ``part`` come from what the layer reads, by way of the same biases and Reshapes."""
-    biases = {node: _columns(node, index, columns, part.size) for node, index in _vectors(fused)}
+    biases = {node: _columns(node, index, columns) for node, index in _vectors(fused)}
     reshapes = {n: resized_shape(n, -1, part.size) for n in fused.path if n.op_type == "Reshape"}
     shape_inputs = {node: node.inputs[1] for node in reshapes}
     rewrite.added.extend(biases.values())
@@ -171,10 +167,9 @@ def _vectors(fused: Fused) -> Iterator[tuple[ir.Node, int]]:
         yield node, index
 
 
-def _columns(node: ir.Node, index: int, columns: Array | slice, size: int) -> FoldedTensor:
+def _columns(node: ir.Node, index: int, columns: Array | slice) -> FoldedTensor:
     held = constant(node.inputs[index])
     assert held is not None
     beta = node.attributes.get_float("beta", 1.0) if node.op_type == "Gemm" else 1.0
     factor = beta if isinstance(columns, slice) else 1.0  # the part taken out leaves the Gemm
-    shape = (*held.shape[:-1], size)
-    return FoldedTensor(lambda: held.wide()[..., columns] * factor, held.dtype, shape)
+    return FoldedTensor(scale(take(held.wide(), columns, -1), factor), held.dtype)

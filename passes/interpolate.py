@@ -12,21 +12,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import cached_property
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
-from onnx_fold.basis import Basis, Expression, FoldedTensor, Side, select_rows
+from onnx_fold.basis import Basis, Side
 from onnx_fold.bias import carry_biases
-from onnx_fold.constants import Array
+from onnx_fold.expression import FoldedTensor, cast, evaluate, transpose
 from onnx_fold.folding import Candidate, FoldPass, attempt
 from onnx_fold.linear import Linear, compact
 from onnx_fold.permute import hidden_stream, permute
-from onnx_fold.rebase import Rebased, rebase
+from onnx_fold.rebase import Rebased, rebase, weights_of
 from onnx_fold.report import CandidateReport
 from onnx_fold.rewrite import Rewrite, new_constant, new_node, new_split
+from onnx_fold.selection import RowSelection
 from onnx_fold.stream import Stream
 
 
@@ -50,54 +49,10 @@ def _can_be_joined(reader: Linear) -> bool:
     return reader.is_plain and reader.node.op_type == "MatMul"
 
 
-class _Rows:
-    """The rows of a matrix ``[f, d]``, selected when they are first needed."""
-
-    def __init__(self, matrix: Expression, seen: Array | None = None) -> None:
-        """Select among the rows of ``matrix()``, weighted by the activations ``seen``."""
-        self._matrix = matrix
-        self._seen = seen
-
-    @cached_property
-    def _selected(self) -> tuple[npt.NDArray[np.intp], Array]:
-        matrix = self._matrix()
-        if self._seen is None:
-            return select_rows(matrix)
-        scale = np.sqrt(np.mean(self._seen**2, axis=0))
-        scale = np.maximum(scale, 1e-3 * scale.max(initial=1e-30))[:, None]
-        order, rest = select_rows(matrix * scale)
-        ordered = scale[order]
-        width = matrix.shape[1]
-        return order, rest / ordered[width:] * ordered[:width].T
-
-    def order(self) -> npt.NDArray[np.intp]:
-        """All rows, the basis first."""
-        return self._selected[0]
-
-    def rest(self) -> Array:
-        """``B``, ``[f - d, d]``: the other rows in terms of the basis."""
-        return self._selected[1]
-
-    @cached_property
-    def _basis(self) -> Array:
-        matrix = self._matrix()
-        return matrix[self.order()[: matrix.shape[1]]]
-
-    def basis(self) -> Array:
-        """The basis, ``[d, d]``."""
-        return self._basis
-
-    def rebuilt(self, rest: Array) -> Array:
-        """``[I; B]`` with its rows where they were, ``[f, d]``."""
-        matrix = np.empty((len(self.order()), rest.shape[1]))
-        matrix[self.order()] = np.vstack([np.eye(rest.shape[1]), rest])
-        return matrix
-
-
 def _rows_of(stream: Stream, writer: Linear) -> Iterator[Candidate | CandidateReport]:
     """Biases are expressed in the new basis, or else carried through the readers."""
     text = f"{stream.width} rows of {writer.label} into {compact(stream.read_by)}"
-    rows = _Rows(writer.matrix, stream.rows_of(writer))
+    rows = RowSelection(weights_of(writer), writer.weight.dtype, stream.rows_of(writer))
     basis = Basis(rows.basis, inverted=True)
     rebased = rebase(stream, basis, stream.width, pivot=writer)
     if writer.node.op_type != "Gemm":  # its bias would need an Add of its own
@@ -117,12 +72,16 @@ def _rows_of(stream: Stream, writer: Linear) -> Iterator[Candidate | CandidateRe
 
 
 def _split(
-    stream: Stream, writer: Linear, rows: _Rows, rewrite: Rewrite, rebased: Rebased, text: str
+    stream: Stream,
+    writer: Linear,
+    rows: RowSelection,
+    rewrite: Rewrite,
+    rebased: Rebased,
+    text: str,
 ) -> Candidate:
     """``x' = h₁ + h₂ B`` in the place of ``h O``."""
     width, depth = stream.width, writer.in_features
-    rest = FoldedTensor(rows.rest, writer.weight.dtype, (depth - width, width))
-    rewrite.added.append(rest)
+    rewrite.added.append(rows.rest)
     hidden = hidden_stream(stream, writer)
     if hidden is not None:
         permute(hidden, writer, rows.order, rewrite)
@@ -131,21 +90,20 @@ def _split(
     def build(graph: ir.Graph) -> ir.Value:
         value, node, name = writer.x, writer.node, writer.weight.leaf.name
         if hidden is None:
-            order = ir.tensor(rows.order().astype(np.int64))
+            order = ir.tensor(evaluate(rows.order).astype(np.int64))
             indices = new_constant(graph, order, f"{name}_order")
             value = new_node(graph, node, "Gather", [value, indices], axis=-1).outputs[0]
         head, tail = new_split(graph, node, value, [width, depth - width])
-        product = new_node(graph, node, "MatMul", [tail, new_constant(graph, rest, f"{name}_rest")])
+        rest = new_constant(graph, rows.rest, f"{name}_rest")
+        product = new_node(graph, node, "MatMul", [tail, rest])
         return new_node(graph, node, "Add", [head, product.outputs[0]]).outputs[0]
 
     rewrite.replaced[writer.y] = build
     sides = list(rebased.writers)
     position = stream.writers.index(writer)
-    sides[position] = Side(
-        writer.matrix,
-        lambda: rows.rebuilt(rest.numpy().astype(np.float64)),
-        stream.rows_of(writer),
-    )
+    before = rows.matrix
+    after = rows.rebuilt(cast(rows.rest.rounded, before.dtype))
+    sides[position] = Side(before, after, stream.rows_of(writer))
     return Candidate(InterpolatePass.name, text, rewrite, sides, rebased.readers)
 
 
@@ -154,11 +112,12 @@ def _columns_of(stream: Stream, reader: Linear) -> Iterator[Candidate]:
     hidden = hidden_stream(stream, reader)
     if hidden is None:
         return
-    width, breadth = stream.width, reader.out_features
-    rows = _Rows(lambda: reader.matrix().T)
-    basis = Basis(lambda: rows.basis().T)
+    width = stream.width
+    before = weights_of(reader)
+    rows = RowSelection(transpose(before), reader.weight.dtype)
+    basis = Basis(transpose(rows.basis))
     rebased = rebase(stream, basis, width, pivot=reader)
-    rest = FoldedTensor(lambda: rows.rest().T, reader.weight.dtype, (width, breadth - width))
+    rest = FoldedTensor(transpose(rows.rest.expression), reader.weight.dtype)
     rewrite = Rewrite(stored=rebased.stored, added=[rest], nodes_added=2)
     permute(hidden, reader, rows.order, rewrite)
 
@@ -170,9 +129,8 @@ def _columns_of(stream: Stream, reader: Linear) -> Iterator[Candidate]:
 
     rewrite.replaced[reader.y] = build
     sides = list(rebased.readers)
-    sides[stream.readers.index(reader)] = Side(
-        reader.matrix, lambda: rows.rebuilt(rest.numpy().astype(np.float64).T).T
-    )
+    after = transpose(rows.rebuilt(cast(rows.rest.rounded, before.dtype)))
+    sides[stream.readers.index(reader)] = Side(before, after)
     into = compact([*stream.written_by, *(r.label for r in stream.readers if r is not reader)])
     text = f"{width} columns of {reader.label} into {into}"
     yield Candidate(InterpolatePass.name, text, rewrite, rebased.writers, sides, basis)

@@ -14,7 +14,7 @@ from onnx_fold.basis import Basis, Side, TableSide
 from onnx_fold.bias import carry_biases
 from onnx_fold.folding import Candidate, FoldPass, attempt
 from onnx_fold.linear import Linear, compact
-from onnx_fold.rebase import become_identity, rebase
+from onnx_fold.rebase import become_identity, rebase, weights_of
 from onnx_fold.report import CandidateReport
 from onnx_fold.resize import resize_stream
 from onnx_fold.rewrite import CannotRewriteError, Rewrite
@@ -47,7 +47,7 @@ def _merge_writer(stream: Stream, writer: Linear, text: str) -> Candidate:
     if not writer.keeps_layout:
         raise CannotRewriteError(f"{writer.label} moves the channels to another axis")
     rewrite.replaced[writer.y] = writer.x
-    rebased = rebase(stream, Basis(writer.matrix, inverted=True), width, pivot=writer)
+    rebased = rebase(stream, Basis(weights_of(writer), inverted=True), width, pivot=writer)
     rewrite.stored |= {reader.edge: rebased.stored[reader.edge] for reader in stream.readers}
     if width != stream.width:
         kept = [value for value in stream.values if value not in rewrite.replaced]
@@ -59,7 +59,7 @@ def _merge_writer(stream: Stream, writer: Linear, text: str) -> Candidate:
 def _merge_reader(stream: Stream, reader: Linear, text: str) -> Candidate:
     """Writers become ``W R``; the stream carries what ``R`` wrote."""
     width = reader.out_features
-    rebased = rebase(stream, Basis(reader.matrix), width, pivot=reader)
+    rebased = rebase(stream, Basis(weights_of(reader)), width, pivot=reader)
     rewrite = Rewrite(stored=rebased.stored)
     become_identity(rewrite, reader)
     if width != stream.width:

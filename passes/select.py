@@ -12,19 +12,27 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
-from onnx_fold.basis import Basis, FoldedTensor, Side, select_blocks
-from onnx_fold.constants import Array
+from onnx_fold.basis import Basis, Side, product_dtype
+from onnx_fold.expression import (
+    Concatenate,
+    FoldedTensor,
+    Held,
+    Indices,
+    Spread,
+    cast,
+    evaluate,
+    take,
+    transpose,
+)
 from onnx_fold.folding import Candidate, FoldPass, Options
 from onnx_fold.heads import head_layout, role
 from onnx_fold.linear import Linear, compact
-from onnx_fold.rebase import rebase
+from onnx_fold.rebase import rebase, weights_of
 from onnx_fold.rewrite import Rewrite, new_constant, new_node
+from onnx_fold.selection import select_blocks
 from onnx_fold.stream import Stream
-
-Indices = npt.NDArray[np.intp]
 
 
 class SelectPass(FoldPass):
@@ -56,7 +64,7 @@ class SelectPass(FoldPass):
         """The best heads of ``layers``, found once for the same weights; none if not finite."""
         tensors = tuple(layer.weight.tensor for layer in layers)
         if tensors not in self._selected:
-            matrix = np.hstack([layer.matrix() for layer in layers])
+            matrix = evaluate(Concatenate(tuple(layer.matrix() for layer in layers), 1))
             is_finite = bool(np.isfinite(matrix).all())
             blocks = select_blocks(matrix, head_dim) if is_finite else np.zeros(0, np.intp)
             self._selected[tensors] = blocks
@@ -101,10 +109,8 @@ def _select(stream: Stream, layers: Sequence[Linear], heads: Indices, head_dim: 
         if len(share.chosen):
             shares.append(share)
 
-    def matrix() -> Array:
-        return np.hstack([share.reader.matrix()[:, share.chosen] for share in shares])
-
-    basis = Basis(matrix)
+    chosen = (take(weights_of(share.reader), share.chosen, 1) for share in shares)
+    basis = Basis(Concatenate(tuple(chosen), 1))
     rebased = rebase(stream, basis, stream.width, pivot=shares[0].reader)
     rewrite = Rewrite(stored=rebased.stored)
     for share in shares:
@@ -126,11 +132,7 @@ def _select(stream: Stream, layers: Sequence[Linear], heads: Indices, head_dim: 
 def _assemble(stream: Stream, share: _Share, basis: Basis, rewrite: Rewrite) -> Side:
     """Plan to put the output of a reader together from slices of the stream and the other heads."""
     reader, others = share.reader, share.others
-    rest = FoldedTensor(
-        lambda: basis.of_reader(reader.matrix()[:, others]),
-        reader.weight.dtype,
-        (stream.width, len(others)),
-    )
+    rest = FoldedTensor(basis.of_reader(take(weights_of(reader), others, 1)), reader.weight.dtype)
     runs = _runs(share)
     is_whole = len(runs) == 1 and len(share.chosen) == stream.width
     rewrite.nodes_added += (0 if is_whole else len(runs)) + (len(runs) > 1) + (len(others) > 0)
@@ -161,14 +163,10 @@ def _assemble(stream: Stream, share: _Share, basis: Basis, rewrite: Rewrite) -> 
 
     rewrite.replaced[reader.y] = build
 
-    def after() -> Array:
-        matrix = np.zeros((stream.width, reader.out_features))
-        matrix[share.offset + np.arange(len(share.chosen)), share.chosen] = 1.0
-        if len(others):
-            matrix[:, others] = rest.numpy()
-        return matrix
-
-    return Side(reader.matrix, after)
+    units = Held(share.offset + np.arange(len(share.chosen)))
+    order = Held(np.concatenate([share.chosen, others]))
+    columns = transpose(cast(rest.rounded, product_dtype(rest.dtype)))
+    return Side(weights_of(reader), transpose(Spread(units, columns, order)))
 
 
 def _runs(share: _Share) -> list[tuple[bool, int, int]]:

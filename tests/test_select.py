@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from helpers import fold, folded, graph, normal, operators, refused
 
-from onnx_fold.basis import select_blocks
+from onnx_fold.selection import select_blocks
 
 D, HD = 8, 2
 

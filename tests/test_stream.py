@@ -5,7 +5,7 @@ import onnx_ir as ir
 import pytest
 from helpers import chain, folded, graph, normal, refused, stream_of
 
-from onnx_fold.basis import FoldedTensor
+from onnx_fold.expression import FoldedTensor, Held
 from onnx_fold.rewrite import Rewrite
 from onnx_fold.stream import Stream
 
@@ -210,7 +210,7 @@ def test_an_unknown_size_is_not_another_unknown_size_of_the_same_name():
 def test_a_search_meets_nodes_that_a_fold_has_added_since():
     model = chain("m = Identity(p)")
     stream = stream_of(model, "p")
-    vector = FoldedTensor(lambda: normal(4), ir.DataType.FLOAT, (4,))
+    vector = FoldedTensor(Held(normal(4)), ir.DataType.FLOAT)
     value = next(value for value in stream.values if value.name == "p")
     Rewrite(biases={value: (-1, vector)}).apply(model.graph)
     again = stream.search.stream(value, -1, 4)

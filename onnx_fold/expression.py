@@ -1,0 +1,675 @@
+"""Matrices that are not evaluated yet: small trees of products, solves and slices over weights.
+
+A folded weight is such a tree, ``T⁻¹ W T'`` say. It knows its shape and type without reading
+anything, can be pickled and sent to another process, and is evaluated once, when it is written. A
+leaf that lies in a file is a path and an offset: whoever evaluates it reads its own bytes.
+
+:meth:`Expression.take` goes down the tree: some columns of a product are the product with some
+columns, some rows of a stored matrix are read and no others. So a sample costs what is sampled.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import scipy.linalg
+
+Array = npt.NDArray[Any]
+Indices = npt.NDArray[np.intp]
+Shape = tuple[int, ...]
+
+
+class Device(Protocol):
+    """Where expressions are evaluated: what numpy and other array libraries call differently.
+
+    Arrays of a device know ``@``, ``+``, ``*``, ``reshape`` and assignment to indices.
+    """
+
+    def load(self, array: Array) -> Any:
+        """Bring an array of the host to the device."""
+
+    def fetch(self, array: Any) -> Array:
+        """Bring an array of the device to the host."""
+
+    def cast(self, array: Any, dtype: np.dtype[Any]) -> Any:
+        """Round or widen."""
+
+    def transpose(self, array: Any, permutation: Sequence[int]) -> Any:
+        """Reorder the axes."""
+
+    def broadcast(self, array: Any, shape: Shape) -> Any:
+        """Repeat along axes of size one."""
+
+    def take(self, array: Any, indices: Any, axis: int) -> Any:
+        """Some of the slices along ``axis``."""
+
+    def concatenate(self, arrays: Sequence[Any], axis: int) -> Any:
+        """Join along ``axis``."""
+
+    def zeros(self, shape: Shape, dtype: np.dtype[Any]) -> Any:
+        """An array of zeros."""
+
+    def lu_factor(self, matrix: Any) -> Any:
+        """LU factors with partial pivoting of a float64 matrix ``[d, d]``."""
+
+    def lu_solve(self, factors: Any, rhs: Any, transposed: bool) -> Any:
+        """``A⁻¹ rhs``, or ``A⁻ᵀ rhs``, for the factors of ``A``."""
+
+
+class Host:
+    """The processor, by numpy and scipy."""
+
+    def load(self, array: Array) -> Array:
+        """Nothing to do."""
+        return array
+
+    def fetch(self, array: Array) -> Array:
+        """Nothing to do."""
+        return array
+
+    def cast(self, array: Array, dtype: np.dtype[Any]) -> Array:
+        """Round or widen."""
+        return array.astype(dtype, copy=False)
+
+    def transpose(self, array: Array, permutation: Sequence[int]) -> Array:
+        """Reorder the axes."""
+        return array.transpose(permutation)
+
+    def broadcast(self, array: Array, shape: Shape) -> Array:
+        """Repeat along axes of size one."""
+        return np.broadcast_to(array, shape)
+
+    def take(self, array: Array, indices: Indices, axis: int) -> Array:
+        """Some of the slices along ``axis``."""
+        taken: Array = np.take(array, indices, axis)
+        return taken
+
+    def concatenate(self, arrays: Sequence[Array], axis: int) -> Array:
+        """Join along ``axis``."""
+        return np.concatenate(arrays, axis)
+
+    def zeros(self, shape: Shape, dtype: np.dtype[Any]) -> Array:
+        """An array of zeros."""
+        return np.zeros(shape, dtype)
+
+    def lu_factor(self, matrix: Array) -> tuple[Array, npt.NDArray[np.int32], bool]:
+        """LU factors of the transpose, which LAPACK reads without a copy; whether it is regular."""
+        lu, pivots, singular = scipy.linalg.lapack.dgetrf(matrix.T)
+        return lu, pivots, not singular and bool(np.isfinite(lu).all())
+
+    def lu_solve(self, factors: Any, rhs: Array, transposed: bool) -> Array:
+        """``A⁻¹ rhs``, or ``A⁻ᵀ rhs``, for the factors of ``A``."""
+        lu, pivots, _ = factors
+        solved: Array = scipy.linalg.lu_solve(
+            (lu, pivots), rhs, trans=0 if transposed else 1, check_finite=False
+        )
+        return solved
+
+
+HOST = Host()
+
+
+class Expression(ABC):
+    """A matrix that is evaluated when it is needed; two are the same only if they are one object.
+
+    Attributes:
+        shape: Its shape.
+        dtype: The type that it evaluates to.
+    """
+
+    @property
+    @abstractmethod
+    def shape(self) -> Shape: ...
+
+    @property
+    @abstractmethod
+    def dtype(self) -> np.dtype[Any]: ...
+
+    @property
+    def operands(self) -> tuple[Expression, ...]:
+        """What has to be evaluated first."""
+        return ()
+
+    @abstractmethod
+    def compute(self, device: Device, *operands: Any) -> Any:
+        """Evaluate it on ``device``, given the values of its operands there."""
+
+    def take(self, indices: Expression, axis: int) -> Expression:
+        """Some slices along ``axis`` (not negative), in the order of ``indices`` (integers)."""
+        return Take(self, indices, axis)
+
+
+def evaluate(expression: Expression, device: Device = HOST) -> Array:
+    """The values of ``expression``.
+
+    Each object in the tree is evaluated once, and dropped after its last use. What overflows
+    becomes infinite without a warning.
+    """
+    uses = Counter(id(operand) for node in _nodes(expression) for operand in node.operands)
+    values: dict[int, Any] = {}
+
+    def visit(node: Expression) -> Any:
+        key = id(node)
+        value = values[key] if key in values else node.compute(device, *map(visit, node.operands))
+        uses[key] -= 1
+        if uses[key] > 0:
+            values[key] = value
+        else:
+            values.pop(key, None)
+        return value
+
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        return device.fetch(visit(expression))
+
+
+def _nodes(root: Expression) -> Iterator[Expression]:
+    """All objects of the tree, each once."""
+    queue, seen = [root], {id(root)}
+    while queue:
+        node = queue.pop()
+        yield node
+        new = {id(operand): operand for operand in node.operands if id(operand) not in seen}
+        seen |= new.keys()
+        queue.extend(new.values())
+
+
+# --- Leaves ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Held(Expression):
+    """An array in memory."""
+
+    array: Array
+
+    @property
+    def shape(self) -> Shape:
+        return self.array.shape
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self.array.dtype
+
+    def compute(self, device: Device, *operands: Any) -> Any:
+        return device.load(self.array)
+
+
+@dataclass(frozen=True, eq=False)
+class Initializer(Expression):
+    """A tensor of a model in memory; it is pickled by value."""
+
+    tensor: ir.TensorProtocol
+
+    @property
+    def shape(self) -> Shape:
+        return tuple(self.tensor.shape.numpy())
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self.tensor.dtype.numpy()
+
+    def compute(self, device: Device, *operands: Any) -> Any:
+        return device.load(self.tensor.numpy())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Held, (self.tensor.numpy(),)
+
+
+@dataclass(frozen=True, eq=False)
+class Stored(Expression):
+    """A tensor in a file: ``dtype`` values from byte ``offset`` on."""
+
+    path: Path
+    offset: int
+    storage: np.dtype[Any]
+    dims: Shape
+
+    @property
+    def shape(self) -> Shape:
+        return self.dims
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self.storage
+
+    def compute(self, device: Device, *operands: Any) -> Any:
+        count = math.prod(self.dims)
+        array = np.fromfile(self.path, self.storage, count, offset=self.offset)
+        return device.load(array.reshape(self.dims))
+
+    def take(self, indices: Expression, axis: int) -> Expression:
+        return Part(self, indices, axis)
+
+
+@dataclass(frozen=True, eq=False)
+class Part(Expression):
+    """Slices of a stored tensor; no others are read."""
+
+    source: Stored
+    indices: Expression
+    axis: int
+
+    @property
+    def shape(self) -> Shape:
+        return _taken(self.source.shape, self.indices, self.axis)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self.source.dtype
+
+    @property
+    def operands(self) -> tuple[Expression, ...]:
+        return (self.indices,)
+
+    def compute(self, device: Device, *operands: Any) -> Any:
+        source = self.source
+        mapped = np.memmap(source.path, source.storage, "r", source.offset, source.shape)
+        return device.load(np.take(mapped, device.fetch(operands[0]), self.axis).view(np.ndarray))
+
+
+def _taken(shape: Shape, indices: Expression, axis: int) -> Shape:
+    return (*shape[:axis], *indices.shape, *shape[axis + 1 :])
+
+
+def of_tensor(tensor: ir.TensorProtocol) -> Expression:
+    """The values of an initializer; a folded weight is not rounded to its own type first."""
+    if isinstance(tensor, FoldedTensor):
+        return tensor.expression
+    if isinstance(tensor, ir.ExternalTensor):
+        shape = tuple(tensor.shape.numpy())
+        return Stored(Path(tensor.path), tensor.offset or 0, tensor.dtype.numpy(), shape)
+    return Initializer(tensor)
+
+
+# --- Operations -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _Unary(Expression):
+    x: Expression
+
+    @property
+    def shape(self) -> Shape:
+        return self.x.shape
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self.x.dtype
+
+    @property
+    def operands(self) -> tuple[Expression, ...]:
+        return (self.x,)
+
+
+@dataclass(frozen=True, eq=False)
+class Cast(_Unary):
+    """``x``, rounded or widened to another type. Made by :func:`cast`."""
+
+    to: np.dtype[Any]
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self.to
+
+    def compute(self, device: Device, *operands: Any) -> Any:
+        return device.cast(operands[0], self.to)
+
+    def take(self, indices: Expression, axis: int) -> Expression:
+        return Cast(self.x.take(indices, axis), self.to)
+
+
+@dataclass(frozen=True, eq=False)
+class Scale(_Unary):
+    """``x`` times a number. Made by :func:`scale`."""
+
+    factor: float
+
+    def compute(self, device: Device, *operands: Any) -> Any:
+        return operands[0] * self.factor
+
+    def take(self, indices: Expression, axis: int) -> Expression:
+        return Scale(self.x.take(indices, axis), self.factor)
+
+
+@dataclass(frozen=True, eq=False)
+class Transpose(_Unary):
+    """``x`` with its axes in another order. Made by :func:`transpose`."""
+
+    permutation: tuple[int, ...]
+
+    @property
+    def shape(self) -> Shape:
+        return tuple(self.x.shape[axis] for axis in self.permutation)
+
+    def compute(self, device: Device, *operands: Any) -> Any:
+        return device.transpose(operands[0], self.permutation)
+
+    def take(self, indices: Expression, axis: int) -> Expression:
+        return Transpose(self.x.take(indices, self.permutation[axis]), self.permutation)
+
+
+@dataclass(frozen=True, eq=False)
+class Reshape(_Unary):
+    """``x`` in another shape of as many elements. Made by :func:`reshape`."""
+
+    dims: Shape
+
+    @property
+    def shape(self) -> Shape:
+        return self.dims
+
+    def compute(self, device: Device, *operands: Any) -> Any:
+        return operands[0].reshape(self.dims)
+
+
+@dataclass(frozen=True, eq=False)
+class Broadcast(_Unary):
+    """``x`` repeated along axes of size one. Made by :func:`broadcast`."""
+
+    dims: Shape
+
+    @property
+    def shape(self) -> Shape:
+        return self.dims
+
+    def compute(self, device: Device, *operands: Any) -> Any:
+        return device.broadcast(operands[0], self.dims)
+
+
+@dataclass(frozen=True, eq=False)
+class Take(_Unary):
+    """Slices of ``x`` along an axis, ``indices`` (integers) of them. Made by :func:`take`."""
+
+    indices: Expression
+    axis: int
+
+    @property
+    def shape(self) -> Shape:
+        return _taken(self.x.shape, self.indices, self.axis)
+
+    @property
+    def operands(self) -> tuple[Expression, ...]:
+        return self.x, self.indices
+
+    def compute(self, device: Device, *operands: Any) -> Any:
+        x, indices = operands
+        return device.take(x, indices, self.axis)
+
+    def take(self, indices: Expression, axis: int) -> Expression:
+        if axis == self.axis:
+            return self.x.take(self.indices.take(indices, 0), axis)
+        return Take(self.x.take(indices, axis), self.indices, self.axis)
+
+
+@dataclass(frozen=True, eq=False)
+class Concatenate(Expression):
+    """Expressions side by side along ``axis``."""
+
+    parts: tuple[Expression, ...]
+    axis: int
+
+    @property
+    def shape(self) -> Shape:
+        size = sum(part.shape[self.axis] for part in self.parts)
+        first = self.parts[0].shape
+        return (*first[: self.axis], size, *first[self.axis + 1 :])
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self.parts[0].dtype
+
+    @property
+    def operands(self) -> tuple[Expression, ...]:
+        return self.parts
+
+    def compute(self, device: Device, *operands: Any) -> Any:
+        return device.concatenate(operands, self.axis)
+
+    def take(self, indices: Expression, axis: int) -> Expression:
+        if axis == self.axis:
+            return super().take(indices, axis)
+        return Concatenate(tuple(part.take(indices, axis) for part in self.parts), self.axis)
+
+
+@dataclass(frozen=True, eq=False)
+class Sum(Expression):
+    """The sum of expressions of one type, which broadcast."""
+
+    terms: tuple[Expression, ...]
+
+    @property
+    def shape(self) -> Shape:
+        return np.broadcast_shapes(*(term.shape for term in self.terms))
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self.terms[0].dtype
+
+    @property
+    def operands(self) -> tuple[Expression, ...]:
+        return self.terms
+
+    def compute(self, device: Device, *operands: Any) -> Any:
+        total = operands[0]
+        for term in operands[1:]:
+            total = total + term
+        return total
+
+
+@dataclass(frozen=True, eq=False)
+class Product(Expression):
+    """``left @ right``, ``[..., n] @ [n, m]``, both of one type. Made by :func:`product`."""
+
+    left: Expression
+    right: Expression
+
+    @property
+    def shape(self) -> Shape:
+        return (*self.left.shape[:-1], *self.right.shape[1:])
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self.left.dtype
+
+    @property
+    def operands(self) -> tuple[Expression, ...]:
+        return self.left, self.right
+
+    def compute(self, device: Device, *operands: Any) -> Any:
+        left, right = operands
+        return left @ right
+
+    def take(self, indices: Expression, axis: int) -> Expression:
+        if axis == len(self.shape) - 1:
+            return Product(self.left, self.right.take(indices, 1))
+        return Product(self.left.take(indices, axis), self.right)
+
+
+@dataclass(frozen=True, eq=False)
+class Factors(_Unary):
+    """LU factors of ``x``, ``[d, d]`` float64; its value is what the device makes of them."""
+
+    def compute(self, device: Device, *operands: Any) -> Any:
+        return device.lu_factor(operands[0])
+
+
+@dataclass(frozen=True, eq=False)
+class Solve(Expression):
+    """``A⁻¹ rhs``, or ``A⁻ᵀ rhs`` (``transposed``), by the LU factors of ``A``.
+
+    ``rhs`` is ``[d, n]`` float64.
+    """
+
+    factors: Factors
+    rhs: Expression
+    transposed: bool = False
+
+    @property
+    def shape(self) -> Shape:
+        return self.rhs.shape
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self.rhs.dtype
+
+    @property
+    def operands(self) -> tuple[Expression, ...]:
+        return self.factors, self.rhs
+
+    def compute(self, device: Device, *operands: Any) -> Any:
+        factors, rhs = operands
+        return device.lu_solve(factors, rhs, self.transposed)
+
+    def take(self, indices: Expression, axis: int) -> Expression:
+        if axis == 0:
+            return super().take(indices, axis)
+        return Solve(self.factors, self.rhs.take(indices, 1), self.transposed)
+
+
+@dataclass(frozen=True, eq=False)
+class Spread(Expression):
+    """Rows of the identity and rows of ``rest``, in any order: ``[n, d]``.
+
+    Row ``order[i]`` is the unit vector ``units[i]`` while there are units, and then the next row of
+    ``rest``.
+    """
+
+    units: Expression
+    rest: Expression
+    order: Expression
+
+    @property
+    def shape(self) -> Shape:
+        return len(self), self.rest.shape[1]
+
+    def __len__(self) -> int:
+        return self.order.shape[0]
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self.rest.dtype
+
+    @property
+    def operands(self) -> tuple[Expression, ...]:
+        return self.units, self.rest, self.order
+
+    def compute(self, device: Device, *operands: Any) -> Any:
+        units, rest, order = operands
+        matrix = device.zeros(self.shape, self.dtype)
+        matrix[order[: len(units)], units] = 1.0
+        matrix[order[len(units) :]] = rest
+        return matrix
+
+    def take(self, indices: Expression, axis: int) -> Expression:
+        """Rows are looked up now: it is for samples, of which not all of ``rest`` is read."""
+        if axis == 1:
+            return super().take(indices, axis)
+        units = evaluate(self.units)
+        place = np.argsort(evaluate(self.order))[evaluate(indices)]
+        is_unit = place < len(units)
+        return Spread(
+            Held(units[place[is_unit]]),
+            self.rest.take(Held(place[~is_unit] - len(units)), 0),
+            Held(np.argsort(~is_unit, kind="stable")),
+        )
+
+
+# --- Making them ----------------------------------------------------------------------------------
+
+
+def cast(x: Expression, dtype: npt.DTypeLike) -> Expression:
+    """``x`` as ``dtype``; where ``x`` was widened before it is cast in one step."""
+    to = np.dtype(dtype)
+    if isinstance(x, Cast) and x.x.dtype.itemsize < x.to.itemsize:
+        x = x.x
+    return x if x.dtype == to else Cast(x, to)
+
+
+def scale(x: Expression, factor: float) -> Expression:
+    """``x`` times a number."""
+    return x if factor == 1.0 else Scale(x, factor)
+
+
+def transpose(x: Expression, permutation: Sequence[int] = (1, 0)) -> Expression:
+    """``x`` with its axes in another order, by default those of a matrix exchanged."""
+    order = tuple(permutation)
+    if isinstance(x, Transpose):
+        order = tuple(x.permutation[axis] for axis in order)
+        x = x.x
+    return x if order == tuple(range(len(order))) else Transpose(x, order)
+
+
+def reshape(x: Expression, shape: Sequence[int]) -> Expression:
+    """``x`` in another shape of as many elements; one size may be -1."""
+    sizes = list(shape)
+    if -1 in sizes:
+        known = math.prod(size for size in sizes if size != -1)
+        sizes[sizes.index(-1)] = math.prod(x.shape) // known
+    return x if tuple(sizes) == x.shape else Reshape(x, tuple(sizes))
+
+
+def broadcast(x: Expression, shape: Sequence[int]) -> Expression:
+    """``x`` repeated along axes of size one, or axes in front of those that it has."""
+    return x if tuple(shape) == x.shape else Broadcast(x, tuple(shape))
+
+
+def take(x: Expression, indices: Expression | Indices | slice, axis: int) -> Expression:
+    """Slices of ``x`` along ``axis``."""
+    axis %= len(x.shape)
+    if isinstance(indices, slice):
+        indices = np.arange(*indices.indices(x.shape[axis]))
+    return x.take(indices if isinstance(indices, Expression) else Held(indices), axis)
+
+
+def product(left: Expression, right: Expression) -> Expression:
+    """``left @ right``, in the type of ``left``."""
+    return Product(left, cast(right, left.dtype))
+
+
+# --- Stored in a model ----------------------------------------------------------------------------
+
+
+class FoldedTensor(ir.LazyTensor):
+    """An initializer given by an expression: evaluated wide, rounded once to its storage type.
+
+    It is evaluated each time it is asked for; nothing is kept. It can be pickled.
+    """
+
+    __slots__ = ("expression",)
+
+    def __init__(self, expression: Expression, dtype: ir.DataType, name: str | None = None) -> None:
+        """Store ``expression`` as ``dtype``."""
+        shape = ir.Shape(expression.shape)
+        super().__init__(self._evaluated, dtype, shape, cache=False, name=name)
+        self.expression: Expression = expression
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return FoldedTensor, (self.expression, self.dtype, self.name)
+
+    @property
+    def rounded(self) -> Expression:
+        """The values as they are stored."""
+        return cast(self.expression, self.dtype.numpy())
+
+    def evaluated(self, device: Device = HOST) -> Array:
+        """The values as they are stored, in memory and in order.
+
+        Raises:
+            AssertionError: Its shape is not what it is declared to be.
+        """
+        array = np.ascontiguousarray(evaluate(self.rounded, device))
+        if array.shape != tuple(self.shape.numpy()):
+            raise AssertionError(f"expected shape {self.shape}, evaluated to {array.shape}")
+        return array
+
+    def _evaluated(self) -> ir.TensorProtocol:
+        return ir.Tensor(self.evaluated(), dtype=self.dtype)
