@@ -652,6 +652,9 @@ class FoldedTensor(ir.LazyTensor):
         super().__init__(self._evaluated, dtype, shape, cache=False, name=name)
         self.expression: Expression = expression
 
+    def __repr__(self) -> str:
+        return f"{self._repr_base()}(name={self.name!r})"
+
     def __reduce__(self) -> tuple[Any, ...]:
         return FoldedTensor, (self.expression, self.dtype, self.name)
 

@@ -21,6 +21,7 @@ from concurrent.futures import (
     wait,
 )
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -81,7 +82,7 @@ class Job:
     path: str
     offset: int
 
-    def __call__(self, turn: contextlib.AbstractContextManager[object] | None = None) -> None:
+    def run(self, turn: contextlib.AbstractContextManager[object] | None = None) -> None:
         """Write the tensor; while it is evaluated, ``turn`` is held.
 
         Raises:
@@ -190,15 +191,15 @@ def _submitter(executor: Executor | None) -> Iterator[Callable[[Job], Future[Non
     NumPy's products use all cores already, so that evaluations take turns.
     """
     if executor is not None:
-        yield executor.submit
+        yield partial(executor.submit, Job.run)
         return
     turn = threading.Lock()
     with ThreadPoolExecutor(1) as copies, ThreadPoolExecutor(2) as evaluations:
 
         def submit(job: Job) -> Future[None]:
             if isinstance(job.data, Source):
-                return copies.submit(job)
-            return evaluations.submit(job, turn)
+                return copies.submit(job.run)
+            return evaluations.submit(job.run, turn)
 
         yield submit
 
