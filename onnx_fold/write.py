@@ -21,7 +21,6 @@ from concurrent.futures import (
     wait,
 )
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -191,7 +190,7 @@ def _submitter(executor: Executor | None) -> Iterator[Callable[[Job], Future[Non
     NumPy's products use all cores already, so that evaluations take turns.
     """
     if executor is not None:
-        yield partial(executor.submit, Job.run)
+        yield lambda job: executor.submit(job.run)
         return
     turn = threading.Lock()
     with ThreadPoolExecutor(1) as copies, ThreadPoolExecutor(2) as evaluations:
