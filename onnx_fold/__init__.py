@@ -15,6 +15,7 @@ from onnx_fold.errors import (
     CheckFailedError,
     InvalidModelError,
     MissingExtraError,
+    NotFiniteError,
     OnnxFoldError,
     UsageError,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "InspectReport",
     "InvalidModelError",
     "MissingExtraError",
+    "NotFiniteError",
     "OnnxFoldError",
     "ParityReport",
     "UsageError",

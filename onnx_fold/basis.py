@@ -6,9 +6,12 @@ function. Nothing here inverts a matrix: ``T⁻¹ R`` is an LU solve with partia
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,14 +20,16 @@ import onnx_ir as ir
 from onnx_fold.expression import (
     HOST,
     Array,
+    Device,
     Expression,
     Factors,
-    Held,
+    Indices,
     Solve,
     cast,
     evaluate,
     product,
     reshape,
+    sample,
     take,
     transpose,
 )
@@ -78,35 +83,46 @@ class Basis:
     def _factors(self) -> Factors:
         return Factors(cast(self.matrix, np.float64))
 
-    @cached_property
+    def factored(self, device: Device = HOST) -> tuple[dict[Expression, Any], float]:
+        """The LU factors for :func:`evaluate`, and the condition number of ``T``.
+
+        That is the one of the 2-norm, estimated from the factors; infinite if ``T`` is singular.
+        """
+        lines = evaluate(self._factors.x)
+        if not np.isfinite(lines).all():
+            return {}, float("inf")
+        matrix = device.load(lines)
+        factors = device.lu_factor(matrix)
+        width = len(lines)
+
+        def gram(vector: Any) -> Any:
+            return matrix.T @ (matrix @ vector)
+
+        def inverse_gram(vector: Any) -> Any:
+            return device.lu_solve(factors, device.lu_solve(factors, vector, True), False)
+
+        sizes = (_largest_singular_value(width, each, device) for each in (inverse_gram, gram))
+        return {self._factors: factors}, math.prod(sizes)
+
+    @property
     def condition(self) -> float:
-        """Condition number of ``T`` (2-norm), estimated from its LU; infinite if singular."""
-        matrix = evaluate(self._factors.x)
-        factors = HOST.lu_factor(matrix)
-        if not factors[-1]:
-            return float("inf")
-
-        def solve(vector: Array, transposed: bool) -> Array:
-            return HOST.lu_solve(factors, vector, transposed)
-
-        largest = _largest_singular_value(len(matrix), lambda v: matrix.T @ (matrix @ v))
-        inverse = _largest_singular_value(len(matrix), lambda v: solve(solve(v, True), False))
-        return largest * inverse
+        """Condition number of ``T``, see :meth:`factored`."""
+        return self.factored()[1]
 
 
 def _largest_singular_value(
-    width: int, gram: Callable[[Array], Array], iterations: int = 24
+    width: int, gram: Callable[[Any], Any], device: Device, iterations: int = 24
 ) -> float:
     """Power iteration with ``gram = Aᵀ A`` (or ``A⁻¹ A⁻ᵀ``); from below, within some percent."""
-    vector: Array = np.random.default_rng(0).standard_normal(width)
-    size = 0.0
-    with np.errstate(over="ignore", invalid="ignore"):
+    vector = device.load(np.random.default_rng(0).standard_normal((width, 1)))
+    size = float((vector * vector).sum()) ** 0.5
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         for _ in range(iterations):
-            vector = gram(vector / np.linalg.norm(vector))
-            size = float(np.linalg.norm(vector))
-            if not np.isfinite(size) or size == 0.0:
+            vector = gram(vector * (1.0 / size))
+            size = float((vector * vector).sum()) ** 0.5
+            if not math.isfinite(size) or size == 0.0:
                 return float("inf")
-    return float(np.sqrt(size))
+    return math.sqrt(size)
 
 
 @dataclass(frozen=True)
@@ -142,17 +158,28 @@ def probe(
     readers: Sequence[Side],
     dtype: ir.DataType,
     rows: int = 32,
+    device: Device = HOST,
+    given: Mapping[Expression, Any] = MappingProxyType({}),
 ) -> tuple[float, float]:
     """Predict the relative error of a fold, for values and weights stored as ``dtype``.
 
     Random rows ``h ~ N(0, 1)``, or recorded ones, go through the writers and the readers. The
     reference is ``y = (Σ h W) R``, in float64, or in float32 for 16-bit weights. The folded side
     has its weights as they would be stored; on both sides the stream's value and the result are
-    rounded to the storage type. A probe, not a bound.
+    rounded to the storage type. Of wide layers only some channels of ``h`` are not zero, and only
+    some columns of ``y`` are looked at. A probe, not a bound.
+
+    Args:
+        writers: The writers of the stream.
+        readers: Its readers.
+        dtype: The storage type.
+        rows: How many rows of ``h`` to draw.
+        device: Where to evaluate.
+        given: Values on the device that are known already.
 
     Returns:
         The largest ``‖y' - y‖ / ‖y‖`` (Frobenius) of all readers for the folded layers, and the
-        same for the original ones.
+        same for the original ones. The first is infinite if a folded weight is not finite.
     """
     generator = np.random.default_rng(0)
     narrow = dtype.numpy()
@@ -161,40 +188,73 @@ def probe(
         with np.errstate(over="ignore"):
             return array.astype(narrow).astype(np.float64)
 
+    def part(x: Expression, picked: Indices | None, axis: int) -> Array:
+        return evaluate(x if picked is None else take(x, picked, axis), device, given)
+
     x: Array = np.zeros(())
     x_folded: Array = np.zeros(())
+    is_finite = True
+    picked: Indices | None
     for side in writers:
         if isinstance(side, TableSide):
-            picked = Held(generator.integers(0, side.before.shape[0], rows))
-            before, after = (_wide(take(w, picked, 0)) for w in (side.before, side.after))
+            picked = generator.integers(0, side.before.shape[0], rows)
+            before, after = part(side.before, picked, 0), part(side.after, picked, 0)
+            is_finite &= bool(np.isfinite(after).all())
         else:
-            h = generator.standard_normal((rows, side.before.shape[0]))
-            if side.rows is not None:
-                h = side.rows[generator.integers(0, len(side.rows), rows)]
-            h = rounded(h)
-            before, after = _product(h, side.before), _product(h, side.after)
+            picked = sample(side.before, 0, generator)
+            h = rounded(_inputs(side, picked, rows, generator))
+            before = _product(h, part(side.before, picked, 0))
+            if side.after is None:
+                after = _placed(h, picked, side.before.shape[0])
+            else:
+                stored = part(side.after, picked, 0)
+                is_finite &= bool(np.isfinite(stored).all())
+                after = _product(h, stored)
         x, x_folded = x + before, x_folded + after
     x_original, x_folded = rounded(x), rounded(x_folded)
     worst, worst_original = 0.0, 0.0
     for side in readers:
-        y = _product(x, side.before)
+        picked = sample(side.before, 1, generator)
+        r = part(side.before, picked, 1)
+        y = _product(x, r)
+        if side.after is None:
+            y_folded = x_folded if picked is None else x_folded[:, picked]
+        else:
+            stored = part(side.after, picked, 1)
+            is_finite &= bool(np.isfinite(stored).all())
+            y_folded = _product(x_folded, stored)
         with np.errstate(invalid="ignore"):  # an overflow: its error is infinite
-            y_folded = rounded(_product(x_folded, side.after))
-            y_original = rounded(_product(x_original, side.before))
-        worst = max(worst, _relative(y_folded, y))
-        worst_original = max(worst_original, _relative(y_original, y))
-    return worst, worst_original
+            worst = max(worst, _relative(rounded(y_folded), y))
+            worst_original = max(worst_original, _relative(rounded(_product(x_original, r)), y))
+    return worst if is_finite else float("inf"), worst_original
 
 
-def _wide(x: Expression) -> Array:
-    return evaluate(cast(x, np.float64))
+def _inputs(side: Side, picked: Indices | None, rows: int, generator: np.random.Generator) -> Array:
+    """Rows for a writer; the fewer of its channels are picked, the larger they are."""
+    size = side.before.shape[0]
+    count = size if picked is None else len(picked)
+    if side.rows is None:
+        h: Array = generator.standard_normal((rows, count))
+    else:
+        h = side.rows[generator.integers(0, len(side.rows), rows)]
+        h = h if picked is None else h[:, picked]
+    return h * math.sqrt(size / count)
 
 
-def _product(x: Array, w: Expression | None) -> Array:
-    """``x w`` in the type of ``w``, as float64; ``w`` is None for the identity."""
-    if w is None:
-        return x
-    return _wide(product(Held(x.astype(w.dtype)), w))
+def _placed(h: Array, picked: Indices | None, width: int) -> Array:
+    """``h`` with zeros in the place of the channels that were not picked."""
+    if picked is None:
+        return h
+    placed = np.zeros((len(h), width))
+    placed[:, picked] = h
+    return placed
+
+
+def _product(x: Array, w: Array) -> Array:
+    """``x w`` in the type of ``w``, as float64."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        product: Array = x.astype(w.dtype) @ w
+    return product.astype(np.float64)
 
 
 def _relative(approximate: Array, exact: Array) -> float:

@@ -34,7 +34,7 @@ def carry_biases(stream: Stream, writer: Linear, rewrite: Rewrite) -> None:
         CannotRewriteError: One of them differs from position to position where a reader reads it.
     """
     for constant_writer in stream.constants:
-        if not _bypass(constant_writer, stream, rewrite):
+        if not _bypass(constant_writer, writer, stream, rewrite):
             raise CannotRewriteError(
                 f"'{constant_writer.label}' cannot be carried behind the readers"
             )
@@ -46,13 +46,13 @@ def carry_biases(stream: Stream, writer: Linear, rewrite: Rewrite) -> None:
             _add_bias(rewrite, reader, carried)
 
 
-def _bypass(writer: ConstantWriter, stream: Stream, rewrite: Rewrite) -> bool:
+def _bypass(writer: ConstantWriter, layer: Linear, stream: Stream, rewrite: Rewrite) -> bool:
     """Take an added vector out of the stream; its share is added behind the readers."""
     node = writer.node
-    if writer.is_table or node.op_type not in ("Add", "Sub", "Gemm"):
+    if writer.edge == layer.bias:
+        return not writer.is_table  # goes with the node
+    if writer.is_table or node.op_type not in ("Add", "Sub"):
         return False
-    if node.op_type == "Gemm":
-        return True  # goes with the node
     other = node.inputs[1 - writer.index]
     if other not in stream.values or (node.op_type == "Sub" and writer.index == 0):
         return False
@@ -68,8 +68,7 @@ def _carried(value: ir.Value, writer: Linear, stream: Stream) -> Carried | None:
     assert node is not None  # a closed stream has no graph input
     own = [(c, 1.0) for c in stream.constants if c.node is node and not c.is_zero()]
     if node is writer.node:
-        beta = node.attributes.get_float("beta", 1.0)
-        return [(c, beta) for c, _ in own]
+        return [(c, writer.beta) for c, _ in own]
     if node.op_type in _UNIFORM:
         return _carried(_operand(node, 0), writer, stream)
     if node.op_type == "Neg":
@@ -110,23 +109,23 @@ def _scaled(carried: Carried | None, factor: float) -> Carried | None:
 def _add_bias(rewrite: Rewrite, reader: Linear, carried: Carried) -> None:
     """Add ``b R`` behind ``reader``: into the bias that it has, else as an Add of its own."""
     vectors = (scale(reshape(writer.channels_last(), (-1,)), gain) for writer, gain in carried)
-    through = product(Sum(tuple(vectors)), reader.matrix())
+    through = product(Sum(tuple(vectors)), reader.matrix(is_writer=False))
     dtype, width = reader.weight.dtype, reader.out_features
-    node = reader.node
-    if node.op_type == "Gemm":
-        beta = node.attributes.get_float("beta", 1.0)
-        bias = node.inputs[2] if len(node.inputs) > 2 else None
-        held = constant(bias)
-        if beta != 0.0 and (bias is None or held is not None):
+    node, edge = reader.node, reader.bias
+    if reader.beta != 0.0 and (edge is not None or node.op_type == "Gemm"):
+        held = constant(node.inputs[edge[1]]) if edge is not None else None
+        if edge is None or held is not None:
             own = held.wide() if held is not None else Held(np.zeros(width))
-            total = Sum((own, scale(through, 1.0 / beta)))
-            rewrite.stored[node, 2] = FoldedTensor(total, dtype)
+            total = Sum((own, scale(through, 1.0 / reader.beta)))
+            rewrite.stored[edge or (node, 2)] = FoldedTensor(total, dtype)
             return
-    if reader.y_axis == -1 and len(reader.y.uses()) == 1 and not reader.y.is_graph_output():
+    shape = reader.vector_shape
+    if shape is None:
+        raise CannotRewriteError(f"a bias cannot be added behind {reader.label}")
+    if shape == (width,) and len(reader.y.uses()) == 1 and not reader.y.is_graph_output():
         ((add, index),) = reader.y.uses()
         held = constant(add.inputs[1 - index]) if add.op_type == "Add" else None
         if held is not None and held.dtype == dtype and held.shape[-1:] == (held.size,) == (width,):
             rewrite.stored[add, 1 - index] = FoldedTensor(Sum((held.wide(), through)), dtype)
             return
-    shape = (width,) + (1,) * (-1 - reader.y_axis)
-    rewrite.biases[reader.y] = (reader.y_axis, FoldedTensor(reshape(through, shape), dtype))
+    rewrite.biases[reader.y] = FoldedTensor(reshape(through, shape), dtype)

@@ -54,17 +54,15 @@ def record(
     if precision(model) in SIXTEEN_BITS:
         copy = widen(model, ir.DataType.FLOAT)
         feeds = {name: _float32(array) for name, array in feeds.items()}
-    linears = {layer.x.name: layer for layer in find_linears(copy.graph)}
+    axes = {layer.x: layer.x_axis for layer in find_linears(copy.graph) if layer.x_axis is not None}
     known = {value.name for value in (*copy.graph.inputs, *copy.graph.outputs)}
-    for name, layer in linears.items():
-        if name not in known:
-            copy.graph.outputs.append(layer.x)
+    copy.graph.outputs.extend(value for value in axes if value.name not in known)
     outputs = {**feeds, **run(session(copy, provider), feeds)}
     return Activations(
         {
-            name: _rows(outputs[name], layer.x_axis)
-            for name, layer in linears.items()
-            if name is not None and name in outputs
+            value.name: _rows(outputs[value.name], axis)
+            for value, axis in axes.items()
+            if value.name is not None and value.name in outputs
         }
     )
 

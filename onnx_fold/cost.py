@@ -24,7 +24,7 @@ class Cost:
     Attributes:
         weights: Elements of all floating-point initializers and Constant nodes.
         bytes: Their size as stored.
-        nodes: Operators, those in the bodies of control flow included.
+        nodes: Operators, those in the bodies of control flow included; a function call is one.
     """
 
     weights: int
@@ -58,9 +58,10 @@ class Saving:
 def cost(model: ir.Model) -> Cost:
     """Weigh ``model``; no weight is read."""
     stored = [value.const_value for g in model.graphs() for value in g.initializers.values()]
+    bodies = (model.graph, *model.functions.values())
     stored += [
         node.attributes["value"].as_tensor()
-        for node in model.graph.all_nodes()
+        for node in (node for body in bodies for node in body.all_nodes())
         if node.op_type == "Constant" and "value" in node.attributes
     ]
     tensors = [tensor for tensor in stored if tensor is not None and tensor.dtype in FLOATS]

@@ -27,7 +27,7 @@ class CheckFailedError(OnnxFoldError):
 
 
 class NotFiniteError(OnnxFoldError):
-    """A folded weight overflows, or is NaN, in the type that it would be stored in."""
+    """A folded weight is NaN or overflows its storage type."""
 
 
 class UsageError(OnnxFoldError):

@@ -11,17 +11,24 @@ columns, some rows of a stored matrix are read and no others. So a sample costs 
 from __future__ import annotations
 
 import math
+import os
+import tempfile
+import weakref
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from types import MappingProxyType
+from typing import IO, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 import scipy.linalg
+
+from onnx_fold.errors import NotFiniteError
 
 Array = npt.NDArray[Any]
 Indices = npt.NDArray[np.intp]
@@ -101,16 +108,15 @@ class Host:
         """An array of zeros."""
         return np.zeros(shape, dtype)
 
-    def lu_factor(self, matrix: Array) -> tuple[Array, npt.NDArray[np.int32], bool]:
-        """LU factors of the transpose, which LAPACK reads without a copy; whether it is regular."""
-        lu, pivots, singular = scipy.linalg.lapack.dgetrf(matrix.T)
-        return lu, pivots, not singular and bool(np.isfinite(lu).all())
+    def lu_factor(self, matrix: Array) -> tuple[Array, npt.NDArray[np.int32]]:
+        """LU factors of the transpose, which is in the order that LAPACK reads."""
+        lu, pivots, _ = scipy.linalg.lapack.dgetrf(matrix.T)
+        return lu, pivots
 
     def lu_solve(self, factors: Any, rhs: Array, transposed: bool) -> Array:
         """``A⁻¹ rhs``, or ``A⁻ᵀ rhs``, for the factors of ``A``."""
-        lu, pivots, _ = factors
         solved: Array = scipy.linalg.lu_solve(
-            (lu, pivots), rhs, trans=0 if transposed else 1, check_finite=False
+            factors, rhs, trans=0 if transposed else 1, check_finite=False
         )
         return solved
 
@@ -148,16 +154,27 @@ class Expression(ABC):
         return Take(self, indices, axis)
 
 
-def evaluate(expression: Expression, device: Device = HOST) -> Array:
+def evaluate(
+    expression: Expression,
+    device: Device = HOST,
+    given: Mapping[Expression, Any] = MappingProxyType({}),
+) -> Array:
     """The values of ``expression``.
 
     Each object in the tree is evaluated once, and dropped after its last use. What overflows
     becomes infinite without a warning.
+
+    Args:
+        expression: What to evaluate.
+        device: Where.
+        given: Values on the device that are known already.
     """
     uses = Counter(id(operand) for node in _nodes(expression) for operand in node.operands)
     values: dict[int, Any] = {}
 
     def visit(node: Expression) -> Any:
+        if node in given:
+            return given[node]
         key = id(node)
         value = values[key] if key in values else node.compute(device, *map(visit, node.operands))
         uses[key] -= 1
@@ -225,10 +242,7 @@ class Initializer(Expression):
 
 
 @dataclass(frozen=True, eq=False)
-class Stored(Expression):
-    """A tensor in a file: ``dtype`` values from byte ``offset`` on."""
-
-    path: Path
+class _OnDisk(Expression):
     offset: int
     storage: np.dtype[Any]
     dims: Shape
@@ -241,20 +255,73 @@ class Stored(Expression):
     def dtype(self) -> np.dtype[Any]:
         return self.storage
 
-    def compute(self, device: Device, *operands: Any) -> Any:
-        count = math.prod(self.dims)
-        array = np.fromfile(self.path, self.storage, count, offset=self.offset)
-        return device.load(array.reshape(self.dims))
+    @abstractmethod
+    def mapped(self) -> Array:
+        """The file mapped into memory: only what is looked at is read."""
 
     def take(self, indices: Expression, axis: int) -> Expression:
         return Part(self, indices, axis)
 
 
 @dataclass(frozen=True, eq=False)
-class Part(Expression):
-    """Slices of a stored tensor; no others are read."""
+class Stored(_OnDisk):
+    """A tensor in a file: ``storage`` values from byte ``offset`` on."""
 
-    source: Stored
+    path: Path
+
+    def mapped(self) -> Array:
+        return np.memmap(self.path, self.storage, "r", self.offset, self.dims)
+
+    def compute(self, device: Device, *operands: Any) -> Any:
+        count = math.prod(self.dims)
+        array = np.fromfile(self.path, self.storage, count, offset=self.offset)
+        return device.load(array.reshape(self.dims))
+
+
+class Spool:
+    """Arrays kept on disk, in a file without a name that goes with the last of them."""
+
+    def __init__(self, in_memory: int = 2**20) -> None:
+        """Keep arrays of up to ``in_memory`` bytes in memory."""
+        self._in_memory = in_memory
+
+    @cached_property
+    def file(self) -> IO[bytes]:
+        """Where the arrays lie."""
+        file = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as this object is
+        weakref.finalize(self, file.close)
+        return file
+
+    def add(self, array: Array) -> Expression:
+        """``array`` as an expression that does not hold it in memory if it is large."""
+        if array.nbytes <= self._in_memory:
+            return Held(array)
+        offset = self.file.seek(0, os.SEEK_END)
+        np.ascontiguousarray(array).tofile(self.file)
+        return Spooled(offset, array.dtype, array.shape, self)
+
+
+@dataclass(frozen=True, eq=False)
+class Spooled(_OnDisk):
+    """An array in a :class:`Spool`; it is pickled by value."""
+
+    spool: Spool
+
+    def mapped(self) -> Array:
+        return np.memmap(self.spool.file, self.storage, "r", self.offset, self.dims)
+
+    def compute(self, device: Device, *operands: Any) -> Any:
+        return device.load(np.array(self.mapped()))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Held, (np.array(self.mapped()),)
+
+
+@dataclass(frozen=True, eq=False)
+class Part(Expression):
+    """Slices of an array on disk; no others are read."""
+
+    source: _OnDisk
     indices: Expression
     axis: int
 
@@ -271,9 +338,9 @@ class Part(Expression):
         return (self.indices,)
 
     def compute(self, device: Device, *operands: Any) -> Any:
-        source = self.source
-        mapped = np.memmap(source.path, source.storage, "r", source.offset, source.shape)
-        return device.load(np.take(mapped, device.fetch(operands[0]), self.axis).view(np.ndarray))
+        (indices,) = operands
+        taken = np.take(self.source.mapped(), device.fetch(indices), self.axis)
+        return device.load(taken.view(np.ndarray))
 
 
 def _taken(shape: Shape, indices: Expression, axis: int) -> Shape:
@@ -286,7 +353,7 @@ def of_tensor(tensor: ir.TensorProtocol) -> Expression:
         return tensor.expression
     if isinstance(tensor, ir.ExternalTensor):
         shape = tuple(tensor.shape.numpy())
-        return Stored(Path(tensor.path), tensor.offset or 0, tensor.dtype.numpy(), shape)
+        return Stored(tensor.offset or 0, tensor.dtype.numpy(), shape, Path(tensor.path))
     return Initializer(tensor)
 
 
@@ -614,7 +681,13 @@ def reshape(x: Expression, shape: Sequence[int]) -> Expression:
     if -1 in sizes:
         known = math.prod(size for size in sizes if size != -1)
         sizes[sizes.index(-1)] = math.prod(x.shape) // known
-    return x if tuple(sizes) == x.shape else Reshape(x, tuple(sizes))
+    if tuple(sizes) == x.shape:
+        return x
+    if isinstance(x, _OnDisk):
+        return replace(x, dims=tuple(sizes))
+    if isinstance(x, Cast):
+        return Cast(reshape(x.x, sizes), x.to)
+    return Reshape(x, tuple(sizes))
 
 
 def broadcast(x: Expression, shape: Sequence[int]) -> Expression:
@@ -635,6 +708,24 @@ def product(left: Expression, right: Expression) -> Expression:
     return Product(left, cast(right, left.dtype))
 
 
+SAMPLE = 256
+"""Rows, or columns, that stand for all of a matrix that has more."""
+
+
+def sample(x: Expression, axis: int, generator: np.random.Generator) -> Indices | None:
+    """The indices of random slices of ``x`` along ``axis``; None for all if there are few."""
+    size = x.shape[axis]
+    return None if size <= SAMPLE else np.sort(generator.choice(size, SAMPLE, replace=False))
+
+
+def sampled(x: Expression, generator: np.random.Generator) -> Expression:
+    """Some rows and some columns of ``x``."""
+    for axis in reversed(range(len(x.shape))):
+        picked = sample(x, axis, generator)
+        x = x if picked is None else take(x, picked, axis)
+    return x
+
+
 # --- Stored in a model ----------------------------------------------------------------------------
 
 
@@ -642,37 +733,58 @@ class FoldedTensor(ir.LazyTensor):
     """An initializer given by an expression: evaluated wide, rounded once to its storage type.
 
     It is evaluated each time it is asked for; nothing is kept. It can be pickled.
+
+    Attributes:
+        expression: The values before they are rounded.
+        device: Where it is evaluated.
     """
 
-    __slots__ = ("expression",)
+    __slots__ = ("device", "expression")
 
-    def __init__(self, expression: Expression, dtype: ir.DataType, name: str | None = None) -> None:
+    def __init__(
+        self,
+        expression: Expression,
+        dtype: ir.DataType,
+        name: str | None = None,
+        device: Device = HOST,
+    ) -> None:
         """Store ``expression`` as ``dtype``."""
         shape = ir.Shape(expression.shape)
         super().__init__(self._evaluated, dtype, shape, cache=False, name=name)
         self.expression: Expression = expression
+        self.device: Device = device
 
     def __repr__(self) -> str:
         return f"{self._repr_base()}(name={self.name!r})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return FoldedTensor, (self.expression, self.dtype, self.name)
+        return FoldedTensor, (self.expression, self.dtype, self.name, self.device)
 
     @property
     def rounded(self) -> Expression:
         """The values as they are stored."""
         return cast(self.expression, self.dtype.numpy())
 
-    def evaluated(self, device: Device = HOST) -> Array:
+    def evaluated(self) -> Array:
         """The values as they are stored, in memory and in order.
 
         Raises:
+            NotFiniteError: One of them is NaN or overflows the storage type.
             AssertionError: Its shape is not what it is declared to be.
         """
-        array = np.ascontiguousarray(evaluate(self.rounded, device))
+        array = np.ascontiguousarray(evaluate(self.rounded, self.device))
         if array.shape != tuple(self.shape.numpy()):
             raise AssertionError(f"expected shape {self.shape}, evaluated to {array.shape}")
+        if not np.isfinite(array).all() and self._is_computed():
+            raise NotFiniteError(
+                f"folded weight '{self.name}' is not finite in {self.dtype.name.lower()};"
+                " protect it (--protect)"
+            )
         return array
+
+    def _is_computed(self) -> bool:
+        """Whether its values are results; else they only come in another order."""
+        return any(isinstance(node, Product | Solve | Sum) for node in _nodes(self.expression))
 
     def _evaluated(self) -> ir.TensorProtocol:
         return ir.Tensor(self.evaluated(), dtype=self.dtype)

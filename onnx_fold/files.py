@@ -80,10 +80,32 @@ def _load_file(path: Path) -> ir.Model:
 def _from_proto(proto: onnx.ModelProto, name: str) -> ir.Model:
     if not proto.HasField("graph") or not proto.opset_import:
         raise InvalidModelError(f"{name} is not an ONNX model: it holds no graph")
+    for what in _unknown_parts(proto):
+        raise InvalidModelError(f"{name} holds {what}, which onnx-fold would lose")
     try:
         return ir.from_proto(proto)
     except Exception as error:
         raise InvalidModelError(f"{name} is not a valid ONNX model: {error}") from error
+
+
+def _unknown_parts(proto: onnx.ModelProto) -> Iterator[str]:
+    """What ``proto`` holds that an ``onnx_ir.Model`` cannot."""
+    if proto.training_info:
+        yield "training information"
+    if any(graph.sparse_initializer for graph in _graphs(proto)):
+        yield "sparse initializers"
+
+
+def _graphs(proto: onnx.ModelProto) -> Iterator[onnx.GraphProto]:
+    """The main graph and the bodies of control flow, at any depth."""
+    queue = [proto.graph]
+    while queue:
+        graph = queue.pop()
+        yield graph
+        for attribute in (each for node in graph.node for each in node.attribute):
+            queue.extend(attribute.graphs)
+            if attribute.HasField("g"):
+                queue.append(attribute.g)
 
 
 def check(source: ModelSource, model: ir.Model, cause: Exception) -> None:

@@ -7,18 +7,19 @@ then the one with the fewest operators, then the most accurate one.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
 
 from onnx_fold.basis import MAX_STREAM_RATIO, TOLERANCES, Basis, Side, TableSide, probe
+from onnx_fold.expression import HOST, Device, Expression
 from onnx_fold.report import CandidateReport, StreamReport
-from onnx_fold.rewrite import CannotRewriteError, Rewrite
+from onnx_fold.rewrite import CannotRewriteError, Rewrite, remembered_names
 from onnx_fold.stream import Stream, find_streams
 from onnx_fold.widen import unit_roundoff
 
@@ -41,11 +42,13 @@ class Options:
         protect: Names of initializers, nodes or values that must stay as they are.
         tolerance: Largest predicted relative error. None takes the default of the storage type,
             and at most :data:`onnx_fold.basis.MAX_STREAM_RATIO` times the error of the original.
+        device: Where weights are evaluated.
     """
 
     pivot: str = "auto"
     protect: frozenset[str] = frozenset()
     tolerance: float | None = None
+    device: Device = HOST
 
 
 Memo = dict[tuple[object, ...], tuple[CandidateReport, tuple[ir.TensorProtocol, ...]]]
@@ -82,11 +85,6 @@ class Candidate:
         """Operators that it adds, less those that it removes."""
         return self.rewrite.nodes_change()
 
-    @property
-    def condition(self) -> float | None:
-        """Condition number of the basis that it inverts."""
-        return self.basis.condition if self.basis is not None else None
-
     def _growth(self) -> str:
         shared = self.rewrite.shared()
         if shared:
@@ -117,12 +115,16 @@ class Candidate:
     def _measured(
         self, report: CandidateReport, stream: Stream, options: Options
     ) -> CandidateReport:
-        report = replace(report, condition=self.condition)
-        if self.condition is not None and self.condition > 1e15:
-            return replace(report, refused="the matrix to invert is singular")
-        error, own = probe(self.writers, self.readers, stream.dtype)
+        given: Mapping[Expression, Any] = {}
+        if self.basis is not None:
+            given, condition = self.basis.factored(options.device)
+            report = replace(report, condition=condition)
+            if condition > 1e15:
+                return replace(report, refused="the matrix to invert is singular")
+        known = options.device, given
+        error, own = probe(self.writers, self.readers, stream.dtype, 32, *known)
         refused = _over_tolerance(error, own, stream.dtype, options)
-        if (refused is None or not np.isfinite(error)) and not self.rewrite.is_finite():
+        if (refused is None or not np.isfinite(error)) and not self.rewrite.is_finite(*known):
             refused = f"a folded weight is not finite in {stream.dtype.name.lower()}"
             return replace(report, refused=refused)
         return replace(report, error=error, error_original=own, refused=refused)
@@ -203,6 +205,16 @@ def fold_streams(
         A report for each stream, in graph order: what was folded, or why nothing was. Streams that
         no fold could be asked of are reported as they were at first.
     """
+    with remembered_names(model.graph):
+        return _fold_streams(model, passes, options, activations)
+
+
+def _fold_streams(
+    model: ir.Model,
+    passes: Sequence[FoldPass],
+    options: Options,
+    activations: Activations | None,
+) -> list[StreamReport]:
     order = {node: position for position, node in enumerate(model.graph)}
     reports: list[tuple[int, StreamReport]] = []
     finished: set[ir.Node] = set()

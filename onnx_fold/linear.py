@@ -7,6 +7,7 @@ of any rank; the axis that ``W`` contracts or produces is the channel axis, coun
 from __future__ import annotations
 
 import ast
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -15,75 +16,126 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from onnx_fold.constants import FLOATS, Constant, constant
-from onnx_fold.expression import Expression, scale, transpose
+from onnx_fold.expression import Expression, reshape, scale, transpose
+from onnx_fold.shapes import Shapes
+
+Edge = tuple[ir.Node, int]
+"""An input of a node."""
 
 
 @dataclass(frozen=True)
 class Linear:
-    """A node that multiplies a value by a constant matrix.
+    """A node that multiplies a value by a constant matrix, or by one of several for each row.
+
+    The axes of the weight that are neither inputs nor outputs (experts, the positions of a kernel)
+    hold several matrices. All of them read the same stream, side by side, or write the same, one
+    above the other.
 
     Attributes:
-        node: The MatMul or Gemm.
-        index: Which input of ``node`` is the weight.
+        node: The operator: MatMul, Gemm, Einsum, Conv ...
+        edge: The input that holds the weight: of ``node``, or of the Gather that picks experts.
         weight: The constant behind that input.
-        transposed: The node multiplies by the transpose of what ``weight`` holds.
+        in_axes: Axes of ``weight`` that are contracted with ``x``.
+        out_axes: Axes of ``weight`` that are channels of ``y``.
+        x: The value read.
+        x_axis: Its channel axis; None if the channels do not make up one axis.
+        y: The value written.
+        y_axis: Its channel axis; None as for ``x``.
         alpha: Factor that the node applies to the product.
-        x: The value read, with its channel axis ``x_axis``.
-        y: The value written, with its channel axis ``y_axis``.
+        bias: The input that is added to the product, if there is one.
+        beta: Factor that the node applies to the bias.
+        keeps_layout: Whether ``x`` could stand in the place of ``y`` if ``W`` were the identity.
+        identity_shape: The shape to which ``x`` has to be reshaped before it can.
     """
 
     node: ir.Node
-    index: int
+    edge: Edge
     weight: Constant
-    transposed: bool
-    alpha: float
+    in_axes: tuple[int, ...]
+    out_axes: tuple[int, ...]
     x: ir.Value
-    x_axis: int
+    x_axis: int | None
     y: ir.Value
-    y_axis: int
+    y_axis: int | None
+    alpha: float = 1.0
+    bias: Edge | None = None
+    beta: float = 1.0
+    keeps_layout: bool = True
+    identity_shape: tuple[int, ...] | None = None
 
     @property
     def in_features(self) -> int:
-        """Width of the channel axis of ``x``."""
-        return self.weight.shape[1 if self.transposed else 0]
+        """Channels of ``x``."""
+        return math.prod(self.weight.shape[axis] for axis in self.in_axes)
 
     @property
     def out_features(self) -> int:
-        """Width of the channel axis of ``y``."""
-        return self.weight.shape[0 if self.transposed else 1]
+        """Channels of ``y``."""
+        return math.prod(self.weight.shape[axis] for axis in self.out_axes)
+
+    @property
+    def _other_axes(self) -> tuple[int, ...]:
+        own = {*self.in_axes, *self.out_axes}
+        return tuple(axis for axis in range(len(self.weight.shape)) if axis not in own)
+
+    @property
+    def num_matrices(self) -> int:
+        """How many matrices it holds: 1, or the number of experts or kernel positions."""
+        return math.prod(self.weight.shape[axis] for axis in self._other_axes)
 
     @property
     def is_square(self) -> bool:
-        """Whether it has as many inputs as outputs."""
-        return self.in_features == self.out_features
-
-    @property
-    def edge(self) -> tuple[ir.Node, int]:
-        """The input that holds the weight."""
-        return self.node, self.index
-
-    @property
-    def keeps_layout(self) -> bool:
-        """Whether ``x`` could stand in the place of ``y`` if ``W`` were the identity."""
-        return self.x_axis == self.y_axis
-
-    def matrix(self, dtype: npt.DTypeLike = np.float64) -> Expression:
-        """``W``, alpha included, ``[in_features, out_features]`` in ``dtype``."""
-        return self.unpack(self.weight.wide(dtype))
-
-    def unpack(self, stored: Expression) -> Expression:
-        """What the node multiplies by when it stores ``stored``: the inverse of :meth:`pack`."""
-        return scale(transpose(stored) if self.transposed else stored, self.alpha)
-
-    def pack(self, matrix: Expression) -> Expression:
-        """What the node has to store so that :meth:`matrix` gives ``matrix``."""
-        scaled = scale(matrix, 1.0 / self.alpha)
-        return transpose(scaled) if self.transposed else scaled
+        """Whether it is one matrix with as many inputs as outputs."""
+        return self.num_matrices == 1 and self.in_features == self.out_features
 
     @property
     def is_plain(self) -> bool:
-        """Whether the channels come last on both sides."""
-        return self.x_axis == self.y_axis == -1
+        """Whether it is one matrix and the channels come last on both sides."""
+        return self.num_matrices == 1 and self.x_axis == self.y_axis == -1
+
+    def matrix(self, dtype: npt.DTypeLike = np.float64, *, is_writer: bool = True) -> Expression:
+        """What it multiplies by, alpha included, in ``dtype``.
+
+        Several matrices stand above each other, ``[num_matrices · in_features, out_features]``; or
+        side by side, ``[in_features, num_matrices · out_features]``, if it is not asked as writer.
+        """
+        return self.unpack(self.weight.wide(dtype), is_writer=is_writer)
+
+    def unpack(self, stored: Expression, *, is_writer: bool = True) -> Expression:
+        """What the node multiplies by when it stores ``stored``: the inverse of :meth:`pack`."""
+        order = self._order(is_writer)
+        rows = len(self._other_axes) * is_writer + len(self.in_axes)
+        ordered = transpose(stored, order)
+        shape = (math.prod(ordered.shape[:rows]), math.prod(ordered.shape[rows:]))
+        return scale(reshape(ordered, shape), self.alpha)
+
+    def pack(self, matrix: Expression, *, is_writer: bool = True) -> Expression:
+        """What the node has to store so that :meth:`matrix` gives ``matrix``."""
+        order = self._order(is_writer)
+        changed = self.out_axes[0] if is_writer else self.in_axes[0]
+        shape = [-1 if axis == changed else self.weight.shape[axis] for axis in order]
+        matrix = reshape(scale(matrix, 1.0 / self.alpha), shape)
+        return transpose(matrix, [order.index(axis) for axis in range(len(order))])
+
+    def _order(self, is_writer: bool) -> tuple[int, ...]:
+        if is_writer:
+            return (*self._other_axes, *self.in_axes, *self.out_axes)
+        return (*self.in_axes, *self._other_axes, *self.out_axes)
+
+    @property
+    def vector_shape(self) -> tuple[int, ...] | None:
+        """Shape in which one number for each column of the reader is added to ``y``, if any is."""
+        if self.edge[0] is not self.node:
+            return None  # which columns there are is known at run time only
+        if self.y_axis is None:
+            is_last = self.identity_shape is not None and self.keeps_layout
+            return tuple(self.weight.shape[a] for a in self.out_axes) if is_last else None
+        behind = (1,) * (-1 - self.y_axis)
+        if self.num_matrices == 1:
+            return (self.out_features, *behind)
+        if self.node.op_type == "Einsum":
+            return None
+        return (*(self.weight.shape[axis] for axis in self._other_axes), 1, self.out_features)
 
     @property
     def label(self) -> str:
@@ -91,52 +143,236 @@ class Linear:
         return label(self.node, self.weight)
 
 
-def find_linears(graph: ir.Graph) -> list[Linear]:
+def find_linears(graph: ir.Graph, shapes: Shapes | None = None) -> list[Linear]:
     """All linear layers of ``graph`` (not of the bodies of its control flow), in graph order."""
-    return [linear for node in graph if (linear := as_linear(node)) is not None]
+    return [linear for node in graph if (linear := as_linear(node, shapes)) is not None]
 
 
-def as_linear(node: ir.Node) -> Linear | None:
+def as_linear(node: ir.Node, shapes: Shapes | None = None) -> Linear | None:
     """Read ``node`` as a linear layer, if it is one."""
-    recognise = _RECOGNISERS.get((node.domain, node.op_type))
-    return recognise(node) if recognise is not None else None
+    domain = "" if node.domain == "ai.onnx" else node.domain
+    recognise = _RECOGNISERS.get((domain, node.op_type))
+    return recognise(node, shapes) if recognise is not None else None
 
 
-def _weight(node: ir.Node, index: int) -> Constant | None:
-    found = constant(node.inputs[index])
-    return found if found is not None and found.dtype in FLOATS and len(found.shape) == 2 else None
+def _held(node: ir.Node, index: int) -> Constant | None:
+    """The weight at one input of ``node``."""
+    found = constant(node.inputs[index]) if index < len(node.inputs) else None
+    return found if found is not None and found.dtype in FLOATS else None
 
 
-def _matmul(node: ir.Node) -> Linear | None:
-    if len(node.inputs) != 2:
+def _computed(node: ir.Node, index: int) -> ir.Value | None:
+    """What is multiplied: an input that is not the same in every run."""
+    value = node.inputs[index]
+    return value if value is not None and constant(value) is None else None
+
+
+def _picked(node: ir.Node, index: int, shapes: Shapes | None) -> tuple[Edge, Constant] | None:
+    """The experts' weights, of which a Gather picks one for each row."""
+    value = node.inputs[index]
+    gather = value.producer() if value is not None else None
+    if value is None or gather is None or len(value.uses()) != 1 or value.is_graph_output():
         return None
-    x, w = node.inputs[0], node.inputs[1]
-    y = node.outputs[0]
-    right = _weight(node, 1)
-    left = _weight(node, 0)
-    if right is not None and constant(x) is None and x is not None:
-        return Linear(node, 1, right, False, 1.0, x, -1, y, -1)
-    if left is not None and constant(w) is None and w is not None:
-        return Linear(node, 0, left, True, 1.0, w, -2, y, -2)
+    weight = _held(gather, 0) if gather.op_type in ("Gather", "GatherND") else None
+    if weight is None or len(weight.shape) != 3:
+        return None
+    if gather.op_type == "GatherND":
+        indices = gather.inputs[1]
+        known = shapes.dim(indices, -1) if shapes is not None and indices is not None else None
+        if known != 1 or gather.attributes.get_int("batch_dims", 0) != 0:
+            return None
+    elif gather.attributes.get_int("axis", 0) not in (0, -3):
+        return None
+    return (gather, 0), weight
+
+
+def _matmul(
+    node: ir.Node, shapes: Shapes | None, alpha: float = 1.0, flips: Sequence[bool] = (False, False)
+) -> Linear | None:
+    """A MatMul by a constant on either side; ``flips`` says which operands are transposed."""
+    if len(node.inputs) != 2 or alpha == 0.0:
+        return None
+    for index in (1, 0):
+        value = _computed(node, 1 - index)
+        weight, edge = _held(node, index), (node, index)
+        if weight is None and (picked := _picked(node, index, shapes)) is not None:
+            edge, weight = picked
+        if weight is None or value is None or len(weight.shape) < 2:
+            continue
+        rank = len(weight.shape)
+        is_right = index == 1
+        contracted, kept = (
+            (rank - 2, rank - 1) if is_right != flips[index] else (rank - 1, rank - 2)
+        )
+        axis = -1 if is_right else -2
+        flipped = -3 - axis if flips[1 - index] else axis
+        return Linear(
+            node,
+            edge,
+            weight,
+            (contracted,),
+            (kept,),
+            value,
+            flipped,
+            node.outputs[0],
+            axis,
+            alpha,
+            keeps_layout=flipped == axis and rank == 2,
+        )
     return None
 
 
-def _gemm(node: ir.Node) -> Linear | None:
-    if len(node.inputs) < 2:
+def _fused_matmul(node: ir.Node, shapes: Shapes | None) -> Linear | None:
+    attributes = node.attributes
+    if attributes.get_int("transBatchA", 0) or attributes.get_int("transBatchB", 0):
         return None
-    x, weight = node.inputs[0], _weight(node, 1)
+    flips = [bool(attributes.get_int(name, 0)) for name in ("transA", "transB")]
+    return _matmul(node, shapes, attributes.get_float("alpha", 1.0), flips)
+
+
+def _gemm(node: ir.Node, shapes: Shapes | None) -> Linear | None:
+    weight, x = _held(node, 1), _computed(node, 0)
     alpha = node.attributes.get_float("alpha", 1.0)
-    if weight is None or x is None or constant(x) is not None or alpha == 0.0:
+    if weight is None or x is None or alpha == 0.0 or len(weight.shape) != 2:
         return None
+    transposed = node.attributes.get_int("transB", 0)
     x_axis = -2 if node.attributes.get_int("transA", 0) else -1
-    transposed = bool(node.attributes.get_int("transB", 0))
-    return Linear(node, 1, weight, transposed, alpha, x, x_axis, node.outputs[0], -1)
+    return Linear(
+        node,
+        (node, 1),
+        weight,
+        (1,) if transposed else (0,),
+        (0,) if transposed else (1,),
+        x,
+        x_axis,
+        node.outputs[0],
+        -1,
+        alpha,
+        _optional(node, 2),
+        node.attributes.get_float("beta", 1.0),
+        keeps_layout=x_axis == -1,
+    )
 
 
-_RECOGNISERS: dict[tuple[str, str], Callable[[ir.Node], Linear | None]] = {
+def _optional(node: ir.Node, index: int) -> Edge | None:
+    return (node, index) if index < len(node.inputs) and node.inputs[index] is not None else None
+
+
+def _conv(node: ir.Node, shapes: Shapes | None) -> Linear | None:
+    """A convolution writes its channels; with a kernel of one position it reads them too."""
+    weight, x = _held(node, 1), _computed(node, 0)
+    if weight is None or x is None or node.attributes.get_int("group", 1) != 1:
+        return None
+    positions = math.prod(weight.shape[2:])
+    axis = 1 - len(weight.shape)
+    moves = [
+        *node.attributes.get_ints("pads", ()),
+        *(s - 1 for s in node.attributes.get_ints("strides", ())),
+    ]
+    is_moved = any(moves) or node.attributes.get_string("auto_pad", "NOTSET") not in (
+        "NOTSET",
+        "VALID",
+    )
+    return Linear(
+        node,
+        (node, 1),
+        weight,
+        (1,),
+        (0,),
+        x,
+        axis if positions == 1 else None,
+        node.outputs[0],
+        axis,
+        bias=_optional(node, 2),
+        keeps_layout=positions == 1 and not is_moved,
+    )
+
+
+def _einsum(node: ir.Node, shapes: Shapes | None) -> Linear | None:
+    """``"bsd,df->bsf"``, with heads (``"bsd,dhk->bshk"``) or experts (``"bed,edf->bef"``)."""
+    terms, arrow, result = (
+        node.attributes.get_string("equation", "").replace(" ", "").partition("->")
+    )
+    inputs = terms.split(",")
+    if len(inputs) != 2 or not arrow or len(node.inputs) != 2:
+        return None
+    index = 1 if _held(node, 1) is not None else 0
+    weight, x = _held(node, index), _computed(node, 1 - index)
+    of_w, of_x, of_y = inputs[index], inputs[1 - index], result
+    if of_x.startswith("...") and of_y.startswith("..."):
+        of_x, of_y = of_x[3:], of_y[3:]
+    letters = of_x + of_w + of_y
+    if weight is None or x is None or not letters.isalpha() or len(of_w) != len(weight.shape):
+        return None
+    if any(len(set(term)) != len(term) for term in (of_x, of_w, of_y)):
+        return None  # a diagonal
+    ins = [letter for letter in of_x if letter in of_w and letter not in of_y]
+    outs = [letter for letter in of_y if letter in of_w and letter not in of_x]
+    if not ins or not outs or set(of_x) - set(of_y) != set(ins) or set(of_w) - set(of_x + of_y):
+        return None
+    around_x = [letter for letter in of_x if letter not in ins]
+    around_y = [letter for letter in of_y if letter not in outs]
+    is_last = of_x.endswith("".join(ins)) and of_y.endswith("".join(outs)) and around_x == around_y
+    x_axis = of_x.index(ins[0]) - len(of_x) if len(ins) == 1 else None
+    y_axis = of_y.index(outs[0]) - len(of_y) if len(outs) == 1 else None
+    axes = ins if len(outs) == 1 else outs
+    sizes = [weight.shape[of_w.index(letter)] for letter in axes]
+    sizes = [math.prod(sizes)] if len(outs) == 1 else sizes
+    is_single = len(ins) == len(outs) == 1
+    if any(letter in of_w for letter in around_y):  # experts
+        keeps_layout = False
+    elif is_single:
+        keeps_layout = x_axis == y_axis and around_x == around_y
+    else:
+        keeps_layout = is_last and "..." not in terms
+    return Linear(
+        node,
+        (node, index),
+        weight,
+        tuple(of_w.index(letter) for letter in ins),
+        tuple(of_w.index(letter) for letter in outs),
+        x,
+        x_axis,
+        node.outputs[0],
+        y_axis,
+        keeps_layout=keeps_layout,
+        identity_shape=None if is_single else (*(0,) * len(around_y), *sizes),
+    )
+
+
+def _attention(node: ir.Node, shapes: Shapes | None) -> Linear | None:
+    """The packed input projection of an attention operator: a reader, whatever follows inside."""
+    weight, x = _held(node, 1), _computed(node, 0)
+    if weight is None or x is None or len(weight.shape) != 2:
+        return None
+    return Linear(
+        node, (node, 1), weight, (0,), (1,), x, -1, node.outputs[0], None,
+        bias=_optional(node, 2), keeps_layout=False,
+    )  # fmt: skip
+
+
+Recogniser = Callable[[ir.Node, "Shapes | None"], "Linear | None"]
+
+_RECOGNISERS: dict[tuple[str, str], Recogniser] = {
     ("", "MatMul"): _matmul,
     ("", "Gemm"): _gemm,
+    ("", "Conv"): _conv,
+    ("", "Einsum"): _einsum,
+    ("com.microsoft", "FusedMatMul"): _fused_matmul,
+    ("com.microsoft", "Attention"): _attention,
+    ("com.microsoft", "PackedAttention"): _attention,
 }
+"""Domain and operator → what reads it as a linear layer."""
+
+
+OPERATORS = frozenset(_RECOGNISERS)
+"""Domain and name of every operator that can be a linear layer."""
+
+
+def described(node: ir.Node) -> str:
+    """Operator and name of ``node``, for reasons."""
+    name = label(node)
+    return name if name.startswith(node.op_type) else f"{node.op_type} {name!r}"
 
 
 def label(node: ir.Node, weight: Constant | None = None) -> str:

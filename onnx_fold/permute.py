@@ -49,6 +49,8 @@ def hidden_stream(stream: Stream, layer: Linear) -> Stream | None:
         if is_reader
         else (layer.y, layer.y_axis, layer.out_features)
     )
+    if axis is None:
+        return None
     hidden = stream.search.stream(value, axis, width, permutable)
     return hidden if hidden.is_closed and hidden.writers and hidden.readers else None
 
@@ -65,8 +67,8 @@ def permute(hidden: Stream, pivot: Linear, order: Expression, rewrite: Rewrite) 
     rewrite.reordered.extend(hidden.values)
     for layer in (*hidden.writers, *hidden.readers):
         if layer.node is not pivot.node:
-            axis = int(layer in hidden.writers) ^ layer.transposed
-            _reorder(layer, axis, order, rewrite)
+            axes = layer.out_axes if layer in hidden.writers else layer.in_axes
+            _reorder(layer, axes[0], order, rewrite)
     for writer in hidden.constants:
         if writer.weight.size > 1:
             _reorder(writer, writer.axis, order, rewrite)

@@ -15,19 +15,21 @@ from typing import Any
 import onnx_ir as ir
 from rich.console import Group, RenderableType
 
+from onnx_fold.attention import Attention, find_attention
 from onnx_fold.calibrate import record
 from onnx_fold.cost import Saving, cost
 from onnx_fold.errors import CannotWriteError, CheckFailedError, NotFiniteError, UsageError
 from onnx_fold.expression import Array
 from onnx_fold.files import ModelSource, check, external_tensors, load
 from onnx_fold.folding import PIVOTS, FoldPass, Options, fold_streams
-from onnx_fold.heads import Attention, find_attention
+from onnx_fold.inline import inline
 from onnx_fold.linear import find_linears, label
 from onnx_fold.output import replacing
 from onnx_fold.parity import ParityReport
 from onnx_fold.parity import verify as parity_check
 from onnx_fold.passes import PASSES
 from onnx_fold.progress import Report, ignore
+from onnx_fold.quantised import find_quantised
 from onnx_fold.report import FoldReport, new_table
 from onnx_fold.runtime import onnxruntime
 from onnx_fold.sampled import fits_in_memory, verify_sampled
@@ -185,12 +187,14 @@ def fold(
     before = cost(original)
     progress("folding", 0, 0)
     try:
-        folded = original.clone()
+        folded = inline(original).clone()
         streams = fold_streams(folded, passes, options, seen)
+        if not any(stream.folded for stream in streams):
+            folded = original.clone()
     except Exception as error:
         check(model, original, error)
         raise
-    report = FoldReport(Saving(before, cost(folded)), streams)
+    report = FoldReport(Saving(before, cost(folded)), streams, find_quantised(original.graph))
     result = FoldResult(folded, report, original, source)
     verified = partial(_verified, result, mode if report.folded else False, provider, progress)
     try:
@@ -257,7 +261,8 @@ def _parity(
     fits = mode != "auto" or fits_in_memory(result.original, after)
     if mode == "full" or (mode == "auto" and fits):
         return parity_check(result.source or result.original, folded, provider=provider)
-    report = verify_sampled(result.original, after, result.report.folded, provider=provider)
+    before = inline(result.original)
+    report = verify_sampled(before, after, result.report.folded, provider=provider)
     if not fits:
         report.notes.insert(0, "the models are not run whole: together they do not fit in memory")
     return report

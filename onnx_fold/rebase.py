@@ -18,9 +18,9 @@ from onnx_fold.expression import (
     scale,
     transpose,
 )
-from onnx_fold.linear import Linear
-from onnx_fold.rewrite import CannotRewriteError, Rewrite, new_node
-from onnx_fold.stream import ConstantWriter, Edge, Stream
+from onnx_fold.linear import Edge, Linear
+from onnx_fold.rewrite import Build, CannotRewriteError, Rewrite, new_constant, new_node
+from onnx_fold.stream import ConstantWriter, Stream
 
 
 @dataclass
@@ -46,20 +46,21 @@ def rebase(stream: Stream, basis: Basis, width: int, pivot: Linear) -> Rebased:
 
     def store(layer: Linear, is_writer: bool) -> FoldedTensor:
         weight = layer.weight
-        key = (weight.leaf, weight.permutation, is_writer, layer.transposed, layer.alpha)
+        axes = (layer.in_axes, layer.out_axes)
+        key = (weight.leaf, weight.permutation, is_writer, axes, layer.alpha)
         if key not in tied:
-            matrix = weights_of(layer)
+            matrix = weights_of(layer, is_writer=is_writer)
             after = basis.of_writer(matrix) if is_writer else basis.of_reader(matrix)
-            tied[key] = FoldedTensor(layer.pack(after), weight.dtype)
+            tied[key] = FoldedTensor(layer.pack(after, is_writer=is_writer), weight.dtype)
         return tied[key]
 
     def side(layer: Linear, is_writer: bool) -> Side:
         after = None
         if layer is not pivot:
             tensor = result.stored[layer.edge] = store(layer, is_writer)
-            after = stored_matrix(layer, tensor)
+            after = stored_matrix(layer, tensor, is_writer=is_writer)
         rows = stream.rows_of(layer) if is_writer else None
-        return Side(weights_of(layer), after, rows)
+        return Side(weights_of(layer, is_writer=is_writer), after, rows)
 
     result.writers += [side(layer, is_writer=True) for layer in stream.writers]
     result.readers += [side(layer, is_writer=False) for layer in stream.readers]
@@ -72,14 +73,15 @@ def rebase(stream: Stream, basis: Basis, width: int, pivot: Linear) -> Rebased:
     return result
 
 
-def stored_matrix(layer: Linear, tensor: FoldedTensor) -> Expression:
+def stored_matrix(layer: Linear, tensor: FoldedTensor, *, is_writer: bool = True) -> Expression:
     """What ``layer`` multiplies by once it stores ``tensor``, rounding included."""
-    return layer.unpack(cast(tensor.rounded, product_dtype(tensor.dtype)))
+    stored = cast(tensor.rounded, product_dtype(tensor.dtype))
+    return layer.unpack(stored, is_writer=is_writer)
 
 
-def weights_of(layer: Linear) -> Expression:
+def weights_of(layer: Linear, *, is_writer: bool = True) -> Expression:
     """What ``layer`` multiplies by now, in the type in which its products accumulate."""
-    return layer.matrix(product_dtype(layer.weight.dtype))
+    return layer.matrix(product_dtype(layer.weight.dtype), is_writer=is_writer)
 
 
 def _constant(writer: ConstantWriter, basis: Basis) -> FoldedTensor:
@@ -97,30 +99,32 @@ def _constant_side(writer: ConstantWriter, basis: Basis) -> TableSide:
 
 
 def become_identity(rewrite: Rewrite, layer: Linear) -> None:
-    """Let what ``layer`` reads take the place of what it writes; its Gemm bias stays as an Add.
+    """Let what ``layer`` reads take the place of what it writes; its own bias stays as an Add.
 
     Raises:
         CannotRewriteError: The axes differ, or a bias computed at run time is scaled.
     """
-    node = layer.node
-    bias = node.inputs[2] if node.op_type == "Gemm" and len(node.inputs) > 2 else None
+    node, edge = layer.node, layer.bias
     if not layer.keeps_layout:
         raise CannotRewriteError(f"{node.op_type} '{node.name}' moves the channels to another axis")
-    if bias is None:
-        rewrite.replaced[layer.y] = layer.x
+    if edge is None:
+        rewrite.replaced[layer.y] = in_place(rewrite, layer)
         return
-    beta = node.attributes.get_float("beta", 1.0)
-    if beta != 1.0:
-        held, stored = constant(bias), rewrite.stored.get((node, 2))
-        if held is None:
-            raise CannotRewriteError(f"Gemm '{node.name}' scales a bias computed at run time")
+    bias, (_, index) = node.inputs[edge[1]], edge
+    held, stored = constant(bias), rewrite.stored.get(edge)
+    shape = layer.vector_shape
+    if held is None and layer.beta != 1.0:
+        raise CannotRewriteError(f"{node.op_type} '{node.name}' scales a bias computed at run time")
+    if held is not None and (layer.beta != 1.0 or len(shape or ()) > 1):
         wide = held.wide() if stored is None else cast(of_tensor(stored), np.float64)
-        rewrite.stored[node, 2] = FoldedTensor(scale(wide, beta), held.dtype)
-    if (node, 2) not in rewrite.stored:
+        if len(shape or ()) > 1:
+            wide = reshape(wide, shape or ())
+        rewrite.stored[edge] = FoldedTensor(scale(wide, layer.beta), held.dtype)
+    if edge not in rewrite.stored and bias is not None:
         rewrite.kept.add(bias)
 
     def build(graph: ir.Graph) -> ir.Value:
-        current = node.inputs[2]  # what is stored there by now
+        current = node.inputs[index]  # what is stored there by now
         assert current is not None
         total = new_node(graph, node, "Add", [layer.x, current]).outputs[0]
         total.type, total.shape = layer.y.type, layer.y.shape
@@ -128,3 +132,19 @@ def become_identity(rewrite: Rewrite, layer: Linear) -> None:
 
     rewrite.replaced[layer.y] = build
     rewrite.nodes_added += 1
+
+
+def in_place(rewrite: Rewrite, layer: Linear) -> ir.Value | Build:
+    """What ``layer`` reads, as it has to be shaped to stand where it wrote."""
+    shape = layer.identity_shape
+    if shape is None:
+        return layer.x
+    rewrite.nodes_added += 1
+
+    def build(graph: ir.Graph) -> ir.Value:
+        target = new_constant(
+            graph, ir.tensor(np.asarray(shape, dtype=np.int64)), f"{layer.y.name}_shape"
+        )
+        return new_node(graph, layer.node, "Reshape", [layer.x, target]).outputs[0]
+
+    return build

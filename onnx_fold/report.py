@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from onnx_fold.cost import Saving, predicted
-from onnx_fold.heads import attention_kind, role
+from onnx_fold.heads import attention_kind, roles
 from onnx_fold.linear import compact
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ class StreamReport:
 
 
 def _ending(stream: Stream) -> str:
-    if any(role(writer.y) for writer in stream.writers):
+    if any(roles(writer.y) for writer in stream.writers):
         return "attention cores"
     if any(value.is_graph_output() for value in stream.values):
         return "graph outputs"
@@ -122,12 +122,14 @@ class FoldReport:
     Attributes:
         saving: Cost before and after.
         streams: All streams, in graph order.
+        quantised: Layers that were left alone because their weights are quantised.
         verification: The parity check of the result, if it was asked for.
         is_plan: Nothing was written: this is what would be done.
     """
 
     saving: Saving
     streams: list[StreamReport]
+    quantised: list[str] = field(default_factory=list)
     verification: ParityReport | None = None
     is_plan: bool = False
 
@@ -151,6 +153,7 @@ class FoldReport:
         return {
             **saving_dict(self.saving),
             "streams": [stream.to_dict() for stream in self.streams],
+            "quantised": self.quantised,
             "verification": self.verification.to_dict() if self.verification else None,
         }
 
@@ -161,6 +164,8 @@ class FoldReport:
             parts.append(folds_table(self.folded, "Would fold" if self.is_plan else "Folded"))
         if self.left_alone:
             parts.append(reasons_table(self.left_alone))
+        if self.quantised:
+            parts.append(quantised_text(self.quantised))
         if self.endings:
             parts.append(endings_text(self.endings))
         parts.append(saving_text(self.saving))
@@ -221,6 +226,14 @@ def reasons_table(streams: Sequence[StreamReport]) -> Table:
         shown = [*stream.reasons[:MAX_REASONS], *([f"and {more} more reasons"] if more > 0 else [])]
         table.add_row(_arrow(stream), "\n".join(shown))
     return table
+
+
+def quantised_text(layers: Sequence[str]) -> Text:
+    """The layers that hold integers; a folded weight would have to be quantised anew."""
+    more = len(layers) - MAX_REASONS
+    shown = [*layers[:MAX_REASONS], *([f"{more} more"] if more > 0 else [])]
+    count = counted(len(layers), "layer")
+    return Text(f"Left alone because their weights are quantised: {count} ({', '.join(shown)}).")
 
 
 def endings_text(endings: Mapping[str, int]) -> Text:

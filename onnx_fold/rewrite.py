@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.convenience import replace_all_uses_with
 
 from onnx_fold.constants import FLOATS, Constant, constant
-from onnx_fold.expression import FoldedTensor
-from onnx_fold.stream import Edge
+from onnx_fold.expression import Device, Expression, FoldedTensor, evaluate, sampled
+from onnx_fold.linear import Edge
 
 Build = Callable[[ir.Graph], ir.Value]
 """Makes, when the change is applied, the value that takes the place of another."""
@@ -28,22 +30,24 @@ class Rewrite:
     Attributes:
         stored: Node inputs that get a new initializer.
         rewired: Node inputs that get a value built for them.
-        biases: Values to which a vector is added, along their channel axis: value → (axis, vector).
+        biases: Values to which a constant is added.
         replaced: Values and what their readers read instead.
         resized: Values whose channel axis gets another width: value → (axis, width).
         added: Further initializers that ``replaced`` makes.
         kept: Constants that ``replaced`` still reads.
+        dropped: Further inputs that nothing reads once ``replaced`` is applied.
         reordered: Values whose channels come in another order.
         nodes_added: Operators that ``rewired`` and ``replaced`` build.
     """
 
     stored: dict[Edge, ir.TensorProtocol] = field(default_factory=dict)
     rewired: dict[Edge, Build] = field(default_factory=dict)
-    biases: dict[ir.Value, tuple[int, FoldedTensor]] = field(default_factory=dict)
+    biases: dict[ir.Value, FoldedTensor] = field(default_factory=dict)
     replaced: dict[ir.Value, ir.Value | Build] = field(default_factory=dict)
     resized: dict[ir.Value, tuple[int, int]] = field(default_factory=dict)
     added: list[FoldedTensor] = field(default_factory=list)
     kept: set[ir.Value] = field(default_factory=set)
+    dropped: set[Edge] = field(default_factory=set)
     reordered: list[ir.Value] = field(default_factory=list)
     nodes_added: int = 0
 
@@ -76,16 +80,18 @@ class Rewrite:
 
     def names(self) -> set[str]:
         """Names of the initializers, nodes and values that it changes or removes."""
-        edges = [*self.stored, *self.rewired]
+        edges = [*self.stored, *self.rewired, *self.dropped]
         nodes = [node for node, _ in edges] + [value.producer() for value in self.replaced]
         values = [node.inputs[index] for node, index in edges if index < len(node.inputs)]
         leaves = [held.leaf for held in map(constant, values) if held is not None]
         found = [*values, *leaves, *self.replaced, *self.biases, *filter(None, nodes)]
         return {each.name for each in found if each is not None and each.name}
 
-    def is_finite(self) -> bool:
-        """Whether every new initializer can be stored. Evaluates them."""
-        return all(np.isfinite(tensor.numpy()).all() for tensor in self._new_tensors())
+    def is_finite(self, device: Device, given: Mapping[Expression, Any]) -> bool:
+        """Whether some rows and columns of every new initializer can be stored."""
+        generator = np.random.default_rng(0)
+        samples = (sampled(tensor.rounded, generator) for tensor in self._new_tensors())
+        return all(np.isfinite(evaluate(part, device, given)).all() for part in samples)
 
     def shared(self) -> list[str]:
         """Names of initializers that have to stay because something else reads them too."""
@@ -96,12 +102,12 @@ class Rewrite:
 
     def _new_tensors(self) -> Iterator[FoldedTensor]:
         yield from (tensor for tensor in self.stored.values() if isinstance(tensor, FoldedTensor))
-        yield from (tensor for _, tensor in self.biases.values())
+        yield from self.biases.values()
         yield from self.added
 
     def _dropped(self) -> Iterator[Constant]:
         """The weights behind the inputs that this change replaces or makes unnecessary."""
-        edges = list(self.stored)
+        edges = [*self.stored, *self.dropped]
         for value in self.replaced:
             if (node := value.producer()) is not None and self._is_dead(node):
                 edges.extend((node, index) for index in range(len(node.inputs)))
@@ -114,14 +120,13 @@ class Rewrite:
         """Whether nothing reads ``value`` any more once the change is applied."""
         if value in self.kept or value.is_graph_output():
             return False
-        return all(
-            (node, index) in self.stored or (node, index) in self.rewired or self._is_dead(node)
-            for node, index in value.uses()
-        )
+        gone = self.stored.keys() | self.rewired.keys() | self.dropped
+        return all((node, index) in gone or self._is_dead(node) for node, index in value.uses())
 
     def _is_dead(self, node: ir.Node) -> bool:
+        """Whether ``node`` is replaced, or makes a constant that dies; data is still read."""
         return all(
-            value in self.replaced or (not value.is_graph_output() and self._dies(value))
+            value in self.replaced or (constant(value) is not None and self._dies(value))
             for value in node.outputs
         )
 
@@ -147,10 +152,10 @@ class Rewrite:
         for (node, index), build in self.rewired.items():
             suspects.append(node.inputs[index])
             node.replace_input_with(index, build(graph))
-        for value, (axis, tensor) in self.biases.items():
+        for value, tensor in self.biases.items():
             bias = initializer(tensor)
             new[id(tensor)] = (bias, f"{value.name}_bias")
-            _add_bias(graph, value, axis, bias)
+            _add_bias(graph, value, bias)
         for value, replacement in self.replaced.items():
             suspects.append(value)
             if isinstance(replacement, ir.Value):
@@ -175,7 +180,7 @@ def initializer(tensor: ir.TensorProtocol) -> ir.Value:
     return value
 
 
-def _add_bias(graph: ir.Graph, value: ir.Value, axis: int, bias: ir.Value) -> None:
+def _add_bias(graph: ir.Graph, value: ir.Value, bias: ir.Value) -> None:
     """Insert an Add behind ``value``; the sum takes the name if it is a graph output."""
     producer = value.producer()
     assert producer is not None
@@ -220,11 +225,14 @@ def _remove_dead(graph: ir.Graph, suspects: Iterable[ir.Value | None]) -> None:
         if node is None:
             if value.is_initializer() and not value.is_graph_input() and value.name:
                 graph.initializers.pop(value.name, None)
+                _value_names(graph).discard(value.name)
             continue
         if node.graph is None or any(out.uses() or out.is_graph_output() for out in node.outputs):
             continue
         queue.extend(node.inputs)
         graph.remove(node, safe=True)
+        _node_names(graph).discard(node.name)
+        _value_names(graph).difference_update(output.name for output in node.outputs)
 
 
 def new_constant(graph: ir.Graph, tensor: ir.TensorProtocol, name: str) -> ir.Value:
@@ -266,21 +274,50 @@ def new_split(
 
 
 def unused_name(graph: ir.Graph, name: str) -> str:
-    """``name``, or ``name_folded``, ``name_folded_1``, ... if it is taken."""
-    taken = set(graph.initializers) | {v.name for node in graph for v in node.outputs}
-    taken |= {value.name for value in graph.inputs}
+    """``name``, or ``name_folded``, ``name_folded_1``, ... if it is taken, here or in a body."""
+    taken = _value_names(graph)
     candidate, count = name, 0
     while candidate in taken:
         candidate = f"{name}_folded" + (f"_{count}" if count else "")
         count += 1
+    taken.add(candidate)
     return candidate
 
 
 def unused_node_name(graph: ir.Graph, name: str) -> str:
     """``name``, or ``name_1``, ``name_2``, ... if a node is called so."""
-    taken = {node.name for node in graph}
+    taken = _node_names(graph)
     candidate, count = name, 0
     while candidate in taken:
         count += 1
         candidate = f"{name}_{count}"
+    taken.add(candidate)
     return candidate
+
+
+_VALUES, _NODES = "onnx_fold.value_names", "onnx_fold.node_names"
+
+
+@contextlib.contextmanager
+def remembered_names(graph: ir.Graph) -> Iterator[None]:
+    """Look for the names of ``graph`` once, while only :class:`Rewrite` changes it."""
+    graph.meta[_VALUES], graph.meta[_NODES] = _value_names(graph), _node_names(graph)
+    try:
+        yield
+    finally:
+        del graph.meta[_VALUES], graph.meta[_NODES]
+
+
+def _value_names(graph: ir.Graph) -> set[str | None]:
+    if (known := graph.meta.get(_VALUES)) is not None:
+        return cast(set[str | None], known)
+    names = {value.name for node in graph.all_nodes() for value in node.outputs}
+    for each in (graph, *graph.subgraphs()):
+        names |= set(each.initializers) | {value.name for value in each.inputs}
+    return names
+
+
+def _node_names(graph: ir.Graph) -> set[str | None]:
+    if (known := graph.meta.get(_NODES)) is not None:
+        return cast(set[str | None], known)
+    return {node.name for node in graph}

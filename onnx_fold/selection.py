@@ -14,12 +14,11 @@ from onnx_fold.expression import (
     Array,
     Device,
     Expression,
-    FoldedTensor,
     Held,
     Indices,
     Shape,
+    Spool,
     Spread,
-    cast,
     evaluate,
     take,
 )
@@ -32,29 +31,44 @@ class RowSelection:
         matrix: The matrix.
         order: All rows, the basis first, ``[f]``.
         basis: The rows of the basis, ``[d, d]``.
-        rest: ``B``, ``[f - d, d]``: the other rows in terms of the basis.
+        rest: ``B``, ``[f - d, d]``: the other rows in terms of the basis, as it is stored.
     """
 
-    def __init__(self, matrix: Expression, dtype: ir.DataType, seen: Array | None = None) -> None:
-        """Select among the rows of ``matrix``; ``B`` is to be stored as ``dtype``.
+    def __init__(
+        self,
+        matrix: Expression,
+        dtype: ir.DataType,
+        seen: Array | None = None,
+        spool: Spool | None = None,
+    ) -> None:
+        """Select among the rows of ``matrix``.
 
-        Rows count as much as they are used by the activations ``seen``, ``[n, f]``.
+        Args:
+            matrix: The matrix, in the type in which to select.
+            dtype: The type in which ``B`` is to be stored.
+            seen: Activations ``[n, f]``: rows count as much as they are used by these.
+            spool: Where to keep ``B`` until it is written.
         """
         self.matrix = matrix
         self.order: Expression = _Order(self)
-        self.rest = FoldedTensor(_Rest(self, dtype.numpy()), dtype)
+        self.rest: Expression = _Rest(self, dtype.numpy())
         self.basis = take(matrix, take(self.order, slice(matrix.shape[1]), 0), 0)
         self._seen = seen
+        self._spool = spool or Spool()
 
     @cached_property
-    def selected(self) -> tuple[Indices, Array]:
-        """The order of the rows and ``B``, float64."""
-        matrix = evaluate(cast(self.matrix, np.float64))
+    def selected(self) -> tuple[Indices, Expression]:
+        """The order of the rows, and ``B`` as it is stored."""
+        order, rest = self._select()
+        return order, self._spool.add(rest.astype(self.rest.dtype))
+
+    def _select(self) -> tuple[Indices, Array]:
+        matrix = evaluate(self.matrix)
         if self._seen is None:
             return select_rows(matrix)
         scale = np.sqrt(np.mean(self._seen**2, axis=0))
         scale = np.maximum(scale, 1e-3 * scale.max(initial=1e-30))[:, None]
-        order, rest = select_rows(matrix * scale)
+        order, rest = select_rows((matrix * scale).astype(matrix.dtype))
         ordered = scale[order]
         width = matrix.shape[1]
         return order, rest / ordered[width:] * ordered[:width].T
@@ -95,74 +109,92 @@ class _Rest(Expression):
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        return np.dtype(np.float64)
+        return self.storage
 
     def compute(self, device: Device, *operands: Any) -> Any:
-        return device.load(self.selection.selected[1])
+        return self.selection.selected[1].compute(device)
+
+    def take(self, indices: Expression, axis: int) -> Expression:
+        """Some rows or columns; they are selected now if they were not before."""
+        return self.selection.selected[1].take(indices, axis)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Held, (self.selection.selected[1],)
+        return Held, (evaluate(self.selection.selected[1]),)
 
 
-def select_rows(matrix: Array, bound: float = 1.1, max_rounds: int = 1000) -> tuple[Indices, Array]:
+def select_rows(matrix: Array, bound: float = 1.1, max_rounds: int = 100) -> tuple[Indices, Array]:
     """Find rows of ``matrix`` that are a good basis of all its rows.
 
     LU with partial pivoting picks ``d`` of the ``f`` rows, and swaps make their volume larger until
     the others depend on them with coefficients of at most ``bound`` (Goreinov et al. 2010, "How to
-    find a good submatrix"). Swaps are found on a small part of the coefficients and done together.
+    find a good submatrix").
 
     Args:
-        matrix: ``[f, d]``, with ``f > d``, float64.
+        matrix: ``[f, d]``, with ``f > d``, float32 or float64.
         bound: Largest coefficient to accept.
         max_rounds: Give up after so many rounds of swaps.
 
     Returns:
-        The order of the rows, ``[f]``, the basis first; and ``B``, ``[f - d, d]`` float64, with
-        ``matrix[order[d:]] = B @ matrix[order[:d]]``. It needs no inverse of the basis, so it
-        exists and is bounded even where ``matrix`` has a rank below ``d``.
+        The order of the rows, ``[f]``, the basis first; and ``B``, ``[f - d, d]`` in the type of
+        ``matrix``, with ``matrix[order[d:]] = B @ matrix[order[:d]]``. It needs no inverse of the
+        basis, so it exists and is bounded even where ``matrix`` has a rank below ``d``.
     """
     rows, width = matrix.shape
-    lu, pivots, _ = scipy.linalg.lapack.dgetrf(matrix)
+    lapack = scipy.linalg.lapack
+    getrf = lapack.sgetrf if matrix.dtype == np.float32 else lapack.dgetrf
+    lu, pivots, _ = getrf(np.array(matrix, order="F"), overwrite_a=True)
     order = np.arange(rows)
     for position, pivot in enumerate(pivots):
         order[[position, pivot]] = order[[pivot, position]]
     b: Array = scipy.linalg.solve_triangular(  # L₂ L₁⁻¹
         lu[:width].T, lu[width:].T, lower=False, unit_diagonal=True, check_finite=False
     ).T
+    del lu
     for _ in range(max_rounds):
-        i, j = _swaps(b, bound)
-        if not len(i):
+        if not _swap(b, order, bound):
             break
-        left, right = b[:, j], b[i]
-        left[i, np.arange(len(i))] += 1.0
-        right[np.arange(len(j)), j] -= 1.0
-        b = b - left @ np.linalg.solve(b[np.ix_(i, j)], right)
-        order[j], order[width + i] = order[width + i], order[j]
     return order, b
 
 
-def _swaps(b: Array, bound: float, at_most: int = 64) -> tuple[Indices, Indices]:
-    """Rows and columns of ``b`` to exchange, one by one as each makes the volume larger."""
-    largest = np.abs(b).max(axis=1)
-    rows = np.argsort(-largest)[:at_most]
-    rows = rows[largest[rows] > bound]
-    columns = np.unique(np.abs(b[rows]).argmax(axis=1)) if len(rows) else rows
-    part = b[np.ix_(rows, columns)]
-    found: list[tuple[int, int]] = []
-    taken_rows, taken_columns = np.zeros(len(rows), bool), np.zeros(len(columns), bool)
-    while not (taken_rows.all() or taken_columns.all()):
-        free = np.where(taken_rows[:, None] | taken_columns, 0.0, np.abs(part))
-        i, j = np.unravel_index(np.argmax(free), part.shape)
-        if not free[i, j] > bound:
+def _subtract(a: Array, left: Array, right: Array, block: int = 512) -> None:
+    """``a -= left @ right`` in place, some rows at a time."""
+    for start in range(0, len(a), block):
+        a[start : start + block] -= left[start : start + block] @ right
+
+
+def _swap(b: Array, order: Indices, bound: float, watched: int = 256) -> bool:
+    """One round of swaps between the rows of ``b`` with the largest entries and the basis.
+
+    Swapping row ``i`` with the basis row ``j`` is ``B - (B[:, j] + e_i) (B[i] - e_j) / B[i, j]``.
+    It is done at once in the rows that are watched; the rest follows in one product.
+
+    Returns:
+        Whether there was anything to swap.
+    """
+    width = b.shape[1]
+    largest = np.array([max(row.max(), -row.min()) for row in b])
+    rows = np.argsort(-largest)[:watched]
+    part = b[rows]
+    left: list[Array] = []
+    right: list[Array] = []
+    for _ in range(watched):
+        i, j = np.unravel_index(np.argmax(np.abs(part)), part.shape)
+        pivot = part[i, j]
+        if not abs(pivot) > bound:
             break
-        found.append((int(i), int(j)))
-        taken_rows[i], taken_columns[j] = True, True
-        row, column = part[i].copy(), part[:, j].copy()
-        row[j] -= 1.0
-        column[i] += 1.0
-        part = part - np.outer(column, row) / free[i, j] * np.sign(part[i, j])
-    picked = np.array(found, dtype=np.intp).reshape(-1, 2)
-    return rows[picked[:, 0]], columns[picked[:, 1]]
+        column, row = b[:, j].copy(), part[i] / pivot
+        for u, v in zip(left, right, strict=True):
+            column -= u * v[j]
+        column[rows[i]] += 1.0
+        row[j] -= 1.0 / pivot
+        part -= np.outer(column[rows], row)
+        left.append(column)
+        right.append(row)
+        outside = width + rows[i]
+        order[j], order[outside] = order[outside], order[j]
+    if left:
+        _subtract(b, np.stack(left, axis=1), np.stack(right))
+    return bool(left)
 
 
 def select_blocks(matrix: Array, size: int) -> Indices:

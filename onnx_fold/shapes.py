@@ -10,12 +10,16 @@ import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 from onnxscript.optimizer import fold_constants
 
-from onnx_fold.constants import constant
+from onnx_fold.constants import constant, integers
 
 Dim = int | str | None
 """A size: a number, a symbol, or unknown."""
 
 Dims = tuple[Dim, ...]
+
+
+MAX_INTEGERS = 64
+"""Integers that a computed shape or bound has at most."""
 
 
 class Shapes:
@@ -25,7 +29,7 @@ class Shapes:
     """
 
     def __init__(self, model: ir.Model) -> None:
-        self._inferred, self._types = _infer(model)
+        self._inferred, self._types, self._integers = _infer(model)
         self._known: dict[tuple[ir.Value, int], int] = {}
 
     def know(self, value: ir.Value, axis: int, size: int) -> None:
@@ -51,6 +55,20 @@ class Shapes:
         dims = self(value)
         return None if dims is None else len(dims)
 
+    def integers(self, value: ir.Value | None) -> tuple[int, ...] | None:
+        """The integers that ``value`` holds, or that are computed from constants and shapes."""
+        if value is None:
+            return None
+        if (held := integers(value)) is not None:
+            return held
+        node = value.producer()
+        if node is not None and node.op_type == "Shape" and node.inputs[0] is not None:
+            dims = self(node.inputs[0]) or (None,)
+            start, end = node.attributes.get_int("start", 0), node.attributes.get_int("end", None)
+            sizes = tuple(dim for dim in dims[start:end] if isinstance(dim, int))
+            return sizes if len(sizes) == len(dims[start:end]) else None
+        return self._integers.get(value.name or "")
+
     def dim(self, value: ir.Value, axis: int) -> Dim:
         """Size of one axis of ``value``; 1 for an axis that broadcasting would add in front."""
         if (value, axis) in self._known:
@@ -61,22 +79,29 @@ class Shapes:
         return dims[axis] if -len(dims) <= axis < len(dims) else 1
 
 
-def _infer(model: ir.Model) -> tuple[Mapping[str, Dims], Mapping[str, ir.DataType | None]]:
+def _infer(
+    model: ir.Model,
+) -> tuple[Mapping[str, Dims], Mapping[str, ir.DataType | None], Mapping[str, tuple[int, ...]]]:
+    """Shapes, types and computed integers, by name."""
     scratch = model.clone()
     for value in scratch.graph.inputs:
         if value.is_initializer():  # what a caller can override is not known
             scratch.graph.initializers.pop(value.name or "")
+            value.const_value = None
     for node in scratch.graph.all_nodes():
         for value in node.outputs:
             if not value.is_graph_output():
                 value.shape = None
+    for node in list(scratch.graph):
+        _stand_in(node)
     ends = (*scratch.graph.inputs, *scratch.graph.outputs)
     stated = {dim for value in ends if value.shape is not None for dim in _dims(value.shape)}
     logging_was = logging.root.manager.disable
     logging.disable(logging.WARNING)  # what cannot be inferred is simply not known
     try:
         with contextlib.suppress(Exception):
-            fold_constants(scratch)  # shapes that are computed from constants
+            ShapeInferencePass(check_type=False, strict_mode=False)(scratch)
+            fold_constants(scratch)  # what is computed from constants and shapes
         ShapeInferencePass(check_type=False, strict_mode=False)(scratch)
     finally:
         logging.disable(logging_was)
@@ -95,7 +120,41 @@ def _infer(model: ir.Model) -> tuple[Mapping[str, Dims], Mapping[str, ir.DataTyp
     return (
         {v.name: dims(v.shape) for v in values if v.name and v.shape is not None},
         {v.name: v.dtype for v in values if v.name},
+        {
+            value.name: found
+            for value in scratch.graph.initializers.values()
+            if value.name
+            and value.const_value is not None
+            and value.const_value.size <= MAX_INTEGERS
+            and (found := integers(value)) is not None
+        },
     )
+
+
+_ELEMENTWISE = frozenset(("BiasGelu", "FastGelu", "Gelu", "QuickGelu", "RotaryEmbedding"))
+
+
+def _stand_in(node: ir.Node) -> None:
+    """Let a standard operator whose output has the same shape stand for one of ONNX Runtime's."""
+    if node.domain != "com.microsoft" or len(node.outputs) != 1:
+        return
+    if node.op_type in _ELEMENTWISE:
+        node.resize_inputs(1)
+        node.domain, node.op_type = "", "Identity"
+        node.attributes.clear()
+    elif node.op_type == "FusedMatMul" and len(node.inputs) == 2:
+        for index, name in enumerate(("transA", "transB")):
+            if not node.attributes.get_int(name, 0):
+                continue
+            value = node.inputs[index]
+            held = constant(value)
+            if held is None or len(held.shape) != 2 or node.graph is None:
+                return
+            transpose = ir.node("Transpose", [value])
+            node.graph.insert_before(node, transpose)
+            node.replace_input_with(index, transpose.outputs[0])
+        node.domain, node.op_type = "", "MatMul"
+        node.attributes.clear()
 
 
 def _dims(shape: ir.Shape) -> Dims:

@@ -15,13 +15,12 @@ import onnx_ir as ir
 from onnx_fold.commute import OpensStreamError, Port, Rule, ports
 from onnx_fold.constants import Constant, constant
 from onnx_fold.expression import Array, Expression, broadcast, reshape, transpose
-from onnx_fold.linear import Linear, find_linears, label
+from onnx_fold.linear import Edge, Linear, described, find_linears, label
+from onnx_fold.quantised import is_quantised
 from onnx_fold.shapes import Shapes
 
 if TYPE_CHECKING:
     from onnx_fold.calibrate import Activations
-
-Edge = tuple[ir.Node, int]
 
 
 @dataclass(frozen=True)
@@ -149,7 +148,9 @@ class Stream:
     def rows_of(self, writer: Linear) -> Array | None:
         """Rows ``[n, in_features]`` that ``writer`` was seen to read, if any were recorded."""
         activations = self.search.activations
-        return activations.of(writer) if activations is not None else None
+        if activations is None or writer.num_matrices > 1 or writer.x_axis is None:
+            return None
+        return activations.of(writer)
 
     @property
     def is_closed(self) -> bool:
@@ -200,7 +201,7 @@ def find_streams(model: ir.Model, activations: Activations | None = None) -> lis
             (linear.x, linear.x_axis, linear.in_features),
             (linear.y, linear.y_axis, linear.out_features),
         ):
-            if value not in search.seen:
+            if axis is not None and value not in search.seen:
                 streams.append(search.stream(value, axis, width))
     return streams
 
@@ -214,12 +215,14 @@ class Search:
         self.graph = graph
         self.shapes = shapes
         self.activations = activations
-        self.linears = {linear.node: linear for linear in find_linears(graph)}
+        self.linears = {linear.node: linear for linear in find_linears(graph, shapes)}
         self.order = {node: position for position, node in enumerate(graph)}
         self.seen: set[ir.Value] = set()
         for linear in self.linears.values():
-            shapes.know(linear.x, linear.x_axis, linear.in_features)
-            shapes.know(linear.y, linear.y_axis, linear.out_features)
+            if linear.x_axis is not None:
+                shapes.know(linear.x, linear.x_axis, linear.in_features)
+            if linear.y_axis is not None:
+                shapes.know(linear.y, linear.y_axis, linear.out_features)
 
     def stream(self, value: ir.Value, axis: int, width: int, rule: Rule = ports) -> Stream:
         """Collect everything that shares the channel axis ``axis`` of ``value``.
@@ -246,8 +249,8 @@ class Search:
             queue.extend(self._upstream(stream, value, axis))
             queue.extend(self._downstream(stream, value, axis))
         for layers in (stream.writers, stream.readers):
-            layers.sort(key=lambda layer: self._position(layer.node))
-        stream.constants.sort(key=lambda writer: (self._position(writer.node), writer.index))
+            layers.sort(key=lambda layer: self.position(layer.node))
+        stream.constants.sort(key=lambda writer: (self.position(writer.node), writer.index))
         stream.openings.sort(key=lambda opening: (not opening.is_norm, opening.text))
         both = {layer.node for layer in stream.writers} & {layer.node for layer in stream.readers}
         for layer in stream.writers:
@@ -255,7 +258,7 @@ class Search:
                 _open(stream, layer.y, "is both read and written", layer.node)
         return stream
 
-    def _position(self, node: ir.Node) -> int:
+    def position(self, node: ir.Node) -> int:
         """Place in the graph; nodes that a fold has added since come last."""
         return self.order.get(node, len(self.order))
 
@@ -269,10 +272,10 @@ class Search:
             _open(stream, value, "is a graph input")
         elif (linear := self.linears.get(node)) is not None:
             if linear.y_axis != axis:
-                _open(stream, value, "is written along another axis", node)
+                _open(stream, value, "is written along another axis by", node)
             else:
                 stream.writers.append(linear)
-                yield from self._gemm_bias(stream, linear)
+                yield from self._bias(stream, linear)
         else:
             yield from self._across(
                 stream, value, node, Port(True, value.index() or 0, axis), "written"
@@ -286,26 +289,30 @@ class Search:
         for node, index in value.uses():
             linear = self.linears.get(node)
             if node.graph is not self.graph:
-                _open(stream, value, "is used inside the body of a control-flow operator", node)
+                _open(stream, value, "is used inside the body of a control-flow operator, by", node)
             elif linear is None:
                 if node.op_type in ("Shape", "Size"):
                     stream.measures.append(node)
                 else:
                     yield from self._across(stream, value, node, Port(False, index, axis), "read")
-            elif linear.x is value and linear.x_axis == axis and index != 2:
+            elif linear.x is value and linear.x_axis == axis and (node, index) != linear.bias:
                 stream.readers.append(linear)
-            elif index == 2 and axis == -1:  # C of a Gemm: its output is a sum in this stream
-                yield linear.y, -1
+            elif (node, index) == linear.bias and axis == linear.y_axis == -1:
+                yield linear.y, -1  # a sum in this stream
+            elif linear.x_axis is None:
+                _open(stream, value, "is read by", node)
             else:
-                _open(stream, value, "is read along another axis", node)
+                _open(stream, value, "is read along another axis by", node)
 
-    def _gemm_bias(self, stream: Stream, linear: Linear) -> Iterator[tuple[ir.Value, int]]:
-        bias = linear.node.inputs[2] if len(linear.node.inputs) > 2 else None
-        if bias is None:
+    def _bias(self, stream: Stream, linear: Linear) -> Iterator[tuple[ir.Value, int]]:
+        if linear.bias is None:
             return
+        node, index = linear.bias
+        bias = node.inputs[index]
+        assert bias is not None
         if (found := constant(bias)) is not None:
-            stream.constants.append(ConstantWriter(linear.node, 2, found, -1, stream.width))
-        elif self.shapes.dim(bias, -1) == stream.width:
+            stream.constants.append(ConstantWriter(node, index, found, -1, stream.width))
+        elif linear.y_axis == -1 and self.shapes.dim(bias, -1) == stream.width:
             yield bias, -1
         else:
             _open(stream, linear.y, "adds a value that has no channel axis", linear.node)
@@ -320,7 +327,7 @@ class Search:
             _open(stream, value, f"is {verb} by", node, f", which {reason}")
             return
         if found is None:
-            _open(stream, value, f"is {verb} by", node)
+            _open(stream, value, f"is {verb} by", node, _obstacle(node))
             return
         for port in found:
             if port.is_output:
@@ -336,14 +343,21 @@ class Search:
                 stream.constants.append(writer)
 
 
+def _obstacle(node: ir.Node) -> str:
+    """What keeps ``node`` from being a linear layer or an operator inside the stream, if known."""
+    if is_quantised(node):
+        return ", whose weight is quantised"
+    for value in node.inputs:
+        if value is not None and value.is_initializer() and value.is_graph_input():
+            return f", which reads '{value.name}', an initializer that a caller can override"
+    return ""
+
+
 def _open(
     stream: Stream, value: ir.Value, text: str, node: ir.Node | None = None, detail: str = ""
 ) -> None:
     if node is not None:
-        name = label(node)
-        text = (
-            f"{text} {node.op_type}{'' if name.startswith(node.op_type) else f' {name!r}'}{detail}"
-        )
+        text = f"{text} {described(node)}{detail}"
     opening = Opening(value.name or "?", node, text)
     if opening not in stream.openings:
         stream.openings.append(opening)

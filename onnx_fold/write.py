@@ -29,7 +29,7 @@ import onnx_ir as ir
 from google.protobuf.message import EncodeError
 
 from onnx_fold import progress
-from onnx_fold.errors import CannotWriteError, InvalidModelError, NotFiniteError
+from onnx_fold.errors import CannotWriteError, InvalidModelError
 from onnx_fold.expression import Array, FoldedTensor
 from onnx_fold.files import PROTOBUF_LIMIT, external_tensors, load, weight_bytes
 from onnx_fold.output import check_space, data_names, old_data, replacing
@@ -92,25 +92,17 @@ class Job:
             _copy(self.data, self.path, self.offset, self.nbytes)
             return
         with turn or contextlib.nullcontext():
-            data = _bytes(self.name, self.data)
+            data = _bytes(self.data)
         if len(data) != self.nbytes:
             raise AssertionError(f"'{self.name}' has {len(data)} bytes, not {self.nbytes}")
         _write(self.path, self.offset, data)
 
 
-def _bytes(name: str, tensor: ir.TensorProtocol) -> memoryview:
+def _bytes(tensor: ir.TensorProtocol) -> memoryview:
     """The values as ONNX stores them: little-endian, in C order."""
     if tensor.dtype.bitwidth < 8:
         return memoryview(tensor.tobytes())
-    return np.ascontiguousarray(_values(name, tensor)).reshape(-1).view(np.uint8).data
-
-
-def _values(name: str, tensor: ir.TensorProtocol) -> Array:
-    """The values; those that a fold made have to be finite."""
-    array = tensor.numpy()
-    if isinstance(tensor, FoldedTensor) and not np.isfinite(array).all():
-        raise NotFiniteError(f"the folded weight '{name}' is not finite in {array.dtype}")
-    return array
+    return np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8).data
 
 
 def _write(path: str, offset: int, data: memoryview) -> None:
@@ -307,7 +299,7 @@ def evaluate(
     values = _holding(model, lambda tensor: isinstance(tensor, FoldedTensor))
     tensors = dict(values.values())
     if sum(tensor.nbytes for tensor in tensors.values()) <= MEMORY_LIMIT:
-        arrays = {name: _values(name, tensor) for name, tensor in tensors.items()}
+        arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
     else:
         arrays = _spooled(tensors, executor, report)
     for value, (name, tensor) in values.items():

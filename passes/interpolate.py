@@ -18,8 +18,8 @@ import onnx_ir as ir
 
 from onnx_fold.basis import Basis, Side
 from onnx_fold.bias import carry_biases
-from onnx_fold.expression import FoldedTensor, cast, evaluate, transpose
-from onnx_fold.folding import Candidate, FoldPass, attempt
+from onnx_fold.expression import Array, FoldedTensor, Spool, cast, evaluate, transpose
+from onnx_fold.folding import Candidate, FoldPass, Options, attempt
 from onnx_fold.linear import Linear, compact
 from onnx_fold.permute import hidden_stream, permute
 from onnx_fold.rebase import Rebased, rebase, weights_of
@@ -35,27 +35,49 @@ class InterpolatePass(FoldPass):
     name = "interpolate"
     operators = 1
 
+    def __init__(self, options: Options | None = None) -> None:
+        super().__init__(options)
+        self._spool = Spool()
+        self._selections: dict[tuple[object, ...], RowSelection] = {}
+
     def candidates(self, stream: Stream) -> Iterator[Candidate | CandidateReport]:
         """Yield candidates for the writer with most rows and the reader with most columns."""
         tall = [w for w in stream.writers if w.is_plain and w.in_features > stream.width]
         if tall and not stream.tables:
-            yield from _rows_of(stream, max(tall, key=lambda layer: layer.in_features))
+            writer = max(tall, key=lambda layer: layer.in_features)
+            rows = self._selection(writer, stream.rows_of(writer), is_reader=False)
+            yield from _rows_of(stream, writer, rows)
         wide = [r for r in stream.readers if _can_be_joined(r) and r.out_features > stream.width]
-        if wide:
-            yield from _columns_of(stream, max(wide, key=lambda layer: layer.out_features))
+        for reader in sorted(wide, key=lambda layer: -layer.out_features):
+            hidden = hidden_stream(stream, reader)
+            if hidden is not None:
+                columns = self._selection(reader, None, is_reader=True)
+                yield _columns_of(stream, reader, hidden, columns)
+                break
+
+    def _selection(self, layer: Linear, seen: Array | None, *, is_reader: bool) -> RowSelection:
+        """The rows (columns) of ``layer``; the same weights are selected among only once."""
+        weight = layer.weight
+        axes = weight.permutation, layer.in_axes, layer.out_axes
+        key = weight.tensor, *axes, layer.alpha, is_reader, id(seen)
+        if key not in self._selections:
+            matrix = transpose(weights_of(layer)) if is_reader else weights_of(layer)
+            self._selections[key] = RowSelection(matrix, weight.dtype, seen, self._spool)
+        return self._selections[key]
 
 
 def _can_be_joined(reader: Linear) -> bool:
-    return reader.is_plain and reader.node.op_type == "MatMul"
+    return reader.is_plain and reader.bias is None
 
 
-def _rows_of(stream: Stream, writer: Linear) -> Iterator[Candidate | CandidateReport]:
+def _rows_of(
+    stream: Stream, writer: Linear, rows: RowSelection
+) -> Iterator[Candidate | CandidateReport]:
     """Biases are expressed in the new basis, or else carried through the readers."""
     text = f"{stream.width} rows of {writer.label} into {compact(stream.read_by)}"
-    rows = RowSelection(weights_of(writer), writer.weight.dtype, stream.rows_of(writer))
     basis = Basis(rows.basis, inverted=True)
     rebased = rebase(stream, basis, stream.width, pivot=writer)
-    if writer.node.op_type != "Gemm":  # its bias would need an Add of its own
+    if writer.bias is None:  # its bias would need an Add of its own
         rewrite = Rewrite(stored=rebased.stored)
         candidate = _split(stream, writer, rows, rewrite, rebased, text)
         yield replace(candidate, basis=basis if len(rebased.writers) > 1 else None)
@@ -81,7 +103,8 @@ def _split(
 ) -> Candidate:
     """``x' = h₁ + h₂ B`` in the place of ``h O``."""
     width, depth = stream.width, writer.in_features
-    rewrite.added.append(rows.rest)
+    rest = FoldedTensor(rows.rest, writer.weight.dtype)
+    rewrite.added.append(rest)
     hidden = hidden_stream(stream, writer)
     if hidden is not None:
         permute(hidden, writer, rows.order, rewrite)
@@ -94,32 +117,27 @@ def _split(
             indices = new_constant(graph, order, f"{name}_order")
             value = new_node(graph, node, "Gather", [value, indices], axis=-1).outputs[0]
         head, tail = new_split(graph, node, value, [width, depth - width])
-        rest = new_constant(graph, rows.rest, f"{name}_rest")
-        product = new_node(graph, node, "MatMul", [tail, rest])
+        product = new_node(graph, node, "MatMul", [tail, new_constant(graph, rest, f"{name}_rest")])
         return new_node(graph, node, "Add", [head, product.outputs[0]]).outputs[0]
 
     rewrite.replaced[writer.y] = build
     sides = list(rebased.writers)
     position = stream.writers.index(writer)
     before = rows.matrix
-    after = rows.rebuilt(cast(rows.rest.rounded, before.dtype))
+    after = rows.rebuilt(cast(rows.rest, before.dtype))
     sides[position] = Side(before, after, stream.rows_of(writer))
     return Candidate(InterpolatePass.name, text, rewrite, sides, rebased.readers)
 
 
-def _columns_of(stream: Stream, reader: Linear) -> Iterator[Candidate]:
+def _columns_of(stream: Stream, reader: Linear, hidden: Stream, columns: RowSelection) -> Candidate:
     """``[x', x' C]`` in the place of ``x M``."""
-    hidden = hidden_stream(stream, reader)
-    if hidden is None:
-        return
     width = stream.width
     before = weights_of(reader)
-    rows = RowSelection(transpose(before), reader.weight.dtype)
-    basis = Basis(transpose(rows.basis))
+    basis = Basis(transpose(columns.basis))
     rebased = rebase(stream, basis, width, pivot=reader)
-    rest = FoldedTensor(transpose(rows.rest.expression), reader.weight.dtype)
+    rest = FoldedTensor(transpose(columns.rest), reader.weight.dtype)
     rewrite = Rewrite(stored=rebased.stored, added=[rest], nodes_added=2)
-    permute(hidden, reader, rows.order, rewrite)
+    permute(hidden, reader, columns.order, rewrite)
 
     def build(graph: ir.Graph) -> ir.Value:
         node = reader.node
@@ -129,8 +147,8 @@ def _columns_of(stream: Stream, reader: Linear) -> Iterator[Candidate]:
 
     rewrite.replaced[reader.y] = build
     sides = list(rebased.readers)
-    after = transpose(rows.rebuilt(cast(rows.rest.rounded, before.dtype)))
+    after = transpose(columns.rebuilt(cast(columns.rest, before.dtype)))
     sides[stream.readers.index(reader)] = Side(before, after)
     into = compact([*stream.written_by, *(r.label for r in stream.readers if r is not reader)])
     text = f"{width} columns of {reader.label} into {into}"
-    yield Candidate(InterpolatePass.name, text, rewrite, rebased.writers, sides, basis)
+    return Candidate(InterpolatePass.name, text, rewrite, rebased.writers, sides, basis)

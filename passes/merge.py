@@ -14,7 +14,7 @@ from onnx_fold.basis import Basis, Side, TableSide
 from onnx_fold.bias import carry_biases
 from onnx_fold.folding import Candidate, FoldPass, attempt
 from onnx_fold.linear import Linear, compact
-from onnx_fold.rebase import become_identity, rebase, weights_of
+from onnx_fold.rebase import become_identity, in_place, rebase, weights_of
 from onnx_fold.report import CandidateReport
 from onnx_fold.resize import resize_stream
 from onnx_fold.rewrite import CannotRewriteError, Rewrite
@@ -30,11 +30,13 @@ class MergePass(FoldPass):
     def candidates(self, stream: Stream) -> Iterator[Candidate | CandidateReport]:
         """Yield the merge of the sole writer, or of the sole reader, if there is one."""
         if len(stream.writers) == 1 and not stream.tables:
-            writer = stream.writers[0]
+            (writer,) = stream.writers
+            if writer.num_matrices > 1:
+                return
             text = f"{writer.label} into {compact(stream.read_by)}"
             yield attempt(self.name, text, lambda: _merge_writer(stream, writer, text))
-        elif len(stream.readers) == 1:
-            reader = stream.readers[0]
+        elif len(stream.readers) == 1 and stream.readers[0].num_matrices == 1:
+            (reader,) = stream.readers
             text = f"{reader.label} into {compact(stream.written_by)}"
             yield attempt(self.name, text, lambda: _merge_reader(stream, reader, text))
 
@@ -46,7 +48,7 @@ def _merge_writer(stream: Stream, writer: Linear, text: str) -> Candidate:
     carry_biases(stream, writer, rewrite)
     if not writer.keeps_layout:
         raise CannotRewriteError(f"{writer.label} moves the channels to another axis")
-    rewrite.replaced[writer.y] = writer.x
+    rewrite.replaced[writer.y] = in_place(rewrite, writer)
     rebased = rebase(stream, Basis(weights_of(writer), inverted=True), width, pivot=writer)
     rewrite.stored |= {reader.edge: rebased.stored[reader.edge] for reader in stream.readers}
     if width != stream.width:

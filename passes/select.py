@@ -73,7 +73,7 @@ class SelectPass(FoldPass):
 
 def _head_dim(stream: Stream, reader: Linear) -> int | None:
     """Channels of a head, if ``reader`` makes heads and its output can be put together anew."""
-    is_plain = reader.is_plain and reader.node.op_type == "MatMul"
+    is_plain = reader.is_plain and reader.bias is None
     if not is_plain or reader.y.is_graph_output() or role(reader.y) is None:
         return None
     layout = head_layout(reader.y, reader.out_features, stream.shapes)

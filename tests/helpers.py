@@ -16,7 +16,8 @@ TOLERANCE = {"float64": 1e-9, "float32": 1e-4, "float16": 3e-2, "bfloat16": 6e-2
 
 def graph(text: str, /, opset: int = 18, **weights: np.ndarray) -> ir.Model:
     """``"(float[n, 4] x) => (float[n, 4] y) { ... }"`` as a model; ``weights`` are initializers."""
-    model = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["": {opset}]> g {text}')
+    domains = f'"": {opset}' + (', "com.microsoft": 1' if "com.microsoft." in text else "")
+    model = onnx.parser.parse_model(f"<ir_version: 10, opset_import: [{domains}]> g {text}")
     for name, array in weights.items():
         model.graph.initializer.append(ir.to_proto(ir.tensor(array, name=name)))
     return ir.from_proto(model)
@@ -84,15 +85,20 @@ def assert_same_function(
     expected, actual = outputs(original, **inputs), outputs(folded, **inputs)
     assert list(expected) == list(actual)
     for name, reference in expected.items():
-        assert actual[name].dtype == reference.dtype
-        assert actual[name].shape == reference.shape
-        if reference.dtype.kind != "f":
-            np.testing.assert_array_equal(actual[name], reference)
-            continue
-        a, r = actual[name].astype(np.float64), reference.astype(np.float64)
-        limit = TOLERANCE[reference.dtype.name]
-        floor = 1e-3  # where branches cancel exactly the reference is zero, the folded one rounds
-        assert np.linalg.norm(a - r) <= limit * max(np.linalg.norm(r), floor), name
+        assert_close(actual[name], reference, name)
+
+
+def assert_close(actual: np.ndarray, reference: np.ndarray, name: str = "") -> None:
+    """Same type, same shape, and the numbers to what the type holds; integers exactly."""
+    assert actual.dtype == reference.dtype, name
+    assert actual.shape == reference.shape, name
+    limit = TOLERANCE.get(reference.dtype.name)
+    if limit is None:
+        np.testing.assert_array_equal(actual, reference, err_msg=name)
+        return
+    a, r = actual.astype(np.float64), reference.astype(np.float64)
+    floor = 1e-3  # where branches cancel exactly the reference is zero, the folded one rounds
+    assert np.linalg.norm(a - r) <= limit * max(np.linalg.norm(r), floor), name
 
 
 def fold(model: ir.Model, **options) -> FoldResult:
@@ -126,7 +132,8 @@ def weights(model: ir.Model) -> int:
     held = [v.const_value for g in model.graphs() for v in g.initializers.values()]
     held += [
         attribute.as_tensor()
-        for node in model.graph.all_nodes()
+        for body in (model.graph, *model.functions.values())
+        for node in body.all_nodes()
         for attribute in node.attributes.values()
         if attribute.type == ir.AttributeType.TENSOR
     ]

@@ -223,20 +223,6 @@ def test_split_sizes_as_an_attribute():
     assert list(split.attributes.get_ints("split")) == [D, D]
 
 
-@pytest.mark.parametrize(
-    "split", ["Split<axis = -1, num_outputs = 3>(r)", "Split<axis = -1>(r, z)"]
-)
-def test_interleaved_heads_are_not_contiguous_parts(split):
-    """NeoX: [heads, 3, head_dim]. The first third of the columns is not Q."""
-    body = f"h = MatMul(x, W) r = Reshape(h, cut) q4, k4, v4 = {split}"
-    core = CORE[CORE.index("qt =") :]
-    z = {"z": np.array([D // H] * 3)} if "z" in split else {}
-    model = attention(
-        body, core, W=np.hstack([Q, K, V]), cut=np.array([0, 0, H, -1]), flat=SHAPES["flat"], **z
-    )
-    assert "no strategy applies" in refused(model, only=["absorb"])
-
-
 def test_a_fused_projection_with_another_user_is_left_alone():
     text = f"""(float[b, n, 12] x0)
         => (float[b, n, {D}] q, float[b, n, {D}] k, float[b, n, {2 * D}] h)

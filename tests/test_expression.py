@@ -11,14 +11,18 @@ from helpers import normal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnx_fold.basis import Basis
+from onnx_fold.basis import Basis, Side, probe
+from onnx_fold.errors import NotFiniteError
 from onnx_fold.expression import (
+    SAMPLE,
     Broadcast,
     Concatenate,
     Expression,
     FoldedTensor,
     Held,
     Part,
+    Spool,
+    Spooled,
     Spread,
     Stored,
     Sum,
@@ -165,11 +169,11 @@ def test_selected_rows_travel_without_their_matrix() -> None:
     matrix = normal(9, 4, dtype=np.float64)
     rows = RowSelection(Held(matrix), ir.DataType.FLOAT)
     order, rest = pickle.loads(pickle.dumps((rows.order, rows.rest)))
-    order, rest = evaluate(order), rest.numpy()
+    order, rest = evaluate(order), evaluate(rest)
     np.testing.assert_allclose(rest @ matrix[order[:4]], matrix[order[4:]], atol=1e-6)
     np.testing.assert_array_equal(evaluate(rows.basis), matrix[order[:4]])
     np.testing.assert_allclose(
-        evaluate(rows.rebuilt(rows.rest.expression)) @ matrix[order[:4]], matrix, atol=1e-6
+        evaluate(rows.rebuilt(rows.rest)) @ matrix[order[:4]], matrix, atol=1e-6
     )
 
 
@@ -184,3 +188,52 @@ def test_what_changes_nothing_adds_nothing() -> None:
     narrow = Held(normal(3, 4, dtype=np.float16))
     assert cast(cast(narrow, np.float64), np.float32).operands == (narrow,)
     assert cast(cast(x, np.float16), np.float32).operands != (x,)
+
+
+def test_what_is_large_is_spooled_to_disk() -> None:
+    spool = Spool(in_memory=100)
+    small, large = normal(5, 5), normal(9, 4, dtype=np.float64)
+    assert isinstance(spool.add(small), Held)
+    for array in (large, large + 1.0):
+        kept = spool.add(array)
+        assert isinstance(kept, Spooled)
+        for x in (kept, pickle.loads(pickle.dumps(kept))):
+            np.testing.assert_array_equal(evaluate(x), array, strict=True)
+            picked = np.array([3, 1])
+            np.testing.assert_array_equal(evaluate(take(x, picked, 0)), array[picked])
+            np.testing.assert_array_equal(evaluate(take(x, picked, 1)), array[:, picked])
+
+
+def test_a_weight_that_is_not_finite_is_not_written() -> None:
+    large = scale(Held(normal(3, 3)), 1e6)
+    with pytest.raises(NotFiniteError, match="'w' is not finite in float16"):
+        FoldedTensor(product(large, large), ir.DataType.FLOAT16, "w").numpy()
+    moved = take(Held(np.array([np.inf, 1.0])), np.array([1, 0]), 0)
+    np.testing.assert_array_equal(FoldedTensor(moved, ir.DataType.FLOAT).numpy(), [1.0, np.inf])
+
+
+@pytest.mark.parametrize("dtype", [ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16])
+def test_a_sample_predicts_as_well_as_the_whole(dtype: ir.DataType) -> None:
+    """The same basis change, of layers wider than a sample and of ones cut into narrow layers."""
+    width = 2 * SAMPLE
+    kind = dtype.numpy()
+    wide = np.float32 if dtype.bitwidth == 16 else np.float64
+    shapes = (3 * width, width), (width, width), (width, 3 * width)
+    arrays = [
+        normal(*shape, seed=seed).astype(kind).astype(wide) for seed, shape in enumerate(shapes)
+    ]
+    o, q, r = map(Held, arrays)
+    basis = Basis(q)
+    given = evaluate(basis.of_writer(o)), evaluate(basis.of_reader(r))
+    writer, reader = (Held(array.astype(kind).astype(wide)) for array in given)
+    sampled = probe([Side(o, writer)], [Side(r, reader)], dtype)
+
+    def parts(x: Held, axis: int) -> list[Held]:
+        return [Held(part) for part in np.array_split(x.array, x.shape[axis] // SAMPLE, axis)]
+
+    whole = probe(
+        list(map(Side, parts(o, 0), parts(writer, 0))),
+        list(map(Side, parts(r, 1), parts(reader, 1))),
+        dtype,
+    )
+    assert sampled == pytest.approx(whole, rel=0.3)

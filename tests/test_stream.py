@@ -212,7 +212,7 @@ def test_a_search_meets_nodes_that_a_fold_has_added_since():
     stream = stream_of(model, "p")
     vector = FoldedTensor(Held(normal(4)), ir.DataType.FLOAT)
     value = next(value for value in stream.values if value.name == "p")
-    Rewrite(biases={value: (-1, vector)}).apply(model.graph)
+    Rewrite(biases={value: vector}).apply(model.graph)
     again = stream.search.stream(value, -1, 4)
     assert again.is_closed
     assert len(again.constants) == 1

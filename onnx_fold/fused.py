@@ -1,0 +1,392 @@
+"""Fused projections: one layer whose output channels are several things, as in a fused QKV.
+
+Layouts differ: contiguous thirds (GPT-2), three parts in each head (NeoX), a group of query heads
+with its key and value (Falcon), a new axis in front (``nn.MultiheadAttention``, timm). So none is
+known by name: the numbers of the channels are followed through Reshape, Transpose, Split, Slice and
+Gather to the places where a value is only one of those things, and from there any layout can be
+written back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from onnx_fold.constants import constant, integers
+from onnx_fold.heads import roles
+from onnx_fold.linear import Edge, Linear
+from onnx_fold.rewrite import new_constant, new_node
+from onnx_fold.shapes import Dims, Shapes
+
+Columns = npt.NDArray[np.intp]
+"""Numbers of output channels of a layer."""
+
+CHANNELS = -1
+"""Marks an axis that holds channels, among the numbers of leading axes."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the channels of a layer stand in a value further down.
+
+    Attributes:
+        axes: For each axis of the value, the leading axis (batch, sequence) that it is, counted
+            from 0, or :data:`CHANNELS`.
+        columns: The channel at each place, with an axis for each of the channel axes.
+        reshape: The Reshape that cut the leading axes anew; None if they are those of the layer.
+    """
+
+    axes: tuple[int, ...]
+    columns: Columns
+    reshape: ir.Node | None = None
+
+    @property
+    def num_leading(self) -> int:
+        """How many leading axes there are."""
+        return sum(axis != CHANNELS for axis in self.axes)
+
+    @property
+    def _is_in_order(self) -> bool:
+        """Whether the leading axes come first and in their order, the channels behind them."""
+        leading = self.num_leading
+        return self.axes == (*range(leading), *(CHANNELS,) * (len(self.axes) - leading))
+
+    @property
+    def num_nodes(self) -> int:
+        """Operators that :meth:`build` makes."""
+        cut = self.reshape is not None or self.columns.ndim != 1
+        return cut + (not self._is_in_order) + 2 * (cut and self.computes_shape)
+
+    @property
+    def computes_shape(self) -> bool:
+        """Whether :meth:`build` reads a shape that the graph computes."""
+        return self.reshape is not None and integers(self.reshape.inputs[1]) is None
+
+    def build(self, graph: ir.Graph, before: ir.Node, value: ir.Value) -> ir.Value:
+        """Lay out ``value`` (``[leading axes of the layer..., columns.size]``) in this way."""
+        leading = self.num_leading
+        if self.reshape is not None or self.columns.ndim != 1:
+            shape = self._shape(graph, before)
+            value = new_node(graph, before, "Reshape", [value, shape]).outputs[0]
+        if not self._is_in_order:
+            channel = iter(range(leading, len(self.axes)))
+            perm = [next(channel) if axis == CHANNELS else axis for axis in self.axes]
+            value = new_node(graph, before, "Transpose", [value], perm=perm).outputs[0]
+        return value
+
+    def _shape(self, graph: ir.Graph, before: ir.Node) -> ir.Value:
+        leading = self.num_leading
+
+        def held(numbers: Sequence[int], suffix: str) -> ir.Value:
+            tensor = ir.tensor(np.asarray(numbers, dtype=np.int64))
+            return new_constant(graph, tensor, f"{before.name or before.op_type}_{suffix}")
+
+        if self.reshape is None:
+            return held([*(0,) * leading, *self.columns.shape], "shape")
+        given = integers(self.reshape.inputs[1])
+        if given is not None:
+            return held([*given[:leading], *self.columns.shape], "shape")
+        start, stop = held([0], "start"), held([leading], "stop")
+        part = new_node(graph, before, "Slice", [self.reshape.inputs[1], start, stop]).outputs[0]
+        tail = held(self.columns.shape, "heads")
+        return new_node(graph, before, "Concat", [part, tail], axis=0).outputs[0]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of the things that a fused projection makes.
+
+    Attributes:
+        value: The value that is only this.
+        role: ``"q"``, ``"k"``, ``"v"``, or None.
+        layout: Which channels it is, and how they lie.
+    """
+
+    value: ir.Value
+    role: str | None
+    layout: Layout
+
+    @property
+    def columns(self) -> Columns:
+        """Its channels, flat, in the order in which the value has them."""
+        return self.layout.columns.reshape(-1)
+
+    @property
+    def name(self) -> str:
+        """``[first:last]`` if the channels are contiguous, else its role or value."""
+        first, size = int(self.columns[0]), len(self.columns)
+        if np.array_equal(self.columns, np.arange(first, first + size)):
+            return f"[{first}:{first + size}]"
+        return f"[{self.role or self.value.name}]"
+
+
+@dataclass(frozen=True)
+class Fused:
+    """A linear layer whose output is taken apart.
+
+    Attributes:
+        linear: The layer.
+        biases: Inputs on the way that add a vector to all its channels.
+        parts: What it is taken apart into; no channel is in two of them.
+        nodes: The operators between the layer and the parts.
+        measures: Shape operators that read what is between for more than to take it apart.
+    """
+
+    linear: Linear
+    biases: tuple[Edge, ...]
+    parts: tuple[Part, ...]
+    nodes: tuple[ir.Node, ...]
+    measures: tuple[ir.Node, ...]
+
+
+@dataclass
+class _Trace:
+    shapes: Shapes
+    biases: list[Edge] = field(default_factory=list)
+    parts: list[Part] = field(default_factory=list)
+    nodes: list[ir.Node] = field(default_factory=list)
+    measures: list[ir.Node] = field(default_factory=list)
+
+
+def fused(linear: Linear, shapes: Shapes) -> Fused | None:
+    """Read ``linear`` as a fused projection, if its output is taken apart and nothing else."""
+    rank = shapes.rank(linear.y)
+    if not linear.is_plain or rank is None or len(roles(linear.y)) == 1:
+        return None
+    trace = _Trace(shapes)
+    if linear.bias is not None:
+        if not _is_vector(linear.node.inputs[linear.bias[1]], linear.out_features):
+            return None
+        trace.biases.append(linear.bias)
+    start = Layout((*range(rank - 1), CHANNELS), np.arange(linear.out_features))
+    if not _follow(linear.y, start, linear.out_features, trace) or len(trace.parts) < 2:
+        return None
+    if trace.measures and any(part.layout.computes_shape for part in trace.parts):
+        return None  # a shape that is still needed may be read from what goes
+    used = np.concatenate([part.columns for part in trace.parts])
+    if len(np.unique(used)) != len(used):
+        return None
+    return Fused(
+        linear,
+        tuple(trace.biases),
+        tuple(trace.parts),
+        tuple(trace.nodes),
+        tuple(node for node in trace.measures if not _serves(node, trace.nodes)),
+    )
+
+
+def _serves(node: ir.Node, readers: Sequence[ir.Node]) -> bool:
+    """Whether what ``node`` makes goes to ``readers`` only."""
+    return all(
+        reader in readers or _serves(reader, readers)
+        for output in node.outputs
+        for reader, _ in output.uses()
+    ) and not any(output.is_graph_output() for output in node.outputs)
+
+
+def _follow(value: ir.Value, layout: Layout, width: int, trace: _Trace) -> bool:
+    """Collect the parts below ``value``; False if something else reads what is not yet a part."""
+    found = roles(value) if layout.columns.size < width else frozenset()
+    if layout.columns.size < width and len(found) <= 1:
+        trace.parts.append(Part(value, next(iter(found), None), layout))
+        return True
+    if value.is_graph_output() or not value.uses():
+        return False
+    for node, index in value.uses():
+        if node.op_type == "Shape":
+            trace.measures.append(node)
+            continue
+        if node.op_type == "Add" and layout.columns.size == width:
+            if layout.columns.ndim != 1 or layout.axes[-1] != CHANNELS:
+                return False
+            if not _is_vector(node.inputs[1 - index], width):
+                return False
+            trace.biases.append((node, 1 - index))
+            onward = [layout]
+        else:
+            step = _STEPS.get(node.op_type) if node.domain in ("", "ai.onnx") else None
+            onward = list(step(node, layout, trace.shapes)) if step and index == 0 else []
+        if len(onward) != len(node.outputs):
+            return False
+        trace.nodes.append(node)
+        for output, after in zip(node.outputs, onward, strict=True):
+            if not _follow(output, after, width, trace):
+                return False
+    return True
+
+
+def _is_vector(value: ir.Value | None, width: int) -> bool:
+    held = constant(value)
+    return held is not None and held.shape[-1:] == (width,) and held.size == width
+
+
+Step = Callable[[ir.Node, Layout, Shapes], Iterator[Layout]]
+"""The layouts of a node's outputs from that of its input; none if it cannot be told."""
+
+
+def _identity(node: ir.Node, layout: Layout, shapes: Shapes) -> Iterator[Layout]:
+    yield layout
+
+
+def _transpose(node: ir.Node, layout: Layout, shapes: Shapes) -> Iterator[Layout]:
+    rank = len(layout.axes)
+    perm = node.attributes.get_ints("perm") or tuple(reversed(range(rank)))
+    places = _places(layout)
+    yield replace(
+        layout,
+        axes=tuple(layout.axes[axis] for axis in perm),
+        columns=layout.columns.transpose([places[axis] for axis in perm if axis in places]),
+    )
+
+
+def _places(layout: Layout) -> dict[int, int]:
+    """Channel axes of the value → axes of ``columns``."""
+    channel = [axis for axis, lead in enumerate(layout.axes) if lead == CHANNELS]
+    return {axis: place for place, axis in enumerate(channel)}
+
+
+def _reshape(node: ir.Node, layout: Layout, shapes: Shapes) -> Iterator[Layout]:
+    """The channels stay behind the leading axes: the last dimensions hold all of them."""
+    target, leading = shapes(node.outputs[0]), layout.num_leading
+    if target is None or not layout._is_in_order:
+        return
+    source = node.inputs[0]
+    assert source is not None
+    dims = shapes(source)
+    is_kept = dims is not None and _agree(dims[:leading], target[:leading])
+    tail = target[leading:] if is_kept else ()
+    sizes = _solved(tail, layout.columns.size)
+    if sizes is not None:
+        yield replace(
+            layout,
+            axes=(*range(leading), *(CHANNELS,) * len(sizes)),
+            columns=layout.columns.reshape(sizes),
+        )
+        return
+    for count in range(1, len(target)):  # the leading axes are cut in another way
+        tail = target[count:]
+        known = [size for size in tail if isinstance(size, int)]
+        if len(known) < len(tail) or math.prod(known) != layout.columns.size:
+            continue
+        given = integers(node.inputs[1])
+        if given is not None and (0 in given[:count] or -1 in given[count:]):
+            return
+        yield Layout((*range(count), *(CHANNELS,) * len(tail)), layout.columns.reshape(known), node)
+        return
+
+
+def _agree(dims: Dims, target: Dims) -> bool:
+    """Whether dimensions are the same, by number or by symbol."""
+    return len(dims) == len(target) and all(
+        a == b and a is not None for a, b in zip(dims, target, strict=True)
+    )
+
+
+def _solved(dims: Dims, size: int) -> list[int] | None:
+    """``dims`` as numbers whose product is ``size``; one of them may be unknown."""
+    known = math.prod(dim for dim in dims if isinstance(dim, int))
+    unknown = sum(not isinstance(dim, int) for dim in dims)
+    if not dims or unknown > 1 or known == 0 or size % known or (not unknown and known != size):
+        return None
+    return [dim if isinstance(dim, int) else size // known for dim in dims]
+
+
+def _squeeze(node: ir.Node, layout: Layout, shapes: Shapes) -> Iterator[Layout]:
+    axes = _axes(node, shapes)
+    places = _places(layout)
+    if axes is None:
+        return
+    gone = {axis % len(layout.axes) for axis in axes}
+    if not all(axis in places and layout.columns.shape[places[axis]] == 1 for axis in gone):
+        return
+    yield replace(
+        layout,
+        axes=tuple(lead for axis, lead in enumerate(layout.axes) if axis not in gone),
+        columns=layout.columns.squeeze(tuple(places[axis] for axis in gone)),
+    )
+
+
+def _unsqueeze(node: ir.Node, layout: Layout, shapes: Shapes) -> Iterator[Layout]:
+    axes = _axes(node, shapes)
+    if axes is None:
+        return
+    rank = len(layout.axes) + len(axes)
+    new = {axis % rank for axis in axes}
+    old = iter(layout.axes)
+    after = tuple(CHANNELS if axis in new else next(old) for axis in range(rank))
+    places = _places(replace(layout, axes=after))
+    columns = np.expand_dims(layout.columns, tuple(places[axis] for axis in new))
+    yield replace(layout, axes=after, columns=columns)
+
+
+def _axes(node: ir.Node, shapes: Shapes) -> Sequence[int] | None:
+    if len(node.inputs) > 1:
+        return shapes.integers(node.inputs[1])
+    return node.attributes.get_ints("axes")
+
+
+def _split(node: ir.Node, layout: Layout, shapes: Shapes) -> Iterator[Layout]:
+    place = _places(layout).get(node.attributes.get_int("axis", 0) % len(layout.axes))
+    if place is None:
+        return
+    size, count = layout.columns.shape[place], len(node.outputs)
+    given: Sequence[int] | None = node.attributes.get_ints("split")
+    if not given and len(node.inputs) > 1 and node.inputs[1] is not None:
+        given = shapes.integers(node.inputs[1])
+        if given is None:
+            return
+    each = -(-size // count)
+    sizes = given or [min(each, size - each * index) for index in range(count)]
+    if sum(sizes) == size and min(sizes) > 0 and len(sizes) == count:
+        for columns in np.split(layout.columns, np.cumsum(sizes)[:-1], axis=place):
+            yield replace(layout, columns=columns)
+
+
+def _slice(node: ir.Node, layout: Layout, shapes: Shapes) -> Iterator[Layout]:
+    places = _places(layout)
+    bounds = [shapes.integers(value) for value in node.inputs[1:]]
+    bounds += [None] * (4 - len(bounds))
+    starts, ends, axes, steps = bounds
+    if starts is None or ends is None or axes is None or (steps is None and len(node.inputs) > 4):
+        return
+    cut = [slice(None)] * layout.columns.ndim
+    for position, axis in enumerate(axes):
+        place = places.get(axis % len(layout.axes))
+        if place is None:
+            return
+        cut[place] = slice(starts[position], ends[position], steps[position] if steps else 1)
+    columns = layout.columns[tuple(cut)]
+    if columns.size:
+        yield replace(layout, columns=columns)
+
+
+def _gather(node: ir.Node, layout: Layout, shapes: Shapes) -> Iterator[Layout]:
+    indices, place = constant(node.inputs[1]), None
+    axis = node.attributes.get_int("axis", 0) % len(layout.axes)
+    place = _places(layout).get(axis)
+    if (
+        indices is None
+        or place is None
+        or indices.dtype not in (ir.DataType.INT64, ir.DataType.INT32)
+    ):
+        return
+    taken = np.take(layout.columns, indices.numpy(), axis=place)
+    axes = (*layout.axes[:axis], *(CHANNELS,) * len(indices.shape), *layout.axes[axis + 1 :])
+    yield replace(layout, axes=axes, columns=taken)
+
+
+_STEPS: dict[str, Step] = {
+    "Identity": _identity,
+    "Transpose": _transpose,
+    "Reshape": _reshape,
+    "Squeeze": _squeeze,
+    "Unsqueeze": _unsqueeze,
+    "Split": _split,
+    "Slice": _slice,
+    "Gather": _gather,
+}

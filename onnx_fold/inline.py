@@ -1,0 +1,57 @@
+"""Model-local functions that hide a stream: their calls are replaced by their bodies.
+
+Only functions that hold a linear layer, or nothing but operators that may lie inside a stream, are
+inlined; an activation or a norm ends a stream inlined or not.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+from onnx_ir.passes.common import InlinePass
+
+from onnx_fold.commute import RULES
+from onnx_fold.linear import OPERATORS
+
+_INERT = frozenset((*RULES, "CastLike", "Constant", "Shape", "Size"))
+
+
+def inline(model: ir.Model) -> ir.Model:
+    """A copy of ``model`` in which no function call hides a stream; ``model`` if none does."""
+    chosen = {
+        function.identifier() for function in model.functions.values() if _hides(function, model)
+    }
+    if not chosen:
+        return model
+    copy = model.clone()
+    InlinePass(lambda function: function.identifier() in chosen)(copy)
+    return copy
+
+
+def _hides(function: ir.Function, model: ir.Model) -> bool:
+    """Whether a stream may run into ``function``, and its body can stand in the graph."""
+    nodes = list(function.all_nodes())
+    if any(model.opset_imports.get(k, v) != v for k, v in function.opset_imports.items()):
+        return False
+    if any(_holds_weight(node) or _holds_graph(node) for node in nodes):
+        return False
+    is_inside = all(node.op_type in _INERT or _calls(node, model) for node in nodes)
+    return is_inside or any(
+        (node.domain, node.op_type) in OPERATORS or _calls(node, model) for node in nodes
+    )
+
+
+def _calls(node: ir.Node, model: ir.Model) -> bool:
+    """Whether ``node`` calls a function that is itself to be inlined."""
+    function = model.functions.get(node.op_identifier())
+    return function is not None and _hides(function, model)
+
+
+def _holds_weight(node: ir.Node) -> bool:
+    """Whether ``node`` is a matrix, of which every call would get a copy."""
+    value = node.attributes.get("value") if node.op_type == "Constant" else None
+    return value is not None and len(value.as_tensor().shape) > 1
+
+
+def _holds_graph(node: ir.Node) -> bool:
+    kinds = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+    return any(attribute.type in kinds for attribute in node.attributes.values())
