@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import re
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -215,7 +216,7 @@ def _size(tensor: onnx.TensorProto) -> int:
 
 
 def _count(text: str, what: str, name: str) -> int:
-    if not text.isascii() or not text.isdigit():
+    if not re.fullmatch(r"[0-9]{1,18}", text):
         raise InvalidModelError(f"initializer '{name}' has an invalid {what}: {text!r}")
     return int(text)
 
