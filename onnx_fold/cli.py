@@ -166,6 +166,8 @@ def fold(
         raise click.UsageError("-o and --report name the same file")
     for target in filter(None, (output, report)):
         _check_writable(target, model)
+    if in_place:
+        _check_folder(model)
     console = Console(quiet=True) if quiet else _console()
     if not dry_run:
         options |= {"output": output, "in_place": in_place}
@@ -314,6 +316,10 @@ def _check_writable(target: Path, source: Path) -> None:
     """
     if target.exists() and source.exists() and target.samefile(source):
         raise errors.CannotWriteError(f"{target} is the input; write to another file")
+    _check_folder(target)
+
+
+def _check_folder(target: Path) -> None:
     if not target.parent.is_dir():
         raise errors.CannotWriteError(f"cannot write {target}: no folder {target.parent}")
     if not os.access(target.parent, os.W_OK):

@@ -134,7 +134,8 @@ def _clean(parent: Path) -> None:
             continue
         try:
             if _lock(handle, folder):
-                _settle(folder, parent / folder.name[1 : -len(_SUFFIX)])
+                with contextlib.suppress(OSError):  # of another user: not in the way
+                    _settle(folder, parent / folder.name[1 : -len(_SUFFIX)])
         finally:
             os.close(handle)
 

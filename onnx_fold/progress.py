@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import TypeAlias
@@ -34,9 +35,12 @@ def ignore(what: str, done: int, total: int) -> None:
 @contextlib.contextmanager
 def shown(console: Console) -> Iterator[Report]:
     """Show progress on ``console``: as a bar if it is a terminal, else in lines."""
-    if not console.is_terminal:
-        yield _Lines(console)
-        return
+    with _bar(console) if console.is_terminal else _lines(console) as report:
+        yield report
+
+
+@contextlib.contextmanager
+def _bar(console: Console) -> Iterator[Report]:
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -53,16 +57,25 @@ def shown(console: Console) -> Iterator[Report]:
         yield report
 
 
-class _Lines:
-    """Writes a line now and then."""
+@contextlib.contextmanager
+def _lines(console: Console) -> Iterator[Report]:
+    """A line every :data:`LINE_INTERVAL`, whether there is news or not."""
+    start, line, ended = time.monotonic(), "starting", threading.Event()
 
-    def __init__(self, console: Console) -> None:
-        self.console = console
-        self.next = time.monotonic() + LINE_INTERVAL
+    def report(what: str, done: int, total: int) -> None:
+        nonlocal line
+        line = what
+        if total:
+            line += f": {decimal(done)} of {decimal(total)}, {done / total:.0%}"
 
-    def __call__(self, what: str, done: int, total: int) -> None:
-        if time.monotonic() < self.next:
-            return
-        self.next = time.monotonic() + LINE_INTERVAL
-        share = f": {decimal(done)} of {decimal(total)}, {done / total:.0%}" if total else ""
-        self.console.print(f"{what}{share}", soft_wrap=True)
+    def write() -> None:
+        while not ended.wait(LINE_INTERVAL):
+            console.print(f"{time.monotonic() - start:.0f} s: {line}", soft_wrap=True)
+
+    thread = threading.Thread(target=write, daemon=True)
+    thread.start()
+    try:
+        yield report
+    finally:
+        ended.set()
+        thread.join()
