@@ -6,13 +6,17 @@ BIN := $(VENV)/bin
 RUNTIME := $(shell nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint check clean
+.PHONY: demo test fuzz lint check clean
 
 demo: $(VENV)/.user
 	$(BIN)/onnx-fold demo
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n auto
+
+EXAMPLES ?= 5000
+fuzz: $(VENV)/.dev
+	ONNX_FOLD_FUZZ=$(EXAMPLES) $(BIN)/python -m pytest tests/test_fuzz.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

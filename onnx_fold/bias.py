@@ -26,6 +26,9 @@ _UNIFORM = frozenset(
 )
 """Operators that leave a vector which is the same at every position as it is."""
 
+_ADDS_BIAS = frozenset(("Add", "BiasGelu", "FastGelu"))
+"""Operators of two inputs that first of all add them."""
+
 
 def carry_biases(stream: Stream, writer: Linear, rewrite: Rewrite) -> None:
     """Plan to take every constant out of ``stream``, whose sole linear writer is ``writer``.
@@ -124,7 +127,8 @@ def _add_bias(rewrite: Rewrite, reader: Linear, carried: Carried) -> None:
         raise CannotRewriteError(f"a bias cannot be added behind {reader.label}")
     if shape == (width,) and len(reader.y.uses()) == 1 and not reader.y.is_graph_output():
         ((add, index),) = reader.y.uses()
-        held = constant(add.inputs[1 - index]) if add.op_type == "Add" else None
+        is_sum = add.op_type in _ADDS_BIAS and len(add.inputs) == 2
+        held = constant(add.inputs[1 - index]) if is_sum else None
         if held is not None and held.dtype == dtype and held.shape[-1:] == (held.size,) == (width,):
             rewrite.stored[add, 1 - index] = FoldedTensor(Sum((held.wide(), through)), dtype)
             return

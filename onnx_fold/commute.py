@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from onnx_fold.constants import FLOATS, constant, integers, scalar
+from onnx_fold.constants import FLOATS, constant, scalar
 from onnx_fold.shapes import Dims, Shapes
 
 
@@ -64,6 +64,14 @@ def _cast(node: ir.Node, known: Port, width: int, shapes: Shapes) -> list[Port] 
     floats = shapes.dtype(_input(node)) in FLOATS
     target = ir.DataType(node.attributes.get_int("to", 0))
     return _through(known.axis) if floats and target in FLOATS else None
+
+
+def _cast_like(node: ir.Node, known: Port, width: int, shapes: Shapes) -> list[Port] | None:
+    """CastLike: the second input is read for its type alone."""
+    if not known.is_output and known.index == 1:
+        return [known]
+    floats = shapes.dtype(_input(node)) in FLOATS and shapes.dtype(node.outputs[0]) in FLOATS
+    return _through(known.axis) if floats else None
 
 
 def _dropout(node: ir.Node, known: Port, width: int, shapes: Shapes) -> list[Port] | None:
@@ -180,7 +188,7 @@ def _expand(node: ir.Node, known: Port, width: int, shapes: Shapes) -> list[Port
 
 
 def _slice(node: ir.Node, known: Port, width: int, shapes: Shapes) -> list[Port] | None:
-    axes = integers(node.inputs[3]) if len(node.inputs) > 3 else None
+    axes = shapes.integers(node.inputs[3]) if len(node.inputs) > 3 else None
     rank = shapes.rank(_input(node))
     if known.index != 0 or axes is None or rank is None:
         return None
@@ -217,6 +225,18 @@ def _gather(node: ir.Node, known: Port, width: int, shapes: Shapes) -> list[Port
     return [Port(False, 0, inner), Port(True, 0, outer)]
 
 
+def _gather_nd(node: ir.Node, known: Port, width: int, shapes: Shapes) -> list[Port] | None:
+    """GatherND of whole vectors: the channels lie behind the axes that the indices count."""
+    data, indices = _input(node), node.inputs[1]
+    rank = shapes.rank(data)
+    depth = shapes.dim(indices, -1) if indices is not None else None
+    if rank is None or not isinstance(depth, int) or known.index != 0:
+        return None
+    if -known.axis > rank - depth - node.attributes.get_int("batch_dims", 0):
+        raise OpensStreamError("gathers channels")
+    return _through(known.axis)
+
+
 def _concat(node: ir.Node, known: Port, width: int, shapes: Shapes) -> list[Port] | None:
     rank = shapes.rank(node.outputs[0])
     if rank is None:
@@ -231,7 +251,7 @@ def _concat(node: ir.Node, known: Port, width: int, shapes: Shapes) -> list[Port
 
 def _pad(node: ir.Node, known: Port, width: int, shapes: Shapes) -> list[Port] | None:
     """Pad with zeros along other axes."""
-    pads = integers(node.inputs[1]) if len(node.inputs) > 1 else None
+    pads = shapes.integers(node.inputs[1]) if len(node.inputs) > 1 else None
     fill = node.inputs[2] if len(node.inputs) > 2 else None
     rank = shapes.rank(_input(node))
     zero = fill is None or scalar(fill) == 0.0
@@ -240,7 +260,7 @@ def _pad(node: ir.Node, known: Port, width: int, shapes: Shapes) -> list[Port] |
         return None
     axes: Sequence[int] | None = range(rank)
     if len(node.inputs) > 3 and node.inputs[3] is not None:
-        axes = integers(node.inputs[3])
+        axes = shapes.integers(node.inputs[3])
     if axes is None or len(pads) != 2 * len(axes):
         return None
     count = len(axes)
@@ -254,7 +274,7 @@ def _reduce(node: ir.Node, known: Port, width: int, shapes: Shapes) -> list[Port
     """ReduceSum, ReduceMean over other axes."""
     rank = shapes.rank(_input(node))
     given = node.attributes.get_ints("axes")
-    axes = given or (integers(node.inputs[1]) if len(node.inputs) > 1 else None)
+    axes = given or (shapes.integers(node.inputs[1]) if len(node.inputs) > 1 else None)
     if rank is None or not axes or known.index != 0:
         return None
     reduced = _from_end(axes, rank)
@@ -284,6 +304,7 @@ RULES: dict[str, Rule] = {
     "Identity": _same,
     "Neg": _same,
     "Cast": _cast,
+    "CastLike": _cast_like,
     "Dropout": _dropout,
     "Add": _sum,
     "Sub": _sum,
@@ -301,6 +322,7 @@ RULES: dict[str, Rule] = {
     "Slice": _slice,
     "Split": _split,
     "Gather": _gather,
+    "GatherND": _gather_nd,
     "Concat": _concat,
     "Pad": _pad,
     "ReduceSum": _reduce,

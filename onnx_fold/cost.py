@@ -58,7 +58,7 @@ class Saving:
 def cost(model: ir.Model) -> Cost:
     """Weigh ``model``; no weight is read."""
     stored = [value.const_value for g in model.graphs() for value in g.initializers.values()]
-    bodies = (model.graph, *model.functions.values())
+    bodies: tuple[ir.Graph | ir.Function, ...] = (model.graph, *model.functions.values())
     stored += [
         node.attributes["value"].as_tensor()
         for node in (node for body in bodies for node in body.all_nodes())

@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import onnx_ir as ir
 
+from onnx_fold.affine import make_explicit
 from onnx_fold.basis import MAX_STREAM_RATIO, TOLERANCES, Basis, Side, TableSide, probe
-from onnx_fold.expression import HOST, Device, Expression
+from onnx_fold.device import HOST, Device
+from onnx_fold.expression import Expression, FoldedTensor, ImpliedTensor
 from onnx_fold.report import CandidateReport, StreamReport
 from onnx_fold.rewrite import CannotRewriteError, Rewrite, remembered_names
 from onnx_fold.stream import Stream, find_streams
@@ -102,7 +104,9 @@ class Candidate:
             weights_removed=self.weights_removed,
             nodes_added=self.nodes,
         )
-        if self.weights_removed <= 0:
+        if self.weights_removed < 0 or (
+            self.weights_removed == 0 and not self.rewrite.drops_implied
+        ):
             return replace(report, refused=self._growth())
         if protected := sorted(self.rewrite.names() & options.protect):
             return replace(report, refused=f"'{protected[0]}' is protected")
@@ -206,7 +210,11 @@ def fold_streams(
         no fold could be asked of are reported as they were at first.
     """
     with remembered_names(model.graph):
-        return _fold_streams(model, passes, options, activations)
+        reports = _fold_streams(model, passes, options, activations)
+    for value in model.graph.initializers.values():
+        if isinstance(value.const_value, FoldedTensor):
+            value.const_value.device = options.device
+    return reports
 
 
 def _fold_streams(
@@ -218,6 +226,7 @@ def _fold_streams(
     order = {node: position for position, node in enumerate(model.graph)}
     reports: list[tuple[int, StreamReport]] = []
     finished: set[ir.Node] = set()
+    explicit = make_explicit(model)
     is_first_round = True
     memo: Memo = {}
     while True:
@@ -252,6 +261,7 @@ def _fold_streams(
         if not touched:
             break
         is_first_round = False
+    explicit.restore()
     return [report for _, report in sorted([*reports, *left], key=lambda item: item[0])]
 
 
@@ -269,16 +279,29 @@ def _choose(
     if protected:
         return replace(report, reasons=[f"'{protected[0]}' is protected"]), None
     judged: list[CandidateReport] = []
+    is_implied = any(isinstance(m.weight.tensor, ImpliedTensor) for m in stream.members)
+    passes = [each for each in passes if not (is_implied and each.is_basis_change)]
     for group in _ranked(stream, passes, judged):
-        verdicts = [(candidate.judged(stream, options, memo), candidate) for candidate in group]
-        judged += [verdict for verdict, _ in verdicts]
-        accepted = [(v, candidate) for v, candidate in verdicts if v.refused is None]
+        accepted: list[tuple[CandidateReport, Candidate]] = []
+        for candidate in sorted(group, key=lambda candidate: candidate.basis is not None):
+            verdict = candidate.judged(stream, options, memo)
+            judged.append(verdict)
+            if verdict.refused is None:
+                accepted.append((verdict, candidate))
+                if candidate.basis is None and _is_rounding(verdict):
+                    break
         if accepted:
             verdict, candidate = min(accepted, key=lambda pair: pair[0].error or 0.0)
             return replace(report, candidates=judged, folded=verdict), candidate.rewrite
     reasons = [f"{verdict.text}: {verdict.refused}" for verdict in judged]
     reasons = reasons or ["no strategy applies to its layers"]
     return replace(report, candidates=judged, reasons=reasons), None
+
+
+def _is_rounding(verdict: CandidateReport) -> bool:
+    """Whether the error is no more than that of the original: no inverse can do better."""
+    own = verdict.error_original or 0.0
+    return verdict.error is not None and verdict.error <= 1.5 * own
 
 
 def _ranked(

@@ -201,6 +201,10 @@ def _follow(value: ir.Value, layout: Layout, width: int, trace: _Trace) -> bool:
         if node.op_type == "Shape":
             trace.measures.append(node)
             continue
+        if node.op_type == "SplitToSequence":
+            if not _follow_sequence(node, layout, width, trace):
+                return False
+            continue
         if node.op_type == "Add" and layout.columns.size == width:
             if layout.columns.ndim != 1 or layout.axes[-1] != CHANNELS:
                 return False
@@ -217,6 +221,22 @@ def _follow(value: ir.Value, layout: Layout, width: int, trace: _Trace) -> bool:
         for output, after in zip(node.outputs, onward, strict=True):
             if not _follow(output, after, width, trace):
                 return False
+    return True
+
+
+def _follow_sequence(split: ir.Node, layout: Layout, width: int, trace: _Trace) -> bool:
+    """SplitToSequence, whose pieces are taken out one by one by SequenceAt."""
+    pieces = list(_split(split, layout, trace.shapes)) if len(split.inputs) > 1 else []
+    if not pieces:
+        return False
+    trace.nodes.append(split)
+    for node, _ in split.outputs[0].uses():
+        at = trace.shapes.integers(node.inputs[1]) if node.op_type == "SequenceAt" else None
+        if at is None or not -len(pieces) <= at[0] < len(pieces):
+            return False
+        trace.nodes.append(node)
+        if not _follow(node.outputs[0], pieces[at[0]], width, trace):
+            return False
     return True
 
 
@@ -340,9 +360,12 @@ def _split(node: ir.Node, layout: Layout, shapes: Shapes) -> Iterator[Layout]:
         given = shapes.integers(node.inputs[1])
         if given is None:
             return
+    is_sequence = node.op_type == "SplitToSequence"
+    if is_sequence and given and len(given) == 1:
+        given, count = None, -(-size // given[0])
     each = -(-size // count)
     sizes = given or [min(each, size - each * index) for index in range(count)]
-    if sum(sizes) == size and min(sizes) > 0 and len(sizes) == count:
+    if sum(sizes) == size and min(sizes) > 0 and (is_sequence or len(sizes) == count):
         for columns in np.split(layout.columns, np.cumsum(sizes)[:-1], axis=place):
             yield replace(layout, columns=columns)
 
@@ -366,7 +389,7 @@ def _slice(node: ir.Node, layout: Layout, shapes: Shapes) -> Iterator[Layout]:
 
 
 def _gather(node: ir.Node, layout: Layout, shapes: Shapes) -> Iterator[Layout]:
-    indices, place = constant(node.inputs[1]), None
+    indices = constant(node.inputs[1])
     axis = node.attributes.get_int("axis", 0) % len(layout.axes)
     place = _places(layout).get(axis)
     if (
@@ -375,9 +398,22 @@ def _gather(node: ir.Node, layout: Layout, shapes: Shapes) -> Iterator[Layout]:
         or indices.dtype not in (ir.DataType.INT64, ir.DataType.INT32)
     ):
         return
-    taken = np.take(layout.columns, indices.numpy(), axis=place)
-    axes = (*layout.axes[:axis], *(CHANNELS,) * len(indices.shape), *layout.axes[axis + 1 :])
-    yield replace(layout, axes=axes, columns=taken)
+    yield _taken(layout, indices.numpy(), axis, place)
+
+
+def _gather_nd(node: ir.Node, layout: Layout, shapes: Shapes) -> Iterator[Layout]:
+    """GatherND that counts one axis, the first: a Gather."""
+    indices, place = constant(node.inputs[1]), _places(layout).get(0)
+    if indices is None or place is None or indices.shape[-1:] != (1,):
+        return
+    if node.attributes.get_int("batch_dims", 0) == 0:
+        yield _taken(layout, indices.numpy()[..., 0], 0, place)
+
+
+def _taken(layout: Layout, indices: Columns, axis: int, place: int) -> Layout:
+    new = (CHANNELS,) * indices.ndim
+    axes = (*layout.axes[:axis], *new, *layout.axes[axis + 1 :])
+    return replace(layout, axes=axes, columns=np.take(layout.columns, indices, axis=place))
 
 
 _STEPS: dict[str, Step] = {
@@ -389,4 +425,5 @@ _STEPS: dict[str, Step] = {
     "Split": _split,
     "Slice": _slice,
     "Gather": _gather,
+    "GatherND": _gather_nd,
 }

@@ -57,7 +57,8 @@ def roles(value: ir.Value) -> frozenset[str]:
                 return frozenset()
             else:
                 onward = [v for v in node.outputs if v not in seen]
-                if node.op_type not in ("Shape", "Size"):
+                is_type = node.op_type == "CastLike" and index == 1
+                if node.op_type not in ("Shape", "Size") and not is_type:
                     seen.update(onward)
                     queue.extend(onward)
     return frozenset(found)

@@ -18,7 +18,19 @@ from onnx_fold.stream import ConstantWriter, Stream
 
 _ELEMENTWISE = frozenset(
     (
-        *("Abs", "Celu", "Clip", "Elu", "Erf", "Exp", "Gelu", "HardSigmoid", "HardSwish"),
+        *(
+            "Abs",
+            "BiasGelu",
+            "Celu",
+            "Clip",
+            "Elu",
+            "Erf",
+            "Exp",
+            "FastGelu",
+            "Gelu",
+            "HardSigmoid",
+            "HardSwish",
+        ),
         *("LeakyRelu", "Log", "Mish", "Pow", "QuickGelu", "Reciprocal", "Relu", "Selu", "Sigmoid"),
         *("Softplus", "Softsign", "Sqrt", "Swish", "Tanh", "ThresholdedRelu"),
         *("Add", "Sub", "Mul", "Div", "Max", "Min", "Sum"),

@@ -18,8 +18,8 @@ from rich.console import Group, RenderableType
 from onnx_fold.attention import Attention, find_attention
 from onnx_fold.calibrate import record
 from onnx_fold.cost import Saving, cost
+from onnx_fold.device import Array
 from onnx_fold.errors import CannotWriteError, CheckFailedError, NotFiniteError, UsageError
-from onnx_fold.expression import Array
 from onnx_fold.files import ModelSource, check, external_tensors, load
 from onnx_fold.folding import PIVOTS, FoldPass, Options, fold_streams
 from onnx_fold.inline import inline

@@ -94,7 +94,7 @@ class StreamReport:
             is_closed=stream.is_closed,
             is_foldable=is_foldable,
             ending=_ending(stream) if stream.written_by and not is_foldable else None,
-            reasons=[_reason(opening) for opening in stream.openings],
+            reasons=[_reason(opening, stream) for opening in stream.openings],
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -110,9 +110,12 @@ def _ending(stream: Stream) -> str:
     return "activations"
 
 
-def _reason(opening: Opening) -> str:
-    hint = " (the paper removes norms by fine-tuning first)"
-    return f"{opening}{hint if opening.is_norm else ''}"
+def _reason(opening: Opening, stream: Stream) -> str:
+    if not opening.is_norm:
+        return str(opening)
+    before, behind = (compact(list(dict.fromkeys(names))) for names in stream.around(opening))
+    place = f" between {before} and {behind}" if before and behind else ""
+    return f"{opening}: a norm{place}; the paper removes norms by fine-tuning first"
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -11,8 +11,8 @@ from onnx_fold.constants import integers
 from onnx_fold.rewrite import Build, CannotRewriteError, Rewrite, new_constant, new_node
 from onnx_fold.stream import Stream
 
-_FREE = (0, -1)
-"""Entries of a Reshape's shape that follow the input: copied, inferred."""
+_COPIED, _INFERRED = 0, -1
+"""Entries of a Reshape's shape that follow the input, at the same place or in number."""
 
 
 def resize_stream(stream: Stream, values: Iterable[ir.Value], width: int, rewrite: Rewrite) -> None:
@@ -24,28 +24,32 @@ def resize_stream(stream: Stream, values: Iterable[ir.Value], width: int, rewrit
     if stream.measures:
         raise CannotRewriteError(f"{stream.measures[0].name} reads the width of the stream")
     for value in values:
-        resize(value, stream.values[value], width, rewrite)
+        _resize(value, stream, width, rewrite)
 
 
-def resize(value: ir.Value, axis: int, width: int, rewrite: Rewrite) -> None:
-    """Let ``axis`` (from the end) of one value be ``width`` wide, and the node that makes it so.
-
-    Raises:
-        CannotRewriteError: The node depends on the width in a way that cannot be rewritten.
-    """
-    rewrite.resized[value] = (axis, width)
+def _resize(value: ir.Value, stream: Stream, width: int, rewrite: Rewrite) -> None:
+    """Let one value be ``width`` wide, and the node that makes it so."""
+    rewrite.resized[value] = (stream.values[value], width)
     node = value.producer()
-    if node is None or node.op_type not in ("Reshape", "Expand"):
+    if node is None:
         return
-    shape = resized_shape(node, axis, width)
+    if node.op_type == "Squeeze" and width == 1 and not _names_axes(node):
+        raise CannotRewriteError(f"Squeeze '{node.name}' would remove a single channel")
+    if node.op_type not in ("Reshape", "Expand"):
+        return
+    shape = _resized_shape(node, stream, width)
     if isinstance(shape, ir.TensorProtocol):
         rewrite.stored[node, 1] = shape
     elif shape is not None:
         rewrite.rewired[node, 1] = shape
 
 
-def resized_shape(node: ir.Node, axis: int, width: int) -> ir.TensorProtocol | Build | None:
-    """The shape input that ``node`` (Reshape, Expand) needs for an ``axis`` of ``width``.
+def _names_axes(node: ir.Node) -> bool:
+    return "axes" in node.attributes or (len(node.inputs) > 1 and node.inputs[1] is not None)
+
+
+def _resized_shape(node: ir.Node, stream: Stream, width: int) -> ir.TensorProtocol | Build | None:
+    """The shape input that ``node`` (Reshape, Expand) needs for ``width`` channels.
 
     Returns:
         A new constant, a Concat to build, or None if the shape may stay as it is.
@@ -53,27 +57,60 @@ def resized_shape(node: ir.Node, axis: int, width: int) -> ir.TensorProtocol | B
     Raises:
         CannotRewriteError: The shape is computed in another way than by a Concat.
     """
-    shape = node.inputs[1]
+    shape, axis = node.inputs[1], stream.values[node.outputs[0]]
     entries = integers(shape)
     if entries is not None:
-        if -axis > len(entries) or entries[axis] in _FREE:
-            return None
-        changed = list(entries)
-        changed[axis] = width
-        return ir.tensor(np.asarray(changed, dtype=np.int64))
+        changed = _resized_entries(entries, node, stream, width)
+        return None if changed == list(entries) else _integers(changed)
     concat = shape.producer() if shape is not None else None
     if concat is None or concat.op_type != "Concat" or axis != -1:
         raise CannotRewriteError(f"{node.op_type} '{node.name}' computes its shape")
-    last = integers(concat.inputs[-1])
-    if last is None:
+    pieces = [integers(piece) or () for piece in concat.inputs]
+    last = pieces[-1]
+    if not last:
         raise CannotRewriteError(f"{node.op_type} '{node.name}' computes the width of its channels")
-    if last[-1] in _FREE:
+    if any(_COPIED in piece for piece in pieces) and not _is_aligned(node, stream):
+        raise CannotRewriteError(f"{node.op_type} '{node.name}' copies the width of its channels")
+    if last[-1] in (_COPIED, _INFERRED):
         return None
-    changed = [*last[:-1], width]
 
     def build(graph: ir.Graph) -> ir.Value:
-        tensor = ir.tensor(np.asarray(changed, dtype=np.int64))
-        tail = new_constant(graph, tensor, f"{concat.outputs[0].name}_width")
+        name = f"{concat.outputs[0].name}_width"
+        tail = new_constant(graph, _integers([*last[:-1], width]), name)
         return new_node(graph, node, "Concat", [*concat.inputs[:-1], tail], axis=0).outputs[0]
 
     return build
+
+
+def _resized_entries(
+    entries: Sequence[int], node: ir.Node, stream: Stream, width: int
+) -> list[int]:
+    """``entries`` with the new width; what copied the old one from another place says it itself."""
+    changed, axis = list(entries), stream.values[node.outputs[0]]
+    if node.op_type == "Reshape" and not node.attributes.get_int("allowzero", 0):
+        source = node.inputs[0]
+        assert source is not None
+        rank = stream.shapes.rank(source)
+        if rank is None and _COPIED in entries:
+            raise CannotRewriteError(f"Reshape '{node.name}' copies sizes of a shape not known")
+        at, origin = axis + len(entries), stream.values[source] + (rank or 0)
+        if at != origin and origin < len(entries) and entries[origin] == _COPIED:
+            changed[origin] = stream.width
+        if entries[at] == _INFERRED or (entries[at] == _COPIED and at == origin):
+            return changed
+    if -axis <= len(entries):
+        changed[axis] = width
+    return changed
+
+
+def _is_aligned(node: ir.Node, stream: Stream) -> bool:
+    """Whether the channels of ``node`` are at the same place in front and behind."""
+    source, result = node.inputs[0], node.outputs[0]
+    assert source is not None
+    rank = stream.shapes.rank(source)
+    same_rank = rank is not None and rank == stream.shapes.rank(result)
+    return same_rank and stream.values[source] == stream.values[result]
+
+
+def _integers(entries: Sequence[int]) -> ir.TensorProtocol:
+    return ir.tensor(np.asarray(entries, dtype=np.int64))

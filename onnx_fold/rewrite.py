@@ -12,7 +12,8 @@ import onnx_ir as ir
 from onnx_ir.convenience import replace_all_uses_with
 
 from onnx_fold.constants import FLOATS, Constant, constant
-from onnx_fold.expression import Device, Expression, FoldedTensor, evaluate, sampled
+from onnx_fold.device import Device
+from onnx_fold.expression import Expression, FoldedTensor, ImpliedTensor, evaluate, sampled
 from onnx_fold.linear import Edge
 
 Build = Callable[[ir.Graph], ir.Value]
@@ -64,13 +65,21 @@ class Rewrite:
 
         With ``min_rank=2`` matrices are counted and vectors are not.
         """
-        gone = {held.leaf: held.tensor for held in self._dropped() if self._dies(held.leaf)}
         come = {id(tensor): tensor for tensor in self._new_tensors()}
 
         def total(tensors: Iterable[ir.TensorProtocol]) -> int:
-            return sum(tensor.size for tensor in tensors if len(tensor.shape) >= min_rank)
+            return sum(_size(tensor) for tensor in tensors if _rank(tensor) >= min_rank)
 
-        return total(gone.values()) - total(come.values())
+        return total(self._gone()) - total(come.values())
+
+    @property
+    def drops_implied(self) -> bool:
+        """Whether a matrix goes that was written out only to be merged."""
+        return any(isinstance(tensor, ImpliedTensor) for tensor in self._gone())
+
+    def _gone(self) -> Iterable[ir.TensorProtocol]:
+        gone = {held.leaf: held.tensor for held in self._dropped() if self._dies(held.leaf)}
+        return gone.values()
 
     def nodes_change(self) -> int:
         """Operators that come, less those that go."""
@@ -167,10 +176,18 @@ class Rewrite:
                 dims = list(value.shape)
                 dims[axis] = width
                 value.shape = ir.Shape(dims)
-        _remove_dead(graph, suspects)
+        remove_dead(graph, suspects)
         for value, name in new.values():
             value.name = unused_name(graph, name)
             graph.register_initializer(value)
+
+
+def _size(tensor: ir.TensorProtocol) -> int:
+    return tensor.stored_size if isinstance(tensor, ImpliedTensor) else tensor.size
+
+
+def _rank(tensor: ir.TensorProtocol) -> int:
+    return 1 if isinstance(tensor, ImpliedTensor) else len(tensor.shape)
 
 
 def initializer(tensor: ir.TensorProtocol) -> ir.Value:
@@ -214,7 +231,7 @@ def _replace(graph: ir.Graph, old: ir.Value, new: ir.Value) -> None:
         replace_all_uses_with(old, new)
 
 
-def _remove_dead(graph: ir.Graph, suspects: Iterable[ir.Value | None]) -> None:
+def remove_dead(graph: ir.Graph, suspects: Iterable[ir.Value | None]) -> None:
     """Remove what makes ``suspects`` if nothing reads it, and then what only that read."""
     queue = list(suspects)
     while queue:

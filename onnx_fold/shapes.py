@@ -18,6 +18,8 @@ Dim = int | str | None
 Dims = tuple[Dim, ...]
 
 
+_INFERRED = " inferred"
+
 MAX_INTEGERS = 64
 """Integers that a computed shape or bound has at most."""
 
@@ -31,16 +33,23 @@ class Shapes:
     def __init__(self, model: ir.Model) -> None:
         self._inferred, self._types, self._integers = _infer(model)
         self._known: dict[tuple[ir.Value, int], int] = {}
+        self._symbols: dict[str, int] = {}
 
     def know(self, value: ir.Value, axis: int, size: int) -> None:
         """Note the size of one axis, counted from the end, that an operator implies."""
         self._known[value, axis] = size
+        dims = self._inferred.get(value.name or "")
+        symbol = dims[axis] if dims is not None and -axis <= len(dims) else None
+        if isinstance(symbol, str) and symbol.endswith(_INFERRED):
+            self._symbols[symbol] = size
 
     def __call__(self, value: ir.Value) -> Dims | None:
         """Dimensions of ``value``, or None if not even its rank is known."""
         if (held := constant(value)) is not None:
             return held.shape
         inferred = self._inferred.get(value.name or "")
+        if inferred is not None:
+            inferred = tuple(self._symbols.get(d, d) if isinstance(d, str) else d for d in inferred)
         stated = None if value.shape is None else _dims(value.shape)
         if inferred is None or stated is None or len(inferred) != len(stated):
             return inferred if inferred is not None else stated
@@ -113,7 +122,7 @@ def _infer(
     def dims(shape: ir.Shape) -> Dims:
         """Inference calls what it does not know `unk__0`; so may the model, and mean another."""
         return tuple(
-            f"{dim} inferred" if isinstance(dim, str) and dim not in stated else dim
+            f"{dim}{_INFERRED}" if isinstance(dim, str) and dim not in stated else dim
             for dim in _dims(shape)
         )
 

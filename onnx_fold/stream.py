@@ -6,7 +6,7 @@ free choice of basis (see :mod:`onnx_fold.basis`) and so carries ``d²`` weights
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,8 @@ import onnx_ir as ir
 
 from onnx_fold.commute import OpensStreamError, Port, Rule, ports
 from onnx_fold.constants import Constant, constant
-from onnx_fold.expression import Array, Expression, broadcast, reshape, transpose
+from onnx_fold.device import Array
+from onnx_fold.expression import Expression, broadcast, reshape, transpose
 from onnx_fold.linear import Edge, Linear, described, find_linears, label
 from onnx_fold.quantised import is_quantised
 from onnx_fold.shapes import Shapes
@@ -75,7 +76,7 @@ class ConstantWriter:
 class Opening:
     """Why a stream is open: a value, and the node or graph boundary that looks at its channels."""
 
-    value: str
+    value: ir.Value
     node: ir.Node | None
     text: str
 
@@ -85,7 +86,7 @@ class Opening:
         return self.node is not None and _is_norm(self.node)
 
     def __str__(self) -> str:
-        return f"'{self.value}' {self.text}"
+        return f"'{self.value.name or '?'}' {self.text}"
 
 
 _NORMS = frozenset(
@@ -107,11 +108,15 @@ _TOWARDS_STATISTICS = frozenset(("Cast", "Mul", "Pow", "Sub"))
 
 def _is_norm(node: ir.Node, hops: int = 3) -> bool:
     """Whether ``node`` is a norm, or leads to a mean within a few element-wise operators."""
-    if node.op_type in _NORMS or node.op_type in _STATISTICS:
+    return node.op_type in _NORMS or _leads_to_statistics(node, hops)
+
+
+def _leads_to_statistics(node: ir.Node, hops: int) -> bool:
+    if node.op_type in _STATISTICS:
         return True
     if hops == 0 or node.op_type not in _TOWARDS_STATISTICS:
         return False
-    return any(_is_norm(reader, hops - 1) for reader, _ in node.outputs[0].uses())
+    return any(_leads_to_statistics(reader, hops - 1) for reader, _ in node.outputs[0].uses())
 
 
 @dataclass(eq=False)
@@ -127,7 +132,7 @@ class Stream:
         readers: Linear layers whose input is in it.
         constants: Constants that enter it.
         openings: What stands against a change of basis; empty if the stream is closed.
-        measures: Nodes that read the shape of its values (Shape, Size).
+        measures: Nodes that read no more than the shape of its values, or whose output is unused.
     """
 
     width: int
@@ -156,6 +161,14 @@ class Stream:
     def is_closed(self) -> bool:
         """Whether its basis is free."""
         return not self.openings
+
+    def around(self, opening: Opening) -> tuple[list[str], list[str]]:
+        """Labels of the layers in front of an opening and behind it."""
+        upwards = _nearest([opening.value.producer()], self.search.linears, _producers)
+        start = [] if opening.node is None else _readers(opening.node)
+        downwards = _nearest(start, self.search.linears, _readers)
+        before = [layer.label for layer in upwards] or [table.label for table in self.tables]
+        return before, [layer.label for layer in downwards]
 
     @property
     def tables(self) -> list[ConstantWriter]:
@@ -291,7 +304,7 @@ class Search:
             if node.graph is not self.graph:
                 _open(stream, value, "is used inside the body of a control-flow operator, by", node)
             elif linear is None:
-                if node.op_type in ("Shape", "Size"):
+                if node.op_type in ("Shape", "Size") or _is_unused(node):
                     stream.measures.append(node)
                 else:
                     yield from self._across(stream, value, node, Port(False, index, axis), "read")
@@ -353,11 +366,41 @@ def _obstacle(node: ir.Node) -> str:
     return ""
 
 
+def _is_unused(node: ir.Node) -> bool:
+    return not any(output.uses() or output.is_graph_output() for output in node.outputs)
+
+
+def _producers(node: ir.Node) -> list[ir.Node | None]:
+    return [value.producer() for value in node.inputs if value is not None]
+
+
+def _readers(node: ir.Node) -> list[ir.Node | None]:
+    return [reader for value in node.outputs for reader, _ in value.uses()]
+
+
+def _nearest(
+    start: Sequence[ir.Node | None],
+    linears: Mapping[ir.Node, Linear],
+    onward: Callable[[ir.Node], Sequence[ir.Node | None]],
+    hops: int = 16,
+) -> list[Linear]:
+    """The layers that are the fewest steps away; those of one distance, and what reads alike."""
+    level, seen = list(dict.fromkeys(start)), set(start)
+    for _ in range(hops):
+        found = [linears[node] for node in level if node in linears]
+        if found:
+            return found
+        following = (other for node in level if node is not None for other in onward(node))
+        level = [node for node in dict.fromkeys(following) if node not in seen]
+        seen.update(level)
+    return []
+
+
 def _open(
     stream: Stream, value: ir.Value, text: str, node: ir.Node | None = None, detail: str = ""
 ) -> None:
     if node is not None:
         text = f"{text} {described(node)}{detail}"
-    opening = Opening(value.name or "?", node, text)
+    opening = Opening(value, node, text)
     if opening not in stream.openings:
         stream.openings.append(opening)

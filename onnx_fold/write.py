@@ -29,8 +29,9 @@ import onnx_ir as ir
 from google.protobuf.message import EncodeError
 
 from onnx_fold import progress
+from onnx_fold.device import Array
 from onnx_fold.errors import CannotWriteError, InvalidModelError
-from onnx_fold.expression import Array, FoldedTensor
+from onnx_fold.expression import FoldedTensor
 from onnx_fold.files import PROTOBUF_LIMIT, external_tensors, load, weight_bytes
 from onnx_fold.output import check_space, data_names, old_data, replacing
 

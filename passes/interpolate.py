@@ -18,8 +18,10 @@ import onnx_ir as ir
 
 from onnx_fold.basis import Basis, Side
 from onnx_fold.bias import carry_biases
-from onnx_fold.expression import Array, FoldedTensor, Spool, cast, evaluate, transpose
+from onnx_fold.device import Array
+from onnx_fold.expression import FoldedTensor, Spool, cast, evaluate, transpose
 from onnx_fold.folding import Candidate, FoldPass, Options, attempt
+from onnx_fold.heads import role
 from onnx_fold.linear import Linear, compact
 from onnx_fold.permute import hidden_stream, permute
 from onnx_fold.rebase import Rebased, rebase, weights_of
@@ -48,12 +50,14 @@ class InterpolatePass(FoldPass):
             rows = self._selection(writer, stream.rows_of(writer), is_reader=False)
             yield from _rows_of(stream, writer, rows)
         wide = [r for r in stream.readers if _can_be_joined(r) and r.out_features > stream.width]
-        for reader in sorted(wide, key=lambda layer: -layer.out_features):
-            hidden = hidden_stream(stream, reader)
-            if hidden is not None:
-                columns = self._selection(reader, None, is_reader=True)
-                yield _columns_of(stream, reader, hidden, columns)
-                break
+        hidden = {reader: hidden_stream(stream, reader) for reader in wide}
+        free = [reader for reader in wide if hidden[reader] is not None]
+        if not free and not tall:  # the columns have to be put back in order: a last resort
+            free = [reader for reader in wide if role(reader.y) is None and _pays(reader)]
+        if free:
+            reader = max(free, key=lambda layer: layer.out_features)
+            columns = self._selection(reader, None, is_reader=True)
+            yield _columns_of(stream, reader, hidden[reader], columns)
 
     def _selection(self, layer: Linear, seen: Array | None, *, is_reader: bool) -> RowSelection:
         """The rows (columns) of ``layer``; the same weights are selected among only once."""
@@ -62,8 +66,18 @@ class InterpolatePass(FoldPass):
         key = weight.tensor, *axes, layer.alpha, is_reader, id(seen)
         if key not in self._selections:
             matrix = transpose(weights_of(layer)) if is_reader else weights_of(layer)
-            self._selections[key] = RowSelection(matrix, weight.dtype, seen, self._spool)
+            self._selections[key] = RowSelection(
+                matrix, weight.dtype, seen, self._spool, self.options.device
+            )
         return self._selections[key]
+
+
+def _pays(reader: Linear) -> bool:
+    """Whether putting the columns in order moves less, for one token, than the weights saved.
+
+    A Gather reads as many indices of 8 bytes as values, and writes the values.
+    """
+    return reader.in_features**2 > 4 * reader.out_features
 
 
 def _can_be_joined(reader: Linear) -> bool:
@@ -129,21 +143,29 @@ def _split(
     return Candidate(InterpolatePass.name, text, rewrite, sides, rebased.readers)
 
 
-def _columns_of(stream: Stream, reader: Linear, hidden: Stream, columns: RowSelection) -> Candidate:
+def _columns_of(
+    stream: Stream, reader: Linear, hidden: Stream | None, columns: RowSelection
+) -> Candidate:
     """``[x', x' C]`` in the place of ``x M``."""
     width = stream.width
     before = weights_of(reader)
     basis = Basis(transpose(columns.basis))
     rebased = rebase(stream, basis, width, pivot=reader)
     rest = FoldedTensor(transpose(columns.rest), reader.weight.dtype)
-    rewrite = Rewrite(stored=rebased.stored, added=[rest], nodes_added=2)
-    permute(hidden, reader, columns.order, rewrite)
+    rewrite = Rewrite(stored=rebased.stored, added=[rest], nodes_added=2 if hidden else 3)
+    if hidden is not None:
+        permute(hidden, reader, columns.order, rewrite)
 
     def build(graph: ir.Graph) -> ir.Value:
         node = reader.node
         weight = new_constant(graph, rest, f"{reader.weight.leaf.name}_rest")
         product = new_node(graph, node, "MatMul", [reader.x, weight]).outputs[0]
-        return new_node(graph, node, "Concat", [reader.x, product], axis=-1).outputs[0]
+        value = new_node(graph, node, "Concat", [reader.x, product], axis=-1).outputs[0]
+        if hidden is not None:
+            return value
+        places = ir.tensor(np.argsort(evaluate(columns.order)).astype(np.int64))
+        indices = new_constant(graph, places, f"{reader.weight.leaf.name}_order")
+        return new_node(graph, node, "Gather", [value, indices], axis=-1).outputs[0]
 
     rewrite.replaced[reader.y] = build
     sides = list(rebased.readers)

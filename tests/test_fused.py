@@ -76,6 +76,15 @@ LAYOUTS = {
         | {"s": np.array([0, 0, H, S])}
         | {f"i{i}": np.array(i) for i in range(3)},
     ),
+    "SplitToSequence, one size": (
+        lambda *w: np.hstack(w),
+        f"""h = MatMul(x, W) g = Add(h, c) l = SplitToSequence<axis = -1>(g, size)
+            q = SequenceAt(l, i0) k = SequenceAt(l, i1) v = SequenceAt(l, i2)
+            q3 = Reshape(q, s) k3 = Reshape(k, s) v3 = Reshape(v, s)
+            {HEADS_FIRST.format("q3", "k3", "v3")}""",
+        {"size": np.array(D), "s": np.array([0, 0, H, S])}
+        | {f"i{i}": np.array(i) for i in range(3)},
+    ),
     "slices of the columns": (
         lambda *w: np.hstack(w),
         f"""h = MatMul(x, W) g = Add(c, h) w = Shape<start = -1>(x) w2 = Add(w, w) w3 = Add(w2, w)
@@ -83,6 +92,15 @@ LAYOUTS = {
             q3 = Reshape(q, s) k3 = Reshape(k, s) v3 = Reshape(v, s)
             {HEADS_FIRST.format("q3", "k3", "v3")}""",
         {"zero": np.array([0]), "last": np.array([2]), "s": np.array([0, 0, H, S])},
+    ),
+    "SplitToSequence": (
+        lambda *w: np.hstack(w),
+        f"""h = MatMul(x, W) g = Add(h, c) l = SplitToSequence<axis = 2>(g, sizes)
+            q = SequenceAt(l, i0) k = SequenceAt(l, i1) v = SequenceAt(l, i2)
+            q3 = Reshape(q, s) k3 = Reshape(k, s) v3 = Reshape(v, s)
+            {HEADS_FIRST.format("q3", "k3", "v3")}""",
+        {"sizes": np.array([D, D, D]), "s": np.array([0, 0, H, S])}
+        | {f"i{i}": np.array(i) for i in range(3)},
     ),
 }  # fmt: skip
 CORE = """

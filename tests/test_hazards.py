@@ -5,6 +5,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 from helpers import (
+    assert_same_function,
     fold,
     folded,
     graph,
@@ -194,6 +195,33 @@ def test_a_chain_in_a_body_is_left_alone():
     text += f" q = MatMul(p, M) }}, else_branch = b () => (float[n, {F}] r)"
     text += " { r = MatMul(x, M) }> }"
     refused(graph(text, P=P, M=M))
+
+
+# --- Operators that depend on the width of the channels, when it changes -------------------------
+
+
+@pytest.mark.parametrize("shape", [(2, 0, 3), (0, 1, 3), (2, 0, -1), (0, -1, 3)])
+def test_a_reshape_that_copies_the_width_to_another_axis(shape):
+    """P widens 1 to 3, so the stream becomes 1 wide, but 3 rows stay 3 rows."""
+    text = "(float[6, 1] x) => (float[a, b, 1] y)"
+    text += " { p = MatMul(x, P) r = Reshape(p, s) y = MatMul(r, M) }"
+    model = graph(text, P=normal(1, 3), M=normal(3, 1), s=np.array(shape))
+    folded(model, removed=5)
+
+
+def test_a_computed_shape_that_copies_the_width_to_another_axis():
+    text = "(float[6, 1] x, float[2] z) => (float[a, b, 1] y) { p = MatMul(x, P) n = Shape(z)"
+    text += " c = Concat<axis = 0>(n, s) r = Reshape(p, c) y = MatMul(r, M) }"
+    model = graph(text, P=normal(1, 3), M=normal(3, 1), s=np.array([0, 3]))
+    assert "copies the width of its channels" in refused(model, only=["merge"])
+    assert_same_function(model, fold(model).model)
+
+
+def test_a_squeeze_that_would_remove_the_channels():
+    text = "(float[6, 1, 1] x) => (float[a, 1] y)"
+    text += " { p = MatMul(x, P) r = Squeeze(p) y = MatMul(r, M) }"
+    model = graph(text, P=normal(1, 3), M=normal(3, 1))
+    assert "would remove a single channel" in refused(model)
 
 
 # --- Model-local functions -----------------------------------------------------------------------

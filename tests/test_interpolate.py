@@ -129,10 +129,13 @@ def test_storage_types(dtype):
 
 
 def test_a_wide_writer_has_no_rows_to_spare():
-    source = model(
-        f"{MLP} s = MatMul(h, O) y = MatMul(s, R)", O=normal(F, F, seed=2), R=normal(F, 64)
-    )
-    assert "no strategy applies" in refused(source, only=["interpolate"])
+    """The columns of the reader serve; a Gather that moves more than is saved does not pay."""
+    body, square = f"{MLP} s = MatMul(h, O) r = MatMul(s, R)", normal(F, F, seed=2)
+    wide = model(f"{body} y = Relu(r)", O=square, R=normal(F, F * F // 4))
+    assert "no strategy applies" in refused(wide, only=["interpolate"])
+    narrow = model(f"{body} y = Concat<axis = -1>(r, r)", O=square, R=normal(F, F * F // 8))
+    result = folded(narrow, F * F, only=["interpolate"])
+    assert operators(result.model)[-4:] == ["MatMul", "Concat", "Gather", "Concat"]
 
 
 def test_an_infinite_weight_is_refused():

@@ -1,0 +1,154 @@
+"""Architectures that people have, from both exporters: exact counts, the same function, no harm."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+
+import onnx_fold
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+from families import (
+    BATCH,
+    FAMILIES,
+    FRAMES,
+    NORMS_OF_HEADS,
+    PAST,
+    SEQ,
+    VOCAB,
+    WIDTH,
+    Family,
+    case,
+    export,
+)
+from helpers import TOLERANCE, outputs, weights
+from torch import nn
+
+
+def has_cache(family: Family) -> bool:
+    return family.streams_with_cache is not None
+
+
+CACHED_BY_DYNAMO = ("llama", "qwen3", "gpt2", "falcon-gqa")  # the slower exporter of the two
+CASES = [
+    *((name, "dynamo", name in CACHED_BY_DYNAMO) for name in FAMILIES),
+    *((name, "torchscript", has_cache(family)) for name, family in FAMILIES.items()),
+    *((name, "torchscript", False) for name in (*CACHED_BY_DYNAMO, "whisper")),
+]
+
+BIASED = ("gpt2", "bert", "vit", "whisper", "torch", "timm", "shaped")
+"""Families with a bias on the projection behind attention and on what reads that."""
+
+
+def opset(name: str, exporter: str) -> int:
+    return FAMILIES[name].opset if exporter == "dynamo" else 17
+
+
+def sizes(name: str, exporter: str) -> dict[str, int]:
+    """Other sizes than those of the export, where the graph can be run with them."""
+    if (name, exporter) == ("torch", "torchscript"):  # it writes sizes of the example as constants
+        return {"batch": BATCH, "sequence": SEQ}
+    batch = 1 if opset(name, exporter) == 23 else BATCH + 1  # its RotaryEmbedding broadcasts
+    found = {"batch": batch, "sequence": SEQ + 2, "past": PAST + 1}
+    found["frames"] = FRAMES + 1
+    return found | {"past + sequence": found["past"] + found["sequence"]}
+
+
+def inputs(model: ir.Model, sizes: dict[str, int]) -> dict[str, np.ndarray]:
+    generator = np.random.default_rng(3)
+    made = {}
+    for value in model.graph.inputs:
+        shape = [d if isinstance(d, int) else sizes[d.value] for d in value.shape]
+        if value.dtype.is_floating_point():
+            made[value.name] = generator.standard_normal(shape).astype(np.float32)
+        elif "mask" in value.name:
+            made[value.name] = np.ones(shape, np.int64)
+            made[value.name][0, -1] = 0
+        else:
+            made[value.name] = generator.integers(0, VOCAB, shape)
+    return made
+
+
+def assert_same_outputs(original: ir.Model, folded: ir.Model, sizes: dict[str, int]) -> None:
+    fed = inputs(original, sizes)
+    expected, actual = outputs(original, **fed), outputs(folded, **fed)
+    assert list(expected) == list(actual)
+    for name, reference in expected.items():
+        assert actual[name].shape == reference.shape
+        assert np.isfinite(reference).all()
+        error = np.linalg.norm(actual[name] - reference) / np.linalg.norm(reference)
+        assert error <= TOLERANCE["float32"], name
+
+
+def matrix_weights(model: ir.Model) -> int:
+    """Floating-point weights in tensors with two axes or more: all but biases, gains, constants."""
+    tensors = [value.const_value for value in model.graph.initializers.values()]
+    return sum(
+        tensor.size
+        for tensor in tensors
+        if tensor.dtype.is_floating_point() and sum(dim > 1 for dim in tensor.shape.numpy()) > 1
+    )
+
+
+def biases_removed(name: str, strategy: str) -> set[int]:
+    """What a fold may remove beside d² weights: biases that become part of others."""
+    if strategy == "merge":  # that of P becomes part of those of its readers
+        return {WIDTH if name in BIASED else 0}
+    if strategy == "interpolate":  # that of the FFN may become part of the head's, or be it
+        return {0, WIDTH, WIDTH - VOCAB}
+    return {0}
+
+
+@pytest.mark.parametrize(("name", "exporter", "cache"), CASES)
+def test_each_closed_stream_loses_d_squared(tmp_path, name, exporter, cache):
+    skipless = case(name, cache=cache)
+    model = ir.load(export(skipless, tmp_path / "model.onnx", exporter, opset(name, exporter)))
+    result = onnx_fold.fold(model, verify=False)
+    report = result.report
+    family = FAMILIES[name]
+    streams = family.streams_with_cache if cache else family.streams
+    assert len(report.folded) == streams, [s.reasons for s in report.left_alone]
+    assert matrix_weights(model) - matrix_weights(result.model) == streams * WIDTH**2
+    assert weights(model) - weights(result.model) == report.saving.weights
+    for stream in report.folded:
+        biases = stream.folded.weights_removed - WIDTH**2
+        assert biases in biases_removed(name, stream.folded.strategy), stream.folded.text
+    onnx.checker.check_model(ir.to_proto(result.model), full_check=True)
+    assert_same_outputs(model, result.model, sizes(name, exporter))
+
+
+UNMODIFIED = [(name, "torchscript") for name in FAMILIES if "shaped" not in name] + [
+    (name, "dynamo") for name in ("llama", "bert")
+]
+
+
+@pytest.mark.parametrize(("name", "exporter"), UNMODIFIED)
+def test_with_norms_and_skips_nothing_changes(tmp_path, name, exporter):
+    unmodified = case(name, skipless=False)
+    path = export(unmodified, tmp_path / "model.onnx", exporter, opset(name, exporter))
+    result = onnx_fold.fold(path, verify=False)
+    assert not result.report.folded
+    result.save(tmp_path / "same.onnx")
+    assert (tmp_path / "same.onnx").read_bytes() == path.read_bytes()
+    reasons = [reason for stream in result.report.streams for reason in stream.reasons]
+    named = {match[1] for reason in reasons if (match := NAMES_A_NODE.search(reason))}
+    assert norms(unmodified.module) <= named
+    for stream in result.report.left_alone:
+        assert all(NAMES_A_NODE.search(reason) for reason in stream.reasons)
+
+
+NAMES_A_NODE = re.compile(r"^'.+' is (?:read|written) by \w+ '(.+?)'")
+
+
+def norms(module: nn.Module) -> set[str]:
+    """The norms of ``module`` but for those of the heads of Q and K."""
+    return {
+        name
+        for name, child in module.named_modules()
+        if "Norm" in type(child).__name__ and name.rpartition(".")[2] not in NORMS_OF_HEADS
+    }
