@@ -675,6 +675,9 @@ class FoldedTensor(ir.LazyTensor):
         self.expression: Expression = expression
         self.device: Device = device
 
+    def __repr__(self) -> str:
+        return f"{self._repr_base()}(name={self.name!r})"
+
     def __reduce__(self) -> tuple[Any, ...]:
         return FoldedTensor, (self.expression, self.dtype, self.name, self.device)
 

@@ -247,13 +247,15 @@ def _fold_streams(
                 changed = nodes | rewrite.nodes
                 if changed & touched:
                     continue
+                moved = (*stream.values, *rewrite.reordered)
                 if activations is not None:
-                    activations.forget((*stream.values, *rewrite.reordered))
+                    activations.forget(moved)
+                names = frozenset(v.name for v in (*moved, *rewrite.biases) if v.name)
                 rewrite.apply(model.graph)
                 logger.info("%s: %s", report.folded.strategy, report.folded.text)
                 touched |= changed
                 finished |= nodes
-                reports.append((position, report))
+                reports.append((position, replace(report, changed=names)))
             elif stream.is_closed or not nodes & finished:
                 left.append((position, report))
         if not touched:

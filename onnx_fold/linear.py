@@ -156,9 +156,9 @@ def as_linear(node: ir.Node, shapes: Shapes | None = None) -> Linear | None:
 
 
 def _held(node: ir.Node, index: int) -> Constant | None:
-    """The weight at one input of ``node``."""
+    """The weight at one input of ``node``; one without elements has no basis to change."""
     found = constant(node.inputs[index]) if index < len(node.inputs) else None
-    return found if found is not None and found.dtype in FLOATS else None
+    return found if found is not None and found.dtype in FLOATS and found.size > 0 else None
 
 
 def _computed(node: ir.Node, index: int) -> ir.Value | None:

@@ -284,7 +284,9 @@ class Search:
         elif value.is_graph_input() or node is None:
             _open(stream, value, "is a graph input")
         elif (linear := self.linears.get(node)) is not None:
-            if linear.y_axis != axis:
+            if linear.y_axis is None:
+                _open(stream, value, "is written by", node)
+            elif linear.y_axis != axis:
                 _open(stream, value, "is written along another axis by", node)
             else:
                 stream.writers.append(linear)

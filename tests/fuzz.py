@@ -22,6 +22,7 @@ MAX_WIDTH = 6
 MAX_SIZE = 400  # elements of a value
 DTYPES = [ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16]
 OPSETS = range(11, onnx.defs.onnx_opset_version() + 1)
+BFLOAT16_OPSETS = range(16, OPSETS.stop)
 Shape = tuple[int, ...]
 
 
@@ -322,6 +323,15 @@ def total(b: Builder) -> list[Value]:
     return [b.add(op, operands if b.flip() else operands[::-1], value.shape)]
 
 
+def dead_skip(b: Builder) -> list[Value]:
+    """A skip connection that a trained gain has switched off."""
+    value = b.value()
+    other = b.value(lambda shape: shape == value.shape)
+    nothing = b.hold(np.zeros(b.choose((), (1,)), b.dtype.numpy()))
+    gone = b.add("Mul", [other.name, nothing], other.shape)
+    return [b.add("Add", [value.name, gone.name], value.shape)]
+
+
 def where(b: Builder) -> list[Value]:
     value = b.value(lambda shape: len(shape) > 1)
     other = b.value(lambda shape: value is not None and shape == value.shape)
@@ -508,46 +518,84 @@ def feed_forward(b: Builder) -> list[Value]:
     return [b.add("Add", [out.name, p.name], p.shape)] if b.rarely() else [out]
 
 
+HEAD_DIM = 2
+
+
 def attention(b: Builder) -> list[Value]:
-    """Q, K and V (apart, or fused and split), heads of 2 channels, grouped or not."""
+    value = b.value(lambda shape: len(shape) == 3)
+    return [] if value is None else [attend(b, value)]
+
+
+def block(b: Builder) -> list[Value]:
+    """A stream that only Q, K and V read, as wide as two heads."""
     value = b.value(lambda shape: len(shape) == 3)
     if value is None:
         return []
+    width = 2 * HEAD_DIM
+    weight = b.weight(value.shape[-1], width)
+    return [attend(b, b.add("MatMul", [value.name, weight], (*value.shape[:-1], width)))]
+
+
+def attend(b: Builder, value: Value) -> Value:
+    """Q, K and V (apart, or fused and split), heads of 2 channels, grouped or not."""
     batch, n, width = value.shape
-    heads, head_dim = b.choose(2, 4), 2
+    heads = b.choose(2, 4)
     kv_heads = b.choose(heads, 1)
+    size = heads * HEAD_DIM
 
     def project(size: int) -> Value:
         y = b.add("MatMul", [value.name, b.weight(width, size)], (batch, n, size))
         return bias(b, y) if b.rarely() else y
 
-    size = heads * head_dim
-    if kv_heads == heads and b.flip() and b.opset >= 13:
-        fused = project(3 * size)
-        sizes = b.ints(size, size, size)
-        parts = b.add("Split", [fused.name, sizes], *((batch, n, size),) * 3, axis=-1)
-    else:
-        parts = [project(size), project(kv_heads * head_dim), project(kv_heads * head_dim)]
+    def split(x: Value, count: int) -> Value:
+        return b.transpose(b.reshape(x, (batch, n, count, HEAD_DIM)), [0, 2, 1, 3])
 
-    def split(x: Value, count: int, order: list[int]) -> Value:
-        return b.transpose(b.reshape(x, (batch, n, count, head_dim)), order)
-
-    q = split(parts[0], heads, [0, 2, 1, 3])
-    k = split(parts[1], kv_heads, [0, 2, 3, 1])
-    v = split(parts[2], kv_heads, [0, 2, 1, 3])
+    match b.choose("apart", "contiguous", "interleaved") if kv_heads == heads else "apart":
+        case "contiguous" if b.opset >= 13:
+            sizes = b.ints(size, size, size)
+            shapes = ((batch, n, size),) * 3
+            parts = b.add("Split", [project(3 * size).name, sizes], *shapes, axis=-1)
+            q, k, v = (split(part, heads) for part in parts)
+        case "interleaved":
+            apart = b.reshape(project(3 * size), (batch, n, heads, 3, HEAD_DIM))
+            turned = b.transpose(apart, [3, 0, 2, 1, 4])
+            q, k, v = (
+                b.add("Gather", [turned.name, b.hold(np.array(i))], turned.shape[1:], axis=0)
+                for i in range(3)
+            )
+        case _:
+            counts = (heads, kv_heads, kv_heads)
+            q, k, v = (split(project(count * HEAD_DIM), count) for count in counts)
+    k = b.transpose(k, [0, 1, 3, 2])
     scores = b.add("MatMul", [q.name, k.name], (batch, heads, n, n))
     probs = b.add("Softmax", [scores.name], scores.shape, axis=3)
     context = b.add("MatMul", [probs.name, v.name], q.shape)
     flat = b.reshape(b.transpose(context, [0, 2, 1, 3]), (batch, n, size))
-    return [b.add("MatMul", [flat.name, b.weight(size, width)], value.shape)]
+    return b.add("MatMul", [flat.name, b.weight(size, width)], value.shape)
+
+
+def experts(b: Builder) -> list[Value]:
+    """Two experts side by side, whose outputs are summed; a weight holds the matrices of both."""
+    value = b.value(lambda shape: len(shape) == 3)
+    if value is None:
+        return []
+    batch, n, width = value.shape
+    count, hidden, out = 2, b.integer(1, MAX_WIDTH), b.integer(1, MAX_WIDTH)
+    inputs = b.with_axes("Unsqueeze", value, [1], (batch, 1, n, width), 13)
+    up, down = b.numbers(count, width, hidden, scale=0.5), b.numbers(count, hidden, out, scale=0.5)
+    h = b.add("MatMul", [inputs.name, b.hold(up, "W")], (batch, count, n, hidden))
+    a = b.add("Relu", [h.name], h.shape) if b.flip() else h
+    y = b.add("MatMul", [a.name, b.hold(down, "W")], (batch, count, n, out))
+    return [b.with_axes("ReduceSum", y, [1], (batch, n, out), 13, keepdims=0)]
 
 
 LINEAR = (matmul, matmul, matmul, left_matmul, gemm, einsum, conv, fused_matmul, embedding)
 INSIDE = (
-    *(unary, softmax, cast, gain, total, where, permute, regroup, axes, repeat, part, join, pad),
-    *(reduce, measure, branch, call),
+    *(unary, softmax, cast, gain, total, dead_skip, where, permute, regroup, axes, repeat, part),
+    *(join, pad, reduce),
 )
-BLOCKS = (feed_forward, attention)
+BLOCKS = (feed_forward, attention, block, experts)
+OUTSIDE = (measure, branch, call, call)
 
 
 @st.composite
@@ -555,11 +603,11 @@ def models(draw, max_steps: int = 8) -> ir.Model:
     """A valid model whose inputs are ``x`` [2, 3, d], ``ids`` [2, 3] and ``flag`` []."""
     data = draw(st.data())
     dtype = data.draw(st.sampled_from(DTYPES))
-    opset = data.draw(st.sampled_from(OPSETS if dtype != ir.DataType.BFLOAT16 else OPSETS[2:]))
+    opset = data.draw(st.sampled_from(OPSETS if dtype != ir.DataType.BFLOAT16 else BFLOAT16_OPSETS))
     b = Builder(data, dtype, opset, np.random.default_rng(data.draw(st.integers(0, 10**6))))
     b.values.append(Value("x", (BATCH, SEQ, b.integer(1, MAX_WIDTH))))
     for _ in range(b.integer(2, max_steps)):
-        step = b.choose(*b.choose(LINEAR, INSIDE, BLOCKS, LINEAR))
+        step = b.choose(*b.choose(LINEAR, LINEAR, INSIDE, INSIDE, BLOCKS, OUTSIDE))
         b.values += [value for value in step(b) if np.prod(value.shape) <= MAX_SIZE]
     return finished(b)
 

@@ -224,6 +224,12 @@ def test_a_squeeze_that_would_remove_the_channels():
     assert "would remove a single channel" in refused(model)
 
 
+@pytest.mark.parametrize(("inputs", "width", "outputs"), [(0, 4, 5), (4, 0, 5), (4, 5, 0)])
+def test_layers_without_weights(inputs, width, outputs):
+    text = f"(float[2, {inputs}] x) => (float[2, {outputs}] y) {{ {PAIR} }}"
+    refused(graph(text, P=normal(4, 5)[:inputs, :width], M=normal(5, 5)[:width, :outputs]))
+
+
 # --- Model-local functions -----------------------------------------------------------------------
 
 

@@ -175,6 +175,17 @@ def test_a_packed_attention_writes_a_stream():
     assert operators(result.model) == ["Gather", "Attention", "MatMul"]
 
 
+def test_a_packed_attention_reads_a_stream():
+    """Q, K and V cannot become the identity, but a writer can, and QKV takes up its basis."""
+    text = f"(float[2, 7, {F}] x0, float[2, 7, {D}] x1) => (float[2, 7, {F}] y)"
+    text += " { o = MatMul(x0, O) e = MatMul(x1, Q) x = Add(o, e)"
+    text += " c = ms.Attention<num_heads = 4>(x, QKV, bias) p = MatMul(c, P) y = MatMul(p, M) }"
+    result = folded(optimised(text), removed=2 * D * D)
+    (node,) = [node for node in result.model.graph if node.op_type == "Attention"]
+    assert node.inputs[1].const_value.shape == (D, 3 * D)
+    np.testing.assert_array_equal(node.inputs[2].const_value.numpy(), WEIGHTS["bias"])
+
+
 NORMS = {
     "SkipLayerNormalization": "m = ms.SkipLayerNormalization(p, x, d, d, d)",
     "SkipSimplifiedLayerNormalization": "m = ms.SkipSimplifiedLayerNormalization(x, p, d)",
