@@ -110,7 +110,18 @@ def fold_and_count(source: Path, target: Path) -> dict[str, Any]:
         "weights": saving.before.weights,
         "weights_removed": saving.weights,
         "largest": max(tensor.size for tensor in held if tensor is not None),
+        "peak": _peak(),
     }
+
+
+def _peak() -> int:
+    """Peak of the resident memory of this process, in bytes.
+
+    ``getrusage`` would count what its parent had when it forked.
+    """
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    (line,) = (line for line in status.splitlines() if line.startswith("VmHWM:"))
+    return 1024 * int(line.split()[1])
 
 
 def operations(expressions: Iterable[Expression]) -> dict[str, float]:
@@ -209,13 +220,7 @@ def measure(preset: str, layers: int | None, dtype: Any, folder: Path, rates: Ra
     for path in (source, *_data(source)):
         forget(path)
     command = [sys.executable, __file__, "--fold", str(source), str(target)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        output = process.stdout.read()
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise RuntimeError(f"folding {source} failed")
+    output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
     done = json.loads(output)
     read = sum(path.stat().st_size for path in (source, *_data(source)))
     written = sum(path.stat().st_size for path in (target, *_data(target)))
@@ -235,7 +240,7 @@ def measure(preset: str, layers: int | None, dtype: Any, folder: Path, rates: Ra
         done["operations"],
         read,
         written,
-        usage.ru_maxrss * 1024,
+        done["peak"],
         2**30 + 4 * 8 * done["largest"],
     )
 

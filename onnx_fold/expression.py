@@ -77,22 +77,32 @@ def evaluate(
         given: Values on the device that are known already.
     """
     uses = Counter(id(operand) for node in _nodes(expression) for operand in node.operands)
-    values: dict[int, Any] = {}
-
-    def visit(node: Expression) -> Any:
-        if node in given:
-            return given[node]
-        key = id(node)
-        value = values[key] if key in values else node.compute(device, *map(visit, node.operands))
-        uses[key] -= 1
-        if uses[key] > 0:
-            values[key] = value
-        else:
-            values.pop(key, None)
-        return value
-
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-        return device.fetch(visit(expression))
+        return device.fetch(_visit(expression, device, given, uses, {}))
+
+
+def _visit(
+    node: Expression,
+    device: Device,
+    given: Mapping[Expression, Any],
+    uses: Counter[int],
+    values: dict[int, Any],
+) -> Any:
+    """The value of ``node``; it is kept in ``values`` while it has more ``uses``."""
+    if node in given:
+        return given[node]
+    key = id(node)
+    if key in values:
+        value = values[key]
+    else:
+        operands = (_visit(each, device, given, uses, values) for each in node.operands)
+        value = node.compute(device, *operands)
+    uses[key] -= 1
+    if uses[key] > 0:
+        values[key] = value
+    else:
+        values.pop(key, None)
+    return value
 
 
 def _nodes(root: Expression) -> Iterator[Expression]:
