@@ -12,6 +12,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, get_args
 
@@ -21,7 +22,9 @@ from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from onnx_fold import files
 from onnx_fold.errors import CannotWriteError, MissingExtraError, UsageError
 from onnx_fold.models import presets
-from onnx_fold.models.config import SkiplessConfig
+from onnx_fold.models.config import SkiplessConfig, num_parameters
+from onnx_fold.progress import Report, ignore
+from onnx_fold.write import saving
 
 if TYPE_CHECKING:
     from onnx_fold.models.skipless import SkiplessTransformer
@@ -33,6 +36,9 @@ Axes: TypeAlias = dict[int, str]
 DEFAULT_OPSET: Final[dict[str, int]] = {"dynamo": 20, "torchscript": 17}
 OPSETS: Final[dict[str, range]] = {"dynamo": range(18, 25), "torchscript": range(13, 21)}
 """What each exporter is asked for; others it refuses, or writes as something else."""
+
+DRAWN_LIMIT: Final = 2**30
+"""Bytes of weights up to which there is a PyTorch model of them; larger ones are only drawn."""
 
 
 def export(
@@ -46,8 +52,12 @@ def export(
     kv_cache: bool = False,
     residual: bool = False,
     seed: int = 0,
+    progress: Report = ignore,
 ) -> Path:
     """Write a freshly initialised model of a preset's shape to ``output``.
+
+    A model of more than 1 GiB is never in memory (with dynamo): its weights are drawn one by one
+    while they are written, and are Gaussian.
 
     Args:
         preset: A name in :data:`~onnx_fold.models.presets.PRESETS`, or a shape.
@@ -59,6 +69,7 @@ def export(
         kv_cache: Take and return keys and values, see :func:`export_module`.
         residual: Export the ordinary twin, with skips and norms.
         seed: Decides the weights; equal arguments give equal files.
+        progress: Is called with what is being done, bytes written, and bytes in all.
 
     Returns:
         The path of the graph file.
@@ -76,7 +87,15 @@ def export(
     from onnx_fold.models.skipless import SkiplessTransformer
 
     config = dataclasses.replace(config, residual=residual or config.residual)
-    model = SkiplessTransformer(config, dtype=getattr(torch, dtype), seed=seed)
+    kind = getattr(torch, dtype)
+    progress("exporting", 0, 0)
+    if exporter == "dynamo" and num_parameters(config) * kind.itemsize > DRAWN_LIMIT:
+        from onnx_fold.models.large import trace
+
+        to_onnx = partial(_to_onnx, opset=opset, kv_cache=kv_cache, optimize=False)
+        graph = trace(config, kind, seed, to_onnx)
+        return _write(graph, output, progress=progress)
+    model = SkiplessTransformer(config, dtype=kind, seed=seed)
     return export_module(model, output, exporter=exporter, opset=opset, kv_cache=kv_cache)
 
 
@@ -100,13 +119,24 @@ def export_module(
     Returns and raises as :func:`export`.
     """
     opset = _check_target(output, exporter, opset)
+    if exporter == "dynamo":
+        return _write(_to_onnx(model, opset, kv_cache), output, metadata)
     with tempfile.TemporaryDirectory() as folder:
-        graph = _to_onnx(model.eval(), Path(folder), exporter, opset, kv_cache)
-        _name_weights(graph)
-        ClearMetadataAndDocStringPass()(graph)  # stack traces name the exporting machine's folders
-        graph.metadata_props.update(metadata or {})
-        files.save(graph, output)
-    return Path(output)
+        graph = _to_torchscript(model, Path(folder), opset, kv_cache)
+        return _write(graph, output, metadata)
+
+
+def _write(
+    graph: ir.Model,
+    output: str | os.PathLike[str],
+    metadata: Mapping[str, str] | None = None,
+    progress: Report = ignore,
+) -> Path:
+    _name_weights(graph)
+    ClearMetadataAndDocStringPass()(graph)  # stack traces name the exporting machine's folders
+    graph.metadata_props.update(metadata or {})
+    with saving(graph, Path(output), report=progress):
+        return Path(output)
 
 
 def _check(value: str, known: tuple[str, ...], what: str) -> None:
@@ -136,29 +166,45 @@ def _import_torch() -> Any:
 
 
 def _to_onnx(
-    model: SkiplessTransformer, folder: Path, exporter: Exporter, opset: int, kv_cache: bool
+    model: SkiplessTransformer, opset: int, kv_cache: bool, optimize: bool = True
 ) -> ir.Model:
-    """Run the exporter; TorchScript leaves large weights in ``folder``."""
     torch = _import_torch()
     args, inputs, outputs = _signature(model, kv_cache)
-    common: dict[str, Any] = {
-        "input_names": list(inputs),
-        "output_names": list(outputs),
-        "opset_version": opset,
-    }
     with _quiet(), torch.no_grad():
-        if exporter == "dynamo":
-            shapes = _nest(list(inputs.values()))
-            program = torch.onnx.export(
-                model, args, dynamo=True, verbose=False, dynamic_shapes=shapes, **common
-            )
-            graph: ir.Model = program.model
-            return graph
-        file = folder / "model.onnx"
-        torch.onnx.export(
-            model, args, str(file), dynamo=False, dynamic_axes=inputs | outputs, **common
+        program = torch.onnx.export(
+            model.eval(),
+            args,
+            dynamo=True,
+            verbose=False,
+            dynamic_shapes=_nest(list(inputs.values())),
+            input_names=list(inputs),
+            output_names=list(outputs),
+            opset_version=opset,
+            optimize=optimize,
         )
-        return files.load(file)
+    graph: ir.Model = program.model
+    return graph
+
+
+def _to_torchscript(
+    model: SkiplessTransformer, folder: Path, opset: int, kv_cache: bool
+) -> ir.Model:
+    """Run the older exporter, which leaves large weights in ``folder``."""
+    torch = _import_torch()
+    args, inputs, outputs = _signature(model, kv_cache)
+    file = folder / "model.onnx"
+    with _quiet(), torch.no_grad():
+        torch.onnx.export(
+            model.eval(),
+            args,
+            str(file),
+            dynamo=False,
+            dynamic_axes=inputs | outputs,
+            input_names=list(inputs),
+            output_names=list(outputs),
+            opset_version=opset,
+        )
+    return files.load(file)
 
 
 def _signature(

@@ -188,13 +188,18 @@ class SkiplessTransformer(nn.Module):
     """A decoder-only language model of a :class:`SkiplessConfig`, initialised from ``seed``.
 
     Nothing but ``seed`` decides the weights; torch's global generator is neither read nor moved.
+    With None there are none: the parameters are on the meta device, where they have only a shape.
+
+    Attributes:
+        gains: For each block, what :meth:`scale_to_data` scaled its writers by at first.
     """
 
     def __init__(
-        self, config: SkiplessConfig, *, dtype: torch.dtype = torch.float32, seed: int = 0
+        self, config: SkiplessConfig, *, dtype: torch.dtype = torch.float32, seed: int | None = 0
     ) -> None:
         super().__init__()
         self.config = config
+        self.gains: list[float] = []
         with torch.device("meta"):
             self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
             if config.positions == "learned":
@@ -206,7 +211,10 @@ class SkiplessTransformer(nn.Module):
             if config.residual:
                 self.norm = _norm(config)
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.to(dtype).to_empty(device="cpu")
+        self.to(dtype)
+        if seed is None:
+            return
+        self.to_empty(device="cpu")
         if config.tie_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
         generator = torch.Generator().manual_seed(seed)
@@ -214,7 +222,7 @@ class SkiplessTransformer(nn.Module):
         if not config.residual:
             length = min(32, config.max_position_embeddings)
             tokens = torch.randint(config.vocab_size, (4, length), generator=generator)
-            self.scale_to_data(tokens)
+            self.gains = self.scale_to_data(tokens)
 
     def forward(
         self,
@@ -257,12 +265,16 @@ class SkiplessTransformer(nn.Module):
         return self.lm_head(x), presents
 
     @torch.no_grad()
-    def scale_to_data(self, input_ids: Tensor) -> None:
+    def scale_to_data(self, input_ids: Tensor) -> list[float]:
         """Scale what writes each block's output so that it has unit mean square on ``input_ids``.
 
         Args:
             input_ids: int64 [batch, seq].
+
+        Returns:
+            What the writers of each block were multiplied by.
         """
+        gains = []
         positions = self._positions(input_ids, None, 0)
         x = self._embed(input_ids, 0)
         for layer in self._skipless_layers():
@@ -272,6 +284,8 @@ class SkiplessTransformer(nn.Module):
                 for parameter in writer.parameters():
                     parameter.mul_(gain)
             x = y * gain.to(y.dtype)
+            gains.append(float(gain))
+        return gains
 
     def _skipless_layers(self) -> Iterator[SkiplessBlock]:
         yield from (layer for layer in self.layers if isinstance(layer, SkiplessBlock))
@@ -326,37 +340,46 @@ def _norm(config: SkiplessConfig) -> nn.Module:
     return RMSNorm(size) if config.ffn == "glu" else nn.LayerNorm(size)
 
 
+def spread(name: str, shape: tuple[int, ...], config: SkiplessConfig) -> tuple[float, float]:
+    """Mean and standard deviation that the parameter ``name`` of ``shape`` is initialised with."""
+    match name.split("."):
+        case [*_, "attention_gain"]:
+            return config.attention_gain, 0.0
+        case [*_, "ffn_gain"]:
+            return config.ffn_gain, 0.0
+        case [*_, owner, "weight"] if owner.endswith("norm"):
+            return 1.0, 0.1
+        case [*_, "bias"]:
+            return 0.0, 0.1
+        case ["embed_tokens", _]:
+            return 0.0, 1.0
+        case ["embed_positions", _]:
+            return 0.0, 0.5
+        case _:  # a projection [out, in]: it keeps the variance of its input
+            return 0.0, shape[1] ** -0.5
+
+
 @torch.no_grad()
 def _initialize(model: SkiplessTransformer, generator: torch.Generator) -> None:
     """Fill all parameters, in the order of their registration."""
     config = model.config
     for name, parameter in model.named_parameters():
-        match name.split("."):
-            case [*_, "attention_gain"]:
-                parameter.fill_(config.attention_gain)
-            case [*_, "ffn_gain"]:
-                parameter.fill_(config.ffn_gain)
-            case [*_, owner, "weight"] if owner.endswith("norm"):
-                parameter.copy_(1 + 0.1 * torch.randn(parameter.shape, generator=generator))
-            case [*_, "bias"]:
-                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-            case ["embed_tokens" | "embed_positions" as table, _]:
-                std = 1.0 if table == "embed_tokens" else 0.5
-                parameter.copy_(std * torch.randn(parameter.shape, generator=generator))
-            case [*_, "qkv_proj", _]:
-                for part in torch.split(
-                    parameter, [config.query_size, config.kv_size, config.kv_size]
-                ):
-                    part.copy_(_projection(part.shape, config, generator))
-            case _:
-                parameter.copy_(_projection(parameter.shape, config, generator))
+        is_projection = parameter.ndim == 2 and not name.startswith("embed_")
+        mean, deviation = spread(name, tuple(parameter.shape), config)
+        if is_projection and config.init == "orthogonal":
+            sizes = [config.query_size, config.kv_size, config.kv_size]
+            is_fused = name.endswith("qkv_proj.weight")
+            for part in torch.split(parameter, sizes) if is_fused else (parameter,):
+                part.copy_(_orthogonal(part.shape, generator))
+        elif deviation == 0.0:
+            parameter.fill_(mean)
+        else:
+            parameter.copy_(mean + deviation * torch.randn(parameter.shape, generator=generator))
 
 
-def _projection(shape: torch.Size, config: SkiplessConfig, generator: torch.Generator) -> Tensor:
-    """A float32 weight [out, in] that keeps the variance of its input."""
+def _orthogonal(shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """A float32 semi-orthogonal weight [out, in] that keeps the variance of its input."""
     rows, columns = shape
     weight = torch.randn(shape, generator=generator)
-    if config.init == "gaussian":
-        return weight / math.sqrt(columns)
     wide: Tensor = torch.linalg.qr(weight if rows >= columns else weight.T).Q
     return wide * math.sqrt(rows / columns) if rows >= columns else wide.T

@@ -17,13 +17,10 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from onnx_fold.device import HOST, Array, Device, Indices
 from onnx_fold.expression import (
-    HOST,
-    Array,
-    Device,
     Expression,
     Factors,
-    Indices,
     Solve,
     cast,
     evaluate,
@@ -111,7 +108,7 @@ class Basis:
 
 
 def _largest_singular_value(
-    width: int, gram: Callable[[Any], Any], device: Device, iterations: int = 24
+    width: int, gram: Callable[[Any], Any], device: Device, iterations: int = 8
 ) -> float:
     """Power iteration with ``gram = Aᵀ A`` (or ``A⁻¹ A⁻ᵀ``); from below, within some percent."""
     vector = device.load(np.random.default_rng(0).standard_normal((width, 1)))

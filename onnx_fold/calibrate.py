@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
-from onnx_fold.expression import Array
+from onnx_fold.device import Array
 from onnx_fold.linear import Linear, find_linears
 from onnx_fold.parity import given_inputs
 from onnx_fold.runtime import run, session

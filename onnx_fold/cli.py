@@ -6,6 +6,7 @@ import contextlib
 import functools
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +16,8 @@ import click
 from rich.console import Console
 
 from onnx_fold import __version__, errors
-from onnx_fold.files import replacing
+from onnx_fold.output import replacing
+from onnx_fold.progress import Report, shown
 
 ModelPath = click.Path(dir_okay=False, path_type=Path)
 
@@ -26,6 +28,9 @@ _PROVIDER = click.option(
     show_default=True,
     help="Where to run: auto takes CUDA where it works.",
 )
+
+
+_QUIET = click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
 
 
 def _planning(command: Callable[..., None]) -> Callable[..., None]:
@@ -97,49 +102,89 @@ def cli() -> None:
     """
 
 
+def _parse_size(context: click.Context, option: click.Parameter, value: str | None) -> int | None:
+    if value is None:
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kKMGT]?)(i?)B?", value)
+    size = 0
+    if match is not None:
+        number, prefix, binary = match.groups()
+        unit = (1024 if binary else 1000) ** " KMGT".index(prefix.upper() or " ")
+        size = int(float(number) * unit)
+    if size < 1:
+        raise click.BadParameter(f"{value!r} is not a size such as 4GB or 500MiB")
+    return size
+
+
 @cli.command()
 @click.argument("model", type=ModelPath)
 @click.option("-o", "--output", type=ModelPath, help="File to write; never the input.")
+@click.option(
+    "--in-place",
+    is_flag=True,
+    help="Write over MODEL; its data files go, unless another file beside them mentions them.",
+)
+@click.option(
+    "--shard-size",
+    callback=_parse_size,
+    metavar="4GB",
+    help="Split the weights into data files of this size. [default: one file]",
+)
 @_planning
 @click.option("--dry-run", is_flag=True, help="Fold and check, but write nothing.")
 @click.option("--report", type=ModelPath, metavar="FILE.json", help="Write the report as JSON.")
 @click.option(
-    "--verify/--no-verify",
-    default=True,
+    "--verify",
+    type=click.Choice(["auto", "full", "sampled"]),
+    default="auto",
     show_default=True,
-    help="Run both models and compare; if that fails nothing is written.",
+    help="Compare in ONNX Runtime: both models whole, a sample of the folded streams cut out of"
+    " them, or the latter where both do not fit in memory. If that fails nothing is written.",
 )
+@click.option("--no-verify", is_flag=True, help="Compare nothing.")
 @_PROVIDER
+@_QUIET
 def fold(
     model: Path,
     output: Path | None,
+    in_place: bool,
     dry_run: bool,
     report: Path | None,
-    verify: bool,
-    provider: str,
+    verify: str,
+    no_verify: bool,
+    quiet: bool,
     **options: Any,
 ) -> None:
     """Fold MODEL: same inputs, outputs and function, fewer weights."""
     import onnx_fold
 
-    if output is None and not dry_run:
-        raise click.UsageError("say where to write with -o FILE, or ask for a --dry-run")
+    if (output is None) == (not in_place) and not dry_run:
+        raise click.UsageError(
+            "say where to write with -o FILE or --in-place, or ask for a --dry-run"
+        )
     if output is not None and output == report:
         raise click.UsageError("-o and --report name the same file")
     for target in filter(None, (output, report)):
         _check_writable(target, model)
-    with _status(f"folding {model}"):
-        try:
-            result = onnx_fold.fold(model, verify=verify, provider=provider, **options)
-        except errors.CheckFailedError as error:
-            if report is not None:
-                _write_json(report, error.report.to_dict())
-            _console().print(error.report)
-            raise
-    _console().print(result.report)
-    if output is not None and not dry_run:
-        result.save(output)
-        _console().print(f"Wrote {output}.", highlight=False)
+    if in_place:
+        _check_folder(model)
+    console = Console(quiet=True) if quiet else _console()
+    if not dry_run:
+        options |= {"output": output, "in_place": in_place}
+    try:
+        with _progress(quiet) as progress:
+            check = not no_verify and verify
+            result = onnx_fold.fold(model, verify=check, progress=progress, **options)
+    except errors.CheckFailedError as error:
+        if report is not None:
+            _write_json(report, error.report.to_dict())
+        console.print(error.report)
+        raise
+    console.print(result.report)
+    if in_place and not dry_run and not result.report.folded:
+        console.print(f"{model} is as it was.", highlight=False)
+    elif not dry_run:
+        console.print(f"Wrote {output or model}.", highlight=False)
     if report is not None:
         _write_json(report, result.report.to_dict())
 
@@ -232,13 +277,15 @@ def bench(original: Path, folded: Path, as_json: bool, **options: Any) -> None:
 @click.option("--kv-cache", is_flag=True, help="Take and return keys and values.")
 @click.option("--residual", is_flag=True, help="The ordinary twin, with skips and norms.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the weights.")
-def export(preset: str, output: Path, **options: Any) -> None:
+@_QUIET
+def export(preset: str, output: Path, quiet: bool, **options: Any) -> None:
     """Export a freshly initialised skipless transformer of the shape PRESET (see `presets`)."""
     from onnx_fold.models.export import export as export_preset
 
-    with _status(f"exporting {preset}"):
-        export_preset(preset, output, **options)
-    _console().print(f"Wrote {output}.", highlight=False)
+    with _progress(quiet) as progress:
+        export_preset(preset, output, progress=progress, **options)
+    if not quiet:
+        _console().print(f"Wrote {output}.", highlight=False)
 
 
 @cli.command()
@@ -269,6 +316,10 @@ def _check_writable(target: Path, source: Path) -> None:
     """
     if target.exists() and source.exists() and target.samefile(source):
         raise errors.CannotWriteError(f"{target} is the input; write to another file")
+    _check_folder(target)
+
+
+def _check_folder(target: Path) -> None:
     if not target.parent.is_dir():
         raise errors.CannotWriteError(f"cannot write {target}: no folder {target.parent}")
     if not os.access(target.parent, os.W_OK):
@@ -298,6 +349,13 @@ def _status(text: str) -> Iterator[None]:
     """A spinner on standard error, where that is a terminal."""
     with Console(stderr=True).status(text):
         yield
+
+
+@contextlib.contextmanager
+def _progress(quiet: bool) -> Iterator[Report]:
+    """What a long command is at, on standard error."""
+    with shown(Console(stderr=True, quiet=quiet)) as report:
+        yield report
 
 
 def main() -> None:

@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from onnx_fold.expression import Array, Expression, cast, evaluate, of_tensor, transpose
+from onnx_fold.device import Array
+from onnx_fold.expression import Expression, cast, evaluate, of_tensor, transpose
 
 FLOATS = frozenset(
     (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)

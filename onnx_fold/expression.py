@@ -21,107 +21,14 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import IO, Any, Protocol
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
-import scipy.linalg
 
+from onnx_fold.device import HOST, Array, Device, Indices, Shape
 from onnx_fold.errors import NotFiniteError
-
-Array = npt.NDArray[Any]
-Indices = npt.NDArray[np.intp]
-Shape = tuple[int, ...]
-
-
-class Device(Protocol):
-    """Where expressions are evaluated: what numpy and other array libraries call differently.
-
-    Arrays of a device know ``@``, ``+``, ``*``, ``reshape`` and assignment to indices.
-    """
-
-    def load(self, array: Array) -> Any:
-        """Bring an array of the host to the device."""
-
-    def fetch(self, array: Any) -> Array:
-        """Bring an array of the device to the host."""
-
-    def cast(self, array: Any, dtype: np.dtype[Any]) -> Any:
-        """Round or widen."""
-
-    def transpose(self, array: Any, permutation: Sequence[int]) -> Any:
-        """Reorder the axes."""
-
-    def broadcast(self, array: Any, shape: Shape) -> Any:
-        """Repeat along axes of size one."""
-
-    def take(self, array: Any, indices: Any, axis: int) -> Any:
-        """Some of the slices along ``axis``."""
-
-    def concatenate(self, arrays: Sequence[Any], axis: int) -> Any:
-        """Join along ``axis``."""
-
-    def zeros(self, shape: Shape, dtype: np.dtype[Any]) -> Any:
-        """An array of zeros."""
-
-    def lu_factor(self, matrix: Any) -> Any:
-        """LU factors with partial pivoting of a float64 matrix ``[d, d]``."""
-
-    def lu_solve(self, factors: Any, rhs: Any, transposed: bool) -> Any:
-        """``A⁻¹ rhs``, or ``A⁻ᵀ rhs``, for the factors of ``A``."""
-
-
-class Host:
-    """The processor, by numpy and scipy."""
-
-    def load(self, array: Array) -> Array:
-        """Nothing to do."""
-        return array
-
-    def fetch(self, array: Array) -> Array:
-        """Nothing to do."""
-        return array
-
-    def cast(self, array: Array, dtype: np.dtype[Any]) -> Array:
-        """Round or widen."""
-        return array.astype(dtype, copy=False)
-
-    def transpose(self, array: Array, permutation: Sequence[int]) -> Array:
-        """Reorder the axes."""
-        return array.transpose(permutation)
-
-    def broadcast(self, array: Array, shape: Shape) -> Array:
-        """Repeat along axes of size one."""
-        return np.broadcast_to(array, shape)
-
-    def take(self, array: Array, indices: Indices, axis: int) -> Array:
-        """Some of the slices along ``axis``."""
-        taken: Array = np.take(array, indices, axis)
-        return taken
-
-    def concatenate(self, arrays: Sequence[Array], axis: int) -> Array:
-        """Join along ``axis``."""
-        return np.concatenate(arrays, axis)
-
-    def zeros(self, shape: Shape, dtype: np.dtype[Any]) -> Array:
-        """An array of zeros."""
-        return np.zeros(shape, dtype)
-
-    def lu_factor(self, matrix: Array) -> tuple[Array, npt.NDArray[np.int32]]:
-        """LU factors of the transpose, which is in the order that LAPACK reads."""
-        lu, pivots, _ = scipy.linalg.lapack.dgetrf(matrix.T)
-        return lu, pivots
-
-    def lu_solve(self, factors: Any, rhs: Array, transposed: bool) -> Array:
-        """``A⁻¹ rhs``, or ``A⁻ᵀ rhs``, for the factors of ``A``."""
-        solved: Array = scipy.linalg.lu_solve(
-            factors, rhs, trans=0 if transposed else 1, check_finite=False
-        )
-        return solved
-
-
-HOST = Host()
 
 
 class Expression(ABC):
@@ -767,6 +674,9 @@ class FoldedTensor(ir.LazyTensor):
         super().__init__(self._evaluated, dtype, shape, cache=False, name=name)
         self.expression: Expression = expression
         self.device: Device = device
+
+    def __repr__(self) -> str:
+        return f"{self._repr_base()}(name={self.name!r})"
 
     def __reduce__(self) -> tuple[Any, ...]:
         return FoldedTensor, (self.expression, self.dtype, self.name, self.device)

@@ -1,13 +1,15 @@
-"""Models in and out: any source becomes an ``onnx_ir.Model``; files are written whole or not."""
+"""Models in: any source becomes an ``onnx_ir.Model``, whose external data is known to be there."""
 
 from __future__ import annotations
 
-import contextlib
+import itertools
+import math
 import os
-import shutil
-import tempfile
+import re
 import warnings
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -16,7 +18,7 @@ import onnx_ir as ir
 from google.protobuf import json_format, text_format
 from google.protobuf.message import DecodeError
 
-from onnx_fold.errors import CannotWriteError, InvalidModelError, UsageError
+from onnx_fold.errors import InvalidModelError, UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -40,7 +42,7 @@ def load(source: ModelSource) -> ir.Model:
 
     Raises:
         InvalidModelError: The file is missing, truncated, not ONNX, or its external data is
-            missing, too short, or outside the model's folder.
+            missing, too short, outside the model's folder, or said to be where nothing can be.
         UsageError: ``source`` is of none of the supported types.
     """
     if isinstance(source, ir.Model):
@@ -66,11 +68,13 @@ def _load_file(path: Path) -> ir.Model:
         raise InvalidModelError(f"cannot read {path}: {error.strerror}") from error
     except (DecodeError, ValueError, *_TEXT_ERRORS) as error:
         raise InvalidModelError(f"{path} is not an ONNX model, or is truncated") from error
-    model = _from_proto(proto, str(path))
     folder = path.parent.resolve()
+    try:
+        _check_external(proto, folder)
+    except InvalidModelError as error:
+        raise InvalidModelError(f"{path}: {error}") from None
+    model = _from_proto(proto, str(path))
     ir.external_data.set_base_dir(model.graph, folder)
-    for tensor in external_tensors(model):
-        _check_external(tensor, folder, path)
     return model
 
 
@@ -127,23 +131,94 @@ def external_tensors(model: ir.Model) -> Iterator[ir.ExternalTensor]:
                 yield value.const_value
 
 
-def _check_external(tensor: ir.ExternalTensor, folder: Path, path: Path) -> None:
-    file = (folder / tensor.location).resolve()
+@dataclass(frozen=True, order=True)
+class _Range:
+    """Bytes ``start`` to ``end`` of a file, and the tensor that they hold."""
+
+    start: int
+    end: int
+    name: str
+
+
+def _check_external(proto: onnx.ModelProto, folder: Path) -> None:
+    """Check that every external tensor lies whole in a file of ``folder``, and none in another."""
+    ranges: dict[Path, set[_Range]] = defaultdict(set)
+    nodes = (node for function in proto.functions for node in function.node)
+    for tensor in (*_stored(proto.graph.initializer, proto.graph.node), *_stored((), nodes)):
+        if onnx.external_data_helper.uses_external_data(tensor):
+            file, found = _external_range(tensor, folder)
+            if found.end > found.start:
+                ranges[file].add(found)
+    for file, found_there in ranges.items():
+        ordered = sorted(found_there)
+        for one, other in itertools.pairwise(ordered):
+            if other.start < one.end and (other.start, other.end) != (one.start, one.end):
+                raise InvalidModelError(
+                    f"initializers '{one.name}' and '{other.name}' overlap in external data file"
+                    f" {file.name}"
+                )
+
+
+def _stored(
+    initializers: Iterable[onnx.TensorProto], nodes: Iterable[onnx.NodeProto]
+) -> Iterator[onnx.TensorProto]:
+    """Yield all tensors of a graph, those of its nodes' attributes and bodies included."""
+    yield from initializers
+    for node in nodes:
+        for attribute in node.attribute:
+            yield from (attribute.t, *attribute.tensors)
+            for graph in (attribute.g, *attribute.graphs):
+                yield from _stored(graph.initializer, graph.node)
+
+
+def _external_range(tensor: onnx.TensorProto, folder: Path) -> tuple[Path, _Range]:
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    location, name = entries.get("location", ""), tensor.name
+    start = _count(entries.get("offset", "0"), "offset", name)
+    size = _size(tensor)
+    length = _count(entries.get("length", str(size)), "length", name)
+    if length != size:
+        raise InvalidModelError(
+            f"initializer '{name}' takes {size} bytes, but has {length} in {location}"
+        )
+    if "\0" in location:
+        raise InvalidModelError(f"initializer '{name}' has no valid location: {location!r}")
+    file = (folder / location).resolve()
     if not file.is_relative_to(folder):
         raise InvalidModelError(
-            f"{path}: initializer '{tensor.name}' points outside the model's folder,"
-            f" to {tensor.location}"
+            f"initializer '{name}' points outside the model's folder, to {location}"
         )
+    if Path(location).is_absolute():
+        raise InvalidModelError(f"initializer '{name}' has an absolute location, {location}")
     if not file.is_file():
+        raise InvalidModelError(f"external data file {location} is missing (initializer '{name}')")
+    if start + length > file.stat().st_size:
         raise InvalidModelError(
-            f"{path}: external data file {tensor.location} is missing (initializer '{tensor.name}')"
+            f"external data file {location} is too short for initializer '{name}'"
+            f" ({start + length} bytes needed, {file.stat().st_size} there)"
         )
-    end = (tensor.offset or 0) + (tensor.length or tensor.nbytes)
-    if (tensor.length is not None and tensor.length != tensor.nbytes) or end > file.stat().st_size:
+    if file.stat().st_nlink > 1:
         raise InvalidModelError(
-            f"{path}: external data file {tensor.location} is too short for initializer"
-            f" '{tensor.name}' ({end} bytes needed, {file.stat().st_size} there)"
+            f"external data file {location} has several hard links, which is not safe to read:"
+            " copy it"
         )
+    return file, _Range(start, start + length, name)
+
+
+def _size(tensor: onnx.TensorProto) -> int:
+    try:
+        bits = ir.DataType(tensor.data_type).bitwidth
+    except (TypeError, ValueError):
+        raise InvalidModelError(
+            f"initializer '{tensor.name}' is of a type that has no external data"
+        ) from None
+    return math.ceil(math.prod(tensor.dims) * bits / 8)
+
+
+def _count(text: str, what: str, name: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,18}", text):
+        raise InvalidModelError(f"initializer '{name}' has an invalid {what}: {text!r}")
+    return int(text)
 
 
 def weight_bytes(model: ir.Model) -> int:
@@ -154,59 +229,3 @@ def weight_bytes(model: ir.Model) -> int:
         for value in graph.initializers.values()
         if value.const_value is not None
     )
-
-
-def save(model: ir.Model, path: str | os.PathLike[str], source: ir.Model | None = None) -> None:
-    """Write ``model`` to ``path``: both files (graph and external data) or none.
-
-    Weights go to ``<path>.data`` if some of the model's already lie outside its graph or if they
-    do not fit one protobuf message. Everything is written beside the target, flushed to the disk
-    and then renamed, data before graph.
-
-    ``source`` is another model whose weights must not be overwritten.
-
-    Raises:
-        CannotWriteError: The folder is missing or read-only, the disk is full, or weights of one
-            of the models lie in ``<path>.data``. An earlier file is then still what it was.
-    """
-    target = Path(path)
-    data = target.name + ".data"
-    external = weight_bytes(model) > PROTOBUF_LIMIT // 2 or any(external_tensors(model))
-    for tensor in (*external_tensors(model), *(external_tensors(source) if source else ())):
-        if _is_same(Path(tensor.path), target.parent / data):
-            raise CannotWriteError(
-                f"cannot write {target}: {data} holds the weights of the input; take another name"
-            )
-    with replacing(target, data if external else None) as folder:
-        ir.save(model, folder / target.name, external_data=data if external else None)
-
-
-@contextlib.contextmanager
-def replacing(target: Path, data: str | None = None) -> Iterator[Path]:
-    """Give a folder beside ``target`` to write into; on success move ``data``, then ``target`` out.
-
-    Raises:
-        CannotWriteError: Anything that the operating system refused, inside the block or out.
-    """
-    folder: Path | None = None
-    try:
-        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
-        yield folder
-        for name in filter(None, (data, target.name)):
-            if (folder / name).exists():
-                _flush(folder / name)
-                (folder / name).replace(target.parent / name)
-    except OSError as error:
-        raise CannotWriteError(f"cannot write {target}: {error.strerror or error}") from error
-    finally:
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _is_same(a: Path, b: Path) -> bool:
-    return a.exists() and b.exists() and a.samefile(b)
-
-
-def _flush(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

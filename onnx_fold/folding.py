@@ -18,7 +18,8 @@ import onnx_ir as ir
 
 from onnx_fold.affine import make_explicit
 from onnx_fold.basis import MAX_STREAM_RATIO, TOLERANCES, Basis, Side, TableSide, probe
-from onnx_fold.expression import HOST, Device, Expression, ImpliedTensor
+from onnx_fold.device import HOST, Device
+from onnx_fold.expression import Expression, FoldedTensor, ImpliedTensor
 from onnx_fold.report import CandidateReport, StreamReport
 from onnx_fold.rewrite import CannotRewriteError, Rewrite, remembered_names
 from onnx_fold.stream import Stream, find_streams
@@ -209,7 +210,11 @@ def fold_streams(
         no fold could be asked of are reported as they were at first.
     """
     with remembered_names(model.graph):
-        return _fold_streams(model, passes, options, activations)
+        reports = _fold_streams(model, passes, options, activations)
+    for value in model.graph.initializers.values():
+        if isinstance(value.const_value, FoldedTensor):
+            value.const_value.device = options.device
+    return reports
 
 
 def _fold_streams(
@@ -242,13 +247,15 @@ def _fold_streams(
                 changed = nodes | rewrite.nodes
                 if changed & touched:
                     continue
+                moved = (*stream.values, *rewrite.reordered)
                 if activations is not None:
-                    activations.forget((*stream.values, *rewrite.reordered))
+                    activations.forget(moved)
+                names = frozenset(v.name for v in (*moved, *rewrite.biases) if v.name)
                 rewrite.apply(model.graph)
                 logger.info("%s: %s", report.folded.strategy, report.folded.text)
                 touched |= changed
                 finished |= nodes
-                reports.append((position, report))
+                reports.append((position, replace(report, changed=names)))
             elif stream.is_closed or not nodes & finished:
                 left.append((position, report))
         if not touched:
@@ -275,15 +282,26 @@ def _choose(
     is_implied = any(isinstance(m.weight.tensor, ImpliedTensor) for m in stream.members)
     passes = [each for each in passes if not (is_implied and each.is_basis_change)]
     for group in _ranked(stream, passes, judged):
-        verdicts = [(candidate.judged(stream, options, memo), candidate) for candidate in group]
-        judged += [verdict for verdict, _ in verdicts]
-        accepted = [(v, candidate) for v, candidate in verdicts if v.refused is None]
+        accepted: list[tuple[CandidateReport, Candidate]] = []
+        for candidate in sorted(group, key=lambda candidate: candidate.basis is not None):
+            verdict = candidate.judged(stream, options, memo)
+            judged.append(verdict)
+            if verdict.refused is None:
+                accepted.append((verdict, candidate))
+                if candidate.basis is None and _is_rounding(verdict):
+                    break
         if accepted:
             verdict, candidate = min(accepted, key=lambda pair: pair[0].error or 0.0)
             return replace(report, candidates=judged, folded=verdict), candidate.rewrite
     reasons = [f"{verdict.text}: {verdict.refused}" for verdict in judged]
     reasons = reasons or ["no strategy applies to its layers"]
     return replace(report, candidates=judged, reasons=reasons), None
+
+
+def _is_rounding(verdict: CandidateReport) -> bool:
+    """Whether the error is no more than that of the original: no inverse can do better."""
+    own = verdict.error_original or 0.0
+    return verdict.error is not None and verdict.error <= 1.5 * own
 
 
 def _ranked(

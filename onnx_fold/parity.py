@@ -124,6 +124,7 @@ class ParityReport:
         outputs: One entry for each output.
         shapes: The inputs that were run, in words.
         notes: What a reader must know to judge the numbers.
+        scope: What was run; empty if it was both models whole.
     """
 
     ok: bool
@@ -133,6 +134,7 @@ class ParityReport:
     outputs: list[OutputParity] = field(default_factory=list)
     shapes: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    scope: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report for JSON; infinity and NaN become None."""
@@ -142,6 +144,8 @@ class ParityReport:
     def __rich__(self) -> RenderableType:
         """Return the verdict, a table of the outputs, and the notes."""
         verdict = Text("same function", "bold green") if self.ok else Text("differs", "bold red")
+        if self.scope:
+            verdict.append(f" in {self.scope}", "default")
         if self.reason:
             verdict.append(f": {self.reason}", "default")
         notes = [Text(f"- {note}", "dim") for note in self.notes]

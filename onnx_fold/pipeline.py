@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +18,26 @@ from rich.console import Group, RenderableType
 from onnx_fold.attention import Attention, find_attention
 from onnx_fold.calibrate import record
 from onnx_fold.cost import Saving, cost
-from onnx_fold.errors import CannotWriteError, CheckFailedError, UsageError
-from onnx_fold.expression import Array
-from onnx_fold.files import ModelSource, check, external_tensors, load, replacing, save
+from onnx_fold.device import Array
+from onnx_fold.errors import CannotWriteError, CheckFailedError, NotFiniteError, UsageError
+from onnx_fold.files import ModelSource, check, external_tensors, load
 from onnx_fold.folding import PIVOTS, FoldPass, Options, fold_streams
 from onnx_fold.inline import inline
 from onnx_fold.linear import find_linears, label
+from onnx_fold.output import replacing
+from onnx_fold.parity import ParityReport
 from onnx_fold.parity import verify as parity_check
 from onnx_fold.passes import PASSES
+from onnx_fold.progress import Report, ignore
 from onnx_fold.quantised import find_quantised
 from onnx_fold.report import FoldReport, new_table
 from onnx_fold.runtime import onnxruntime
+from onnx_fold.sampled import fits_in_memory, verify_sampled
 from onnx_fold.stream import find_streams
+from onnx_fold.write import evaluate, saving
+
+CHECKS = ("auto", "full", "sampled")
+"""Ways to verify a fold: both models whole, some of the folded streams, or whichever fits."""
 
 
 @dataclass(frozen=True)
@@ -45,26 +56,63 @@ class FoldResult:
     original: ir.Model
     source: Path | None = None
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        shard_size: int | None = None,
+        executor: Executor | None = None,
+    ) -> None:
         """Write the model. Where nothing was folded, a single-file source is copied byte for byte.
+
+        Weights go to ``<path>.data`` if some of the source's lie in such a file or if they exceed
+        1 GiB, one after another, so that they need not fit in memory.
+
+        Args:
+            path: The file to write. A model that is there is replaced, with its data, at once or
+                not at all.
+            shard_size: Bytes at which a further data file is begun.
+            executor: Evaluates and writes the weights, see :func:`fold`.
 
         Raises:
             CannotWriteError: ``path`` is the source itself, or the system refuses to write it.
         """
         target = Path(path)
-        is_single_file = not any(external_tensors(self.model))
-        if self.source is not None and target.exists() and target.samefile(self.source):
+        if self.source is not None and _is_same(target, self.source):
             raise CannotWriteError(f"{path} is the input; write to another file")
-        if self.source is not None and not self.report.folded and is_single_file:
-            with replacing(target) as folder:
-                shutil.copyfile(self.source, folder / target.name)
-        else:
-            save(self.model, target, self.original)
+        with self._written(target, shard_size=shard_size, executor=executor):
+            pass
+
+    def _written(
+        self, target: Path, shard_size: int | None, **options: Any
+    ) -> contextlib.AbstractContextManager[Path]:
+        if (
+            self.source is None
+            or self.report.folded
+            or shard_size is not None
+            or self.source.suffix != target.suffix
+            or any(external_tensors(self.model))
+        ):
+            return saving(self.model, target, shard_size=shard_size, **options)
+        return _copied(self.source, target)
+
+
+@contextlib.contextmanager
+def _copied(source: Path, target: Path) -> Iterator[Path]:
+    with replacing(target) as folder:
+        yield Path(shutil.copyfile(source, folder / target.name))
+
+
+def _is_same(a: Path, b: Path) -> bool:
+    return a.exists() and b.exists() and a.samefile(b)
 
 
 def fold(
     model: ModelSource,
     *,
+    output: str | os.PathLike[str] | None = None,
+    in_place: bool = False,
+    shard_size: int | None = None,
     pivot: str = "auto",
     strategy: str | None = None,
     only: Sequence[str] = (),
@@ -72,14 +120,24 @@ def fold(
     protect: Iterable[str] = (),
     tolerance: float | None = None,
     calibrate: str | os.PathLike[str] | Mapping[str, Array] | None = None,
-    verify: bool = True,
+    verify: bool | str = True,
     provider: str = "auto",
+    executor: Executor | None = None,
+    progress: Report = ignore,
 ) -> FoldResult:
     """Fold the closed streams of a model; the function it computes stays the same.
 
+    Weights that lie in data files stay there until they are written: with ``output`` a model may be
+    larger than memory.
+
     Args:
         model: A path, ``onnx.ModelProto``, ``onnx_ir.Model`` or ``torch.onnx.ONNXProgram``. It is
-            not changed.
+            not changed, but see ``in_place``.
+        output: Write the result to this file, see :meth:`FoldResult.save`; it is verified before it
+            takes that name, and a fold that fails leaves nothing.
+        in_place: Write the result over the file ``model``. Its data files go too, except those that
+            another file in the folder mentions. Where nothing folds nothing is written.
+        shard_size: Bytes at which a further data file is begun.
         pivot: Which matrix becomes the identity where there is a choice: ``"q"``, ``"k"``, ``"v"``,
             ``"p"`` (the writer of a parallel block), or ``"auto"``: the most accurate.
         strategy: Force one way to change a basis, ``"absorb"``, ``"interpolate"`` or ``"select"``,
@@ -93,28 +151,41 @@ def fold(
         calibrate: Inputs, as arrays by name or an ``.npz`` file. The original runs on them once;
             what its layers read then stands for random rows when errors are predicted, and
             weights the rows that interpolation picks.
-        verify: Run both models in ONNX Runtime and compare them.
+        verify: Compare the models in ONNX Runtime: ``"full"`` runs both, ``"sampled"`` a few of the
+            folded streams, ``"auto"`` or True the latter where both models do not fit in memory.
         provider: Where to verify: ``"cpu"``, ``"cuda"`` or ``"auto"``.
+        executor: Evaluates and writes the weights, in place of threads: one job a tensor, which is
+            independent of the others and can be pickled. Its workers must see the same files.
+        progress: Is called with what is being done, bytes written, and bytes in all.
 
     Returns:
-        The folded model and the report.
+        The folded model and the report. Its weights were evaluated if they were verified or
+        written; else they are when they are read.
 
     Raises:
+        CannotWriteError: The output cannot be written; what was there is still there.
         CheckFailedError: The folded model does not compute the same function.
         InvalidModelError: The model cannot be read.
         MissingExtraError: ``verify`` is asked for and onnxruntime is not installed.
-        UsageError: An unknown pivot or pass, or nothing has a name that is to be protected.
+        UsageError: An unknown pivot, pass or check, or nothing has a name that is to be protected.
     """
-    if verify or calibrate is not None:
+    mode = "auto" if verify is True else verify
+    source = Path(model) if isinstance(model, str | os.PathLike) else None
+    target = _target(source, output, in_place)
+    if mode and mode not in CHECKS:
+        raise UsageError(f"unknown check '{mode}'; there are {', '.join(CHECKS)}")
+    if mode or calibrate is not None:
         onnxruntime()  # say at once that it is missing, not after the work
     if strategy is not None and tolerance is None:
         tolerance = float("inf")
     options = Options(pivot=pivot, protect=frozenset(protect), tolerance=tolerance)
     passes = _passes(options, strategy, only, skip)
+    progress("reading", 0, 0)
     original = load(model)
     _check_names(original, options.protect)
     seen = None if calibrate is None else record(original, calibrate, provider)
     before = cost(original)
+    progress("folding", 0, 0)
     try:
         folded = inline(original).clone()
         streams = fold_streams(folded, passes, options, seen)
@@ -124,14 +195,77 @@ def fold(
         check(model, original, error)
         raise
     report = FoldReport(Saving(before, cost(folded)), streams, find_quantised(original.graph))
-    if verify and report.folded:
-        parity = parity_check(original, folded, provider=provider)
-        report = replace(report, verification=parity)
-        if not parity.ok:
-            message = f"the folded model is not the same function: {parity.reason}"
-            raise CheckFailedError(message, report)
-    source = Path(model) if isinstance(model, str | os.PathLike) else None
-    return FoldResult(folded, report, original, source)
+    result = FoldResult(folded, report, original, source)
+    verified = partial(_verified, result, mode if report.folded else False, provider, progress)
+    try:
+        if target is None or (in_place and not report.folded):
+            if mode and report.folded:
+                evaluate(folded, executor, progress)
+            return verified(folded)
+        with result._written(
+            target, shard_size, in_place=in_place, executor=executor, report=progress
+        ) as path:
+            result = verified(path)
+    except NotFiniteError as error:
+        raise CheckFailedError(str(error), report) from error
+    return replace(result, model=load(target))
+
+
+def _target(
+    source: Path | None, output: str | os.PathLike[str] | None, in_place: bool
+) -> Path | None:
+    """The file to write, if any.
+
+    Raises:
+        CannotWriteError: It is the source, and that was not asked for.
+        UsageError: Both or neither would be overwritten.
+    """
+    if in_place:
+        if output is not None or source is None:
+            raise UsageError("in place is for a model in a file, and has no other output")
+        return source
+    if output is None:
+        return None
+    if source is not None and _is_same(Path(output), source):
+        raise CannotWriteError(f"{output} is the input; write to another file, or in place")
+    return Path(output)
+
+
+def _verified(
+    result: FoldResult,
+    mode: bool | str,
+    provider: str,
+    progress: Report,
+    folded: ir.Model | Path,
+) -> FoldResult:
+    """``result`` with its verification, made with ``folded``: its model, with evaluated weights.
+
+    Raises:
+        CheckFailedError: It does not compute the same function.
+    """
+    if not mode:
+        return result
+    progress("verifying", 0, 0)
+    parity = _parity(result, mode, provider, folded)
+    report = replace(result.report, verification=parity)
+    if not parity.ok:
+        message = f"the folded model is not the same function: {parity.reason}"
+        raise CheckFailedError(message, report)
+    return replace(result, report=report)
+
+
+def _parity(
+    result: FoldResult, mode: bool | str, provider: str, folded: ir.Model | Path
+) -> ParityReport:
+    after = load(folded)
+    fits = mode != "auto" or fits_in_memory(result.original, after)
+    if mode == "full" or (mode == "auto" and fits):
+        return parity_check(result.source or result.original, folded, provider=provider)
+    before = inline(result.original)
+    report = verify_sampled(before, after, result.report.folded, provider=provider)
+    if not fits:
+        report.notes.insert(0, "the models are not run whole: together they do not fit in memory")
+    return report
 
 
 def _check_names(model: ir.Model, protect: Iterable[str]) -> None:

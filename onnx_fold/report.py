@@ -66,6 +66,7 @@ class StreamReport:
         reasons: Why it was left alone; empty if it was folded.
         candidates: All ways that were weighed.
         folded: The one that was taken.
+        changed: Names of the values that this gave another basis, or another order of channels.
     """
 
     width: int
@@ -78,6 +79,7 @@ class StreamReport:
     reasons: list[str] = field(default_factory=list)
     candidates: list[CandidateReport] = field(default_factory=list)
     folded: CandidateReport | None = None
+    changed: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, stream: Stream) -> StreamReport:
@@ -97,7 +99,7 @@ class StreamReport:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON-ready data."""
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if name != "changed"}
 
 
 def _ending(stream: Stream) -> str:

@@ -12,14 +12,8 @@ import onnx_ir as ir
 from onnx_ir.convenience import replace_all_uses_with
 
 from onnx_fold.constants import FLOATS, Constant, constant
-from onnx_fold.expression import (
-    Device,
-    Expression,
-    FoldedTensor,
-    ImpliedTensor,
-    evaluate,
-    sampled,
-)
+from onnx_fold.device import Device
+from onnx_fold.expression import Expression, FoldedTensor, ImpliedTensor, evaluate, sampled
 from onnx_fold.linear import Edge
 
 Build = Callable[[ir.Graph], ir.Value]

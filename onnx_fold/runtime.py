@@ -20,6 +20,7 @@ from onnx_ir.passes.common import InlinePass
 
 from onnx_fold.errors import InvalidModelError, MissingExtraError, UsageError
 from onnx_fold.files import PROTOBUF_LIMIT, ModelSource, load, weight_bytes
+from onnx_fold.write import write
 
 __all__ = [
     "Array",
@@ -180,7 +181,7 @@ def _as_file_or_bytes(source: ModelSource) -> Iterator[tuple[str | bytes, str]]:
         return
     with tempfile.TemporaryDirectory(prefix="onnx-fold-", ignore_cleanup_errors=True) as folder:
         path = Path(folder) / "model.onnx"
-        ir.save(model.clone(), path, external_data="model.onnx.data")
+        write(model, path)
         yield os.fspath(path), name
 
 

@@ -8,15 +8,11 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-import scipy.linalg
 
+from onnx_fold.device import HOST, Array, Device, Indices, Shape, subtract
 from onnx_fold.expression import (
-    Array,
-    Device,
     Expression,
     Held,
-    Indices,
-    Shape,
     Spool,
     Spread,
     evaluate,
@@ -40,6 +36,7 @@ class RowSelection:
         dtype: ir.DataType,
         seen: Array | None = None,
         spool: Spool | None = None,
+        device: Device = HOST,
     ) -> None:
         """Select among the rows of ``matrix``.
 
@@ -48,6 +45,7 @@ class RowSelection:
             dtype: The type in which ``B`` is to be stored.
             seen: Activations ``[n, f]``: rows count as much as they are used by these.
             spool: Where to keep ``B`` until it is written.
+            device: Where to select.
         """
         self.matrix = matrix
         self.order: Expression = _Order(self)
@@ -55,6 +53,7 @@ class RowSelection:
         self.basis = take(matrix, take(self.order, slice(matrix.shape[1]), 0), 0)
         self._seen = seen
         self._spool = spool or Spool()
+        self._device = device
 
     @cached_property
     def selected(self) -> tuple[Indices, Expression]:
@@ -63,12 +62,12 @@ class RowSelection:
         return order, self._spool.add(rest.astype(self.rest.dtype))
 
     def _select(self) -> tuple[Indices, Array]:
-        matrix = evaluate(self.matrix)
+        matrix = evaluate(self.matrix, self._device)
         if self._seen is None:
-            return select_rows(matrix)
+            return select_rows(matrix, device=self._device)
         scale = np.sqrt(np.mean(self._seen**2, axis=0))
         scale = np.maximum(scale, 1e-3 * scale.max(initial=1e-30))[:, None]
-        order, rest = select_rows((matrix * scale).astype(matrix.dtype))
+        order, rest = select_rows((matrix * scale).astype(matrix.dtype), device=self._device)
         ordered = scale[order]
         width = matrix.shape[1]
         return order, rest / ordered[width:] * ordered[:width].T
@@ -122,7 +121,9 @@ class _Rest(Expression):
         return Held, (evaluate(self.selection.selected[1]),)
 
 
-def select_rows(matrix: Array, bound: float = 1.1, max_rounds: int = 100) -> tuple[Indices, Array]:
+def select_rows(
+    matrix: Array, bound: float = 1.1, max_rounds: int = 100, device: Device = HOST
+) -> tuple[Indices, Array]:
     """Find rows of ``matrix`` that are a good basis of all its rows.
 
     LU with partial pivoting picks ``d`` of the ``f`` rows, and swaps make their volume larger until
@@ -133,33 +134,18 @@ def select_rows(matrix: Array, bound: float = 1.1, max_rounds: int = 100) -> tup
         matrix: ``[f, d]``, with ``f > d``, float32 or float64.
         bound: Largest coefficient to accept.
         max_rounds: Give up after so many rounds of swaps.
+        device: Where to eliminate.
 
     Returns:
         The order of the rows, ``[f]``, the basis first; and ``B``, ``[f - d, d]`` in the type of
         ``matrix``, with ``matrix[order[d:]] = B @ matrix[order[:d]]``. It needs no inverse of the
         basis, so it exists and is bounded even where ``matrix`` has a rank below ``d``.
     """
-    rows, width = matrix.shape
-    lapack = scipy.linalg.lapack
-    getrf = lapack.sgetrf if matrix.dtype == np.float32 else lapack.dgetrf
-    lu, pivots, _ = getrf(np.array(matrix, order="F"), overwrite_a=True)
-    order = np.arange(rows)
-    for position, pivot in enumerate(pivots):
-        order[[position, pivot]] = order[[pivot, position]]
-    b: Array = scipy.linalg.solve_triangular(  # L₂ L₁⁻¹
-        lu[:width].T, lu[width:].T, lower=False, unit_diagonal=True, check_finite=False
-    ).T
-    del lu
+    order, b = device.eliminate(matrix)
     for _ in range(max_rounds):
         if not _swap(b, order, bound):
             break
     return order, b
-
-
-def _subtract(a: Array, left: Array, right: Array, block: int = 512) -> None:
-    """``a -= left @ right`` in place, some rows at a time."""
-    for start in range(0, len(a), block):
-        a[start : start + block] -= left[start : start + block] @ right
 
 
 def _swap(b: Array, order: Indices, bound: float, watched: int = 256) -> bool:
@@ -172,7 +158,7 @@ def _swap(b: Array, order: Indices, bound: float, watched: int = 256) -> bool:
         Whether there was anything to swap.
     """
     width = b.shape[1]
-    largest = np.array([max(row.max(), -row.min()) for row in b])
+    largest = np.maximum(b.max(axis=1), -b.min(axis=1))
     rows = np.argsort(-largest)[:watched]
     part = b[rows]
     left: list[Array] = []
@@ -193,7 +179,7 @@ def _swap(b: Array, order: Indices, bound: float, watched: int = 256) -> bool:
         outside = width + rows[i]
         order[j], order[outside] = order[outside], order[j]
     if left:
-        _subtract(b, np.stack(left, axis=1), np.stack(right))
+        subtract(b, np.stack(left, axis=1), np.stack(right))
     return bool(left)
 
 
@@ -204,21 +190,31 @@ def select_blocks(matrix: Array, size: int) -> Indices:
     before has the largest smallest singular value.
 
     Args:
-        matrix: ``[d, n · size]`` with ``n · size >= d``, float64; ``d`` is a multiple of ``size``.
+        matrix: ``[d, n · size]`` with ``n · size >= d``, float32 or float64; ``d`` is a multiple
+            of ``size``.
         size: Columns of a block.
 
     Returns:
         The ``d / size`` blocks taken, in ascending order.
     """
     width, columns = matrix.shape
-    left = np.array(matrix.T, order="C").reshape(columns // size, size, width)
+    left = np.array(matrix.T, order="C")
+    blocks = np.arange(columns // size)
+    shape = (-1, size, width)
+    gram = _gram(left.reshape(shape))
     taken: list[int] = []
     for _ in range(width // size):
-        gram = left @ left.transpose(0, 2, 1)
-        smallest = np.linalg.eigvalsh(gram)[:, 0]
-        smallest[taken] = -np.inf
-        best = int(np.argmax(smallest))
-        taken.append(best)
-        q = np.linalg.qr(left[best].T)[0]
-        left -= (left @ q) @ q.T
+        best = int(np.argmax(np.linalg.eigvalsh(gram)[:, 0]))
+        taken.append(int(blocks[best]))
+        q = np.linalg.qr(left.reshape(shape)[best].T)[0]
+        others = np.arange(len(blocks)) != best
+        left = np.ascontiguousarray(left.reshape(shape)[others]).reshape(-1, width)
+        blocks, inside = blocks[others], left @ q
+        left -= inside @ q.T
+        gram = gram[others] - _gram(inside.reshape(-1, size, size))
     return np.array(sorted(taken), dtype=np.intp)
+
+
+def _gram(blocks: Array) -> Array:
+    """The products of each block's rows with each other, float64 ``[n, size, size]``."""
+    return (blocks @ blocks.transpose(0, 2, 1)).astype(np.float64)

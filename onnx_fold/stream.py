@@ -14,7 +14,8 @@ import onnx_ir as ir
 
 from onnx_fold.commute import OpensStreamError, Port, Rule, ports
 from onnx_fold.constants import Constant, constant
-from onnx_fold.expression import Array, Expression, broadcast, reshape, transpose
+from onnx_fold.device import Array
+from onnx_fold.expression import Expression, broadcast, reshape, transpose
 from onnx_fold.linear import Edge, Linear, described, find_linears, label
 from onnx_fold.quantised import is_quantised
 from onnx_fold.shapes import Shapes

@@ -18,7 +18,8 @@ import onnx_ir as ir
 
 from onnx_fold.basis import Basis, Side
 from onnx_fold.bias import carry_biases
-from onnx_fold.expression import Array, FoldedTensor, Spool, cast, evaluate, transpose
+from onnx_fold.device import Array
+from onnx_fold.expression import FoldedTensor, Spool, cast, evaluate, transpose
 from onnx_fold.folding import Candidate, FoldPass, Options, attempt
 from onnx_fold.heads import role
 from onnx_fold.linear import Linear, compact
@@ -65,7 +66,9 @@ class InterpolatePass(FoldPass):
         key = weight.tensor, *axes, layer.alpha, is_reader, id(seen)
         if key not in self._selections:
             matrix = transpose(weights_of(layer)) if is_reader else weights_of(layer)
-            self._selections[key] = RowSelection(matrix, weight.dtype, seen, self._spool)
+            self._selections[key] = RowSelection(
+                matrix, weight.dtype, seen, self._spool, self.options.device
+            )
         return self._selections[key]
 
 

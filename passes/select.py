@@ -15,11 +15,11 @@ import numpy as np
 import onnx_ir as ir
 
 from onnx_fold.basis import Basis, Side, product_dtype
+from onnx_fold.device import Indices
 from onnx_fold.expression import (
     Concatenate,
     FoldedTensor,
     Held,
-    Indices,
     Spread,
     cast,
     evaluate,
@@ -64,7 +64,7 @@ class SelectPass(FoldPass):
         """The best heads of ``layers``, found once for the same weights; none if not finite."""
         tensors = tuple(layer.weight.tensor for layer in layers)
         if tensors not in self._selected:
-            matrix = evaluate(Concatenate(tuple(layer.matrix() for layer in layers), 1))
+            matrix = evaluate(Concatenate(tuple(map(weights_of, layers)), 1))
             is_finite = bool(np.isfinite(matrix).all())
             blocks = select_blocks(matrix, head_dim) if is_finite else np.zeros(0, np.intp)
             self._selected[tensors] = blocks

@@ -112,6 +112,110 @@ def test_external_data_stays_external(run):
     assert run("verify", "m.onnx", "f.onnx")[0] == 0
 
 
+def chain(last: str = "y = MatMul(r, S)") -> ir.Model:
+    """Two layers that fold and one that does not."""
+    return graph(
+        f"(float[n, {D}] x) => (float[n, 9] y) {{ p = MatMul(x, P) m = MatMul(p, M)"
+        f" r = Relu(m) {last} }}",
+        P=normal(D, D), M=normal(D, 9), S=normal(9, 9),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("data", [None, "m.onnx.data", "w.bin"])
+def test_in_place(run, data):
+    save(chain(), data=data)
+    save(chain(), "copy.onnx", data=data and "copy.bin")
+    code, out, err = run("fold", "m.onnx", "--in-place")
+    assert (code, err) == (0, "")
+    assert "Wrote m.onnx." in out
+    assert [i.dims for i in onnx.load("m.onnx").graph.initializer] == [[9, 9], [D, 9]]
+    written = {None: set(), "m.onnx.data": {"m.onnx-1.data"}, "w.bin": {"m.onnx.data"}}[data]
+    assert files() == {"m.onnx", "copy.onnx", *written, *([data and "copy.bin"] if data else [])}
+    assert run("verify", "copy.onnx", "m.onnx")[0] == 0
+    before = Path("m.onnx").stat()
+    code, out, _ = run("fold", "m.onnx", "--in-place")
+    assert code == 0
+    assert "m.onnx is as it was." in out
+    assert Path("m.onnx").stat() == before
+
+
+def test_in_place_keeps_data_that_another_model_needs(run):
+    save(chain(), data="w.bin")
+    Path("other.onnx").write_bytes(Path("m.onnx").read_bytes())
+    assert run("fold", "m.onnx", "--in-place")[0] == 0
+    assert files() == {"m.onnx", "m.onnx.data", "other.onnx", "w.bin"}
+    assert run("verify", "other.onnx", "m.onnx")[0] == 0
+
+
+def test_in_place_that_does_not_verify_changes_nothing(run, monkeypatch):
+    before = save(data="w.bin")
+    left = files()
+    check = pipeline.parity_check
+    monkeypatch.setattr(pipeline, "parity_check", lambda a, b, **k: check(a, wrong(), **k))
+    assert run("fold", "m.onnx", "--in-place")[0] == 1
+    assert (files(), Path("m.onnx").read_bytes()) == (left, before)
+
+
+@pytest.mark.parametrize("size", ["300", "0.3kB", "300B"])
+def test_shards(run, size):
+    save(chain())
+    assert run("fold", "m.onnx", "-o", "f.onnx", "--shard-size", size)[0] == 0
+    shards = {f"f.onnx-0000{i}-of-00002.data" for i in (1, 2)}
+    assert files() == {"m.onnx", "f.onnx", *shards}
+    assert run("verify", "m.onnx", "f.onnx")[0] == 0
+    assert run("fold", "m.onnx", "-o", "f.onnx", "--shard-size", "4GiB")[0] == 0
+    assert files() == {"m.onnx", "f.onnx", "f.onnx.data"}
+
+
+def test_sampled(run):
+    save(chain())
+    code, out, _ = run(
+        "fold", "m.onnx", "-o", "f.onnx", "--verify", "sampled", "--report", "r.json"
+    )
+    assert code == 0
+    assert "same function in 1 of 1 folded streams" in out
+    assert json.loads(Path("r.json").read_text())["verification"]["scope"]
+
+
+def test_a_model_that_does_not_fit_in_memory_is_sampled(run, monkeypatch):
+    save(chain())
+    monkeypatch.setattr("onnx_fold.sampled.available_memory", lambda: 1000)
+    code, out, _ = run("fold", "m.onnx", "-o", "f.onnx")
+    assert code == 0
+    assert "same function in 1 of 1 folded streams" in out
+    assert "together they do not fit in memory" in out
+    code, out, _ = run("fold", "m.onnx", "-o", "f.onnx", "--verify", "full")
+    assert "of 1 folded streams" not in out
+
+
+def test_quiet(run):
+    save()
+    assert run("fold", "m.onnx", "-o", "f.onnx", "--quiet") == (0, "", "")
+    assert "f.onnx" in files()
+    code, out, err = run("fold", "no.onnx", "-o", "f.onnx", "-q")
+    assert (code, out) == (3, "")
+    assert "cannot read no.onnx" in err
+
+
+def test_a_log_says_how_far_it_is(run, monkeypatch):
+    monkeypatch.setattr("onnx_fold.progress.LINE_INTERVAL", 0.001)
+    save(chain())
+    code, out, err = run("fold", "m.onnx", "-o", "f.onnx", "--shard-size", "1GB")
+    assert code == 0
+    assert "0 s: folding\n" in err
+    assert "verifying\n" in err
+    assert "folding\n" not in out
+
+
+def test_every_step_is_told():
+    save(chain())
+    told = []
+    onnx_fold.fold("m.onnx", output="f.onnx", shard_size=10**9, progress=lambda *a: told.append(a))
+    assert told[:3] == [("reading", 0, 0), ("folding", 0, 0), ("writing", 0, 612)]
+    assert sorted(done for _, done, _ in told[3:5])[-1] == 612
+    assert told[5:] == [("verifying", 0, 0)]
+
+
 def test_inspect(run):
     before = save()
     code, out, _ = run("inspect", "m.onnx")
@@ -183,6 +287,10 @@ def wrong() -> ir.Model:
     ("arguments", "message"),
     [
         (["fold", "m.onnx"], "say where to write with -o FILE"),
+        (["fold", "m.onnx", "-o", "f.onnx", "--in-place"], "say where to write with -o FILE"),
+        (["fold", "m.onnx", "-o", "f.onnx", "--shard-size", "0"], "'0' is not a size"),
+        (["fold", "m.onnx", "-o", "f.onnx", "--shard-size", "4XB"], "'4XB' is not a size"),
+        (["fold", "m.onnx", "-o", "f.onnx", "--verify", "some"], "'some' is not one of"),
         (["fold", "m.onnx", "-o", "f.onnx", "--pivot", "w"], "'w' is not one of"),
         (["fold", "m.onnx", "-o", "f.onnx", "--only", "melt"],
          "unknown pass 'melt'; there are merge"),
@@ -314,11 +422,10 @@ def test_output_over_the_weights_of_the_input(run):
     save(model, data="m.onnx.data")
     Path("m.onnx").rename("orig.onnx")
     data = Path("m.onnx.data").read_bytes()
-    code, _, err = run("fold", "orig.onnx", "-o", "m.onnx")
-    assert code == 4
-    assert "m.onnx.data holds the weights of the input" in err
-    assert files() == {"orig.onnx", "m.onnx.data"}
+    assert run("fold", "orig.onnx", "-o", "m.onnx")[0] == 0
+    assert files() == {"orig.onnx", "m.onnx.data", "m.onnx", "m.onnx-1.data"}
     assert Path("m.onnx.data").read_bytes() == data
+    assert run("verify", "orig.onnx", "m.onnx")[0] == 0
 
 
 def test_no_such_folder(run):
@@ -344,7 +451,7 @@ def test_a_full_disk(run, monkeypatch):
         Path(path).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("onnx_fold.files.ir.save", full)
+    monkeypatch.setattr("onnx_fold.write.onnx.save", full)
     code, _, err = run("fold", "m.onnx", "-o", "f.onnx")
     assert (code, err) == (4, "error: cannot write f.onnx: No space left on device\n")
     assert files() == {"m.onnx", "f.onnx"}
@@ -352,7 +459,7 @@ def test_a_full_disk(run, monkeypatch):
     assert Path("m.onnx").read_bytes() == before
 
 
-@pytest.mark.parametrize("where", ["fold_streams", "parity_check", "save"])
+@pytest.mark.parametrize("where", ["fold_streams", "parity_check", "saving"])
 def test_ctrl_c(run, monkeypatch, where):
     before = save()
 
@@ -373,7 +480,7 @@ def test_ctrl_c_while_writing_leaves_no_stray_file(run, monkeypatch):
         Path(path).write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("onnx_fold.files.ir.save", interrupt)
+    monkeypatch.setattr("onnx_fold.write.onnx.save", interrupt)
     assert run("fold", "m.onnx", "-o", "f.onnx")[0] == 130
     assert files() == {"m.onnx"}
 

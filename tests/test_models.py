@@ -10,8 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 
+import onnx_fold
 from onnx_fold import errors, models
 from onnx_fold.models.config import SkiplessConfig, num_parameters
 from onnx_fold.models.presets import PRESETS, config
@@ -160,6 +162,56 @@ def test_other_dtypes(dtype, exporter, tmp_path):
         full = SkiplessTransformer(config("tiny-gqa", layers=1))(torch.from_numpy(tokens()))
     assert actual.dtype == dtype
     assert_close(actual, full.numpy(), 1e-2 if dtype == "float16" else 1e-4)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("preset", ["tiny-gqa", "tiny-mqa", "tiny-parallel", "tiny-fused"])
+def test_a_drawn_model_has_the_same_graph(preset, residual, tmp_path, monkeypatch):
+    """What is too large for memory is traced without weights: nothing else may differ."""
+    pytest.importorskip("torch")
+    from onnx_fold.models import export as module
+
+    options = {"kv_cache": True, "layers": 1, "residual": residual}
+    real = onnx.load(module.export(preset, tmp_path / "real.onnx", **options))
+    monkeypatch.setattr(module, "DRAWN_LIMIT", 0)
+    path = module.export(preset, tmp_path / "drawn.onnx", **options)
+    session(path)
+    drawn = onnx.load(path)
+    assert [node.op_type for node in drawn.graph.node] == [node.op_type for node in real.graph.node]
+    shapes = [{i.name: list(i.dims) for i in m.graph.initializer} for m in (real, drawn)]
+    assert shapes[0] == shapes[1]
+    assert list(drawn.graph.input) == list(real.graph.input)
+    assert list(drawn.graph.output) == list(real.graph.output)
+    again = module.export(preset, tmp_path / "again.onnx", **options)
+    assert again.read_bytes() == path.read_bytes()
+    other = module.export(preset, tmp_path / "other.onnx", seed=1, **options)
+    assert other.read_bytes() != path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("preset", "dtype"), [("tiny-gqa", "float16"), ("tiny-parallel", "float32")]
+)
+def test_a_drawn_model_keeps_its_variance_and_folds(preset, dtype, tmp_path, monkeypatch):
+    pytest.importorskip("torch")
+    from onnx_fold.models import export as module
+
+    monkeypatch.setattr(module, "DRAWN_LIMIT", 0)
+    monkeypatch.setattr("onnx_fold.models.large._NARROW", 16)
+    path = module.export(preset, tmp_path / "m.onnx", dtype=dtype, layers=8)
+    logits = session(path).run(None, {"input_ids": tokens(8, 32)})[0].astype(np.float64)
+    assert 0.1 < np.square(logits).mean() < 10
+    result = onnx_fold.fold(path, output=tmp_path / "f.onnx", tolerance=0.1)
+    assert len(result.report.folded) >= 8
+    assert result.report.verification.ok
+
+
+def test_draws_do_not_depend_on_how_they_are_chunked(monkeypatch):
+    large = pytest.importorskip("onnx_fold.models.large")
+    draw = ("w", (5, 7), ir.DataType.BFLOAT16, 0, 1.0, 0.5)
+    whole = large._draw(*draw).numpy()
+    monkeypatch.setattr(large, "_CHUNK", 8)
+    np.testing.assert_array_equal(large._draw(*draw).numpy(), whole)
+    assert (large._draw("v", *draw[1:]).numpy() != whole).any()
 
 
 @pytest.mark.parametrize(

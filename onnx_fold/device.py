@@ -1,0 +1,291 @@
+"""Where weights are evaluated: numpy and scipy, or any device of torch.
+
+The same expressions run on all of them, with the same policy: products in the type of their
+operands, LU with partial pivoting in float64. Results agree within rounding.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+import scipy.linalg
+
+from onnx_fold.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
+
+Array = npt.NDArray[Any]
+Indices = npt.NDArray[np.intp]
+Shape = tuple[int, ...]
+
+
+class Device(Protocol):
+    """What numpy and other array libraries call differently.
+
+    Arrays of a device know ``@``, ``+``, ``*``, ``.T``, ``reshape``, ``sum`` and assignment to
+    indices. A device can be pickled.
+    """
+
+    def load(self, array: Array) -> Any:
+        """Bring an array of the host to the device."""
+
+    def fetch(self, array: Any) -> Array:
+        """Bring an array of the device to the host."""
+
+    def cast(self, array: Any, dtype: np.dtype[Any]) -> Any:
+        """Round or widen."""
+
+    def transpose(self, array: Any, permutation: Sequence[int]) -> Any:
+        """Reorder the axes."""
+
+    def broadcast(self, array: Any, shape: Shape) -> Any:
+        """Repeat along axes of size one."""
+
+    def take(self, array: Any, indices: Any, axis: int) -> Any:
+        """Some of the slices along ``axis``."""
+
+    def concatenate(self, arrays: Sequence[Any], axis: int) -> Any:
+        """Join along ``axis``."""
+
+    def zeros(self, shape: Shape, dtype: np.dtype[Any]) -> Any:
+        """An array of zeros."""
+
+    def lu_factor(self, matrix: Any) -> Any:
+        """LU factors with partial pivoting of a float64 matrix ``[d, d]``."""
+
+    def lu_solve(self, factors: Any, rhs: Any, transposed: bool) -> Any:
+        """``A⁻¹ rhs``, or ``A⁻ᵀ rhs``, for the factors of ``A``; ``rhs`` is ``[d, n]``."""
+
+    def eliminate(self, matrix: Array) -> tuple[Indices, Array]:
+        """Gaussian elimination with partial pivoting of a tall matrix of the host, ``[f, d]``.
+
+        Returns:
+            The order of the rows, pivots first, and ``L₂ L₁⁻¹``, ``[f - d, d]``.
+        """
+
+
+class Host:
+    """The processor, by numpy and scipy."""
+
+    def load(self, array: Array) -> Array:
+        """Nothing to do."""
+        return array
+
+    def fetch(self, array: Array) -> Array:
+        """Nothing to do."""
+        return array
+
+    def cast(self, array: Array, dtype: np.dtype[Any]) -> Array:
+        """Round or widen."""
+        return array.astype(dtype, copy=False)
+
+    def transpose(self, array: Array, permutation: Sequence[int]) -> Array:
+        """Reorder the axes."""
+        return array.transpose(permutation)
+
+    def broadcast(self, array: Array, shape: Shape) -> Array:
+        """Repeat along axes of size one."""
+        return np.broadcast_to(array, shape)
+
+    def take(self, array: Array, indices: Indices, axis: int) -> Array:
+        """Some of the slices along ``axis``."""
+        taken: Array = np.take(array, indices, axis)
+        return taken
+
+    def concatenate(self, arrays: Sequence[Array], axis: int) -> Array:
+        """Join along ``axis``."""
+        return np.concatenate(arrays, axis)
+
+    def zeros(self, shape: Shape, dtype: np.dtype[Any]) -> Array:
+        """An array of zeros."""
+        return np.zeros(shape, dtype)
+
+    def lu_factor(self, matrix: Array) -> tuple[Array, npt.NDArray[np.int32]]:
+        """LU factors of the transpose, which is in the order that LAPACK reads."""
+        lu, pivots, _ = scipy.linalg.lapack.dgetrf(matrix.T)
+        return lu, pivots
+
+    def lu_solve(self, factors: Any, rhs: Array, transposed: bool) -> Array:
+        """``A⁻¹ rhs``, or ``A⁻ᵀ rhs``, for the factors of ``A``."""
+        solved: Array = scipy.linalg.lu_solve(
+            factors, rhs, trans=0 if transposed else 1, check_finite=False
+        )
+        return solved
+
+    def eliminate(self, matrix: Array) -> tuple[Indices, Array]:
+        """By LAPACK's ``getrf``, and products."""
+        lapack = scipy.linalg.lapack
+        getrf = lapack.sgetrf if matrix.dtype == np.float32 else lapack.dgetrf
+        lu, pivots, _ = getrf(np.array(matrix, order="F"), overwrite_a=True)
+        width = matrix.shape[1]
+        rest = np.array(lu[width:], order="C")
+        _divide(rest, lu[:width])
+        return _order(len(matrix), pivots), rest
+
+
+def _order(rows: int, pivots: Array) -> Indices:
+    """The order of rows after each has been exchanged with its pivot."""
+    order = np.arange(rows)
+    for position, pivot in enumerate(pivots):
+        order[[position, pivot]] = order[[pivot, position]]
+    return order
+
+
+def _divide(b: Array, lower: Array) -> None:
+    """``b L⁻¹`` in place, for ``L`` with a unit diagonal in the lower half of ``lower``.
+
+    Columns are halved until they are few: nearly all the work is matrix products.
+    """
+    width = len(lower)
+    if width <= 256:
+        solved = scipy.linalg.solve_triangular(
+            lower.T, b.T, lower=False, unit_diagonal=True, check_finite=False
+        )
+        b[:] = solved.T
+        return
+    half = width // 2
+    _divide(b[:, half:], lower[half:, half:])
+    subtract(b[:, :half], b[:, half:], lower[half:, :half])
+    _divide(b[:, :half], lower[:half, :half])
+
+
+def subtract(a: Array, left: Array, right: Array, block: int = 512) -> None:
+    """``a -= left @ right`` in place, some rows at a time."""
+    for start in range(0, len(a), block):
+        a[start : start + block] -= left[start : start + block] @ right
+
+
+HOST = Host()
+
+
+@dataclass(frozen=True)
+class TorchDevice:
+    """A device of torch.
+
+    Attributes:
+        name: What torch calls it: ``"cuda"``, ``"cuda:1"``, ``"cpu"``.
+    """
+
+    name: str
+
+    def load(self, array: Array) -> torch.Tensor:
+        """Through pinned memory if it is another device's."""
+        import torch
+
+        is_bfloat16 = array.dtype == ml_dtypes.bfloat16
+        given = np.require(array.view(np.int16) if is_bfloat16 else array, requirements="W")
+        tensor = torch.from_numpy(given)
+        if not self.name.startswith("cpu"):
+            tensor = tensor.pin_memory().to(self.name, non_blocking=True)
+        return tensor.view(torch.bfloat16) if is_bfloat16 else tensor
+
+    def fetch(self, array: torch.Tensor) -> Array:
+        """Copied if it is another device's."""
+        import torch
+
+        array = array.cpu()
+        if array.dtype == torch.bfloat16:
+            values: Array = array.contiguous().view(torch.int16).numpy()
+            return values.view(ml_dtypes.bfloat16)
+        fetched: Array = array.numpy()
+        return fetched
+
+    def cast(self, array: torch.Tensor, dtype: np.dtype[Any]) -> torch.Tensor:
+        """Round or widen."""
+        return array.to(_torch_dtype(dtype))
+
+    def transpose(self, array: torch.Tensor, permutation: Sequence[int]) -> torch.Tensor:
+        """Reorder the axes."""
+        return array.permute(*permutation)
+
+    def broadcast(self, array: torch.Tensor, shape: Shape) -> torch.Tensor:
+        """Repeat along axes of size one."""
+        return array.broadcast_to(shape)
+
+    def take(self, array: torch.Tensor, indices: torch.Tensor, axis: int) -> torch.Tensor:
+        """Some of the slices along ``axis``."""
+        return array.index_select(axis, indices)
+
+    def concatenate(self, arrays: Sequence[torch.Tensor], axis: int) -> torch.Tensor:
+        """Join along ``axis``."""
+        import torch
+
+        return torch.cat(list(arrays), axis)
+
+    def zeros(self, shape: Shape, dtype: np.dtype[Any]) -> torch.Tensor:
+        """An array of zeros."""
+        import torch
+
+        return torch.zeros(shape, dtype=_torch_dtype(dtype), device=self.name)
+
+    def lu_factor(self, matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """LU factors; those of a singular matrix are not finite when they are used."""
+        import torch
+
+        lu, pivots, _ = torch.linalg.lu_factor_ex(matrix)
+        return lu, pivots
+
+    def lu_solve(self, factors: Any, rhs: torch.Tensor, transposed: bool) -> torch.Tensor:
+        """``A⁻¹ rhs``, or ``A⁻ᵀ rhs``, for the factors of ``A``."""
+        import torch
+
+        lu, pivots = factors
+        solved: torch.Tensor = torch.linalg.lu_solve(lu, pivots, rhs, adjoint=transposed)
+        return solved
+
+    def eliminate(self, matrix: Array) -> tuple[Indices, Array]:
+        """On the device, and back."""
+        import torch
+
+        rows, width = matrix.shape
+        lu, pivots, _ = torch.linalg.lu_factor_ex(self.load(matrix))
+        rest = torch.linalg.solve_triangular(
+            lu[:width], lu[width:], upper=False, left=False, unitriangular=True
+        )
+        return _order(rows, self.fetch(pivots) - 1), np.array(self.fetch(rest), order="C")
+
+
+def _torch_dtype(dtype: np.dtype[Any]) -> torch.dtype:
+    import torch
+
+    found: torch.dtype = getattr(torch, np.dtype(dtype).name)
+    return found
+
+
+def find_device(name: str) -> Device:
+    """The device called ``name``: ``"cpu"``, or what torch calls it.
+
+    Where torch is not installed, or does not see the device, it is the processor, and a warning is
+    logged.
+
+    Raises:
+        UsageError: Torch has no name like this.
+    """
+    if name == "cpu":
+        return HOST
+    try:
+        import torch
+    except ImportError:
+        return _fall_back(name, "torch is not installed: pip install 'onnx-fold[torch]'")
+    try:
+        torch.empty(0, device=name)
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        if "Expected one of" in reason or "Invalid device string" in reason:
+            raise UsageError(f"unknown device '{name}'; there are cpu, cuda, cuda:1 ...") from error
+        return _fall_back(name, reason)
+    return TorchDevice(name)
+
+
+def _fall_back(name: str, reason: str) -> Device:
+    logger.warning("weights are folded on the processor, not on %s: %s", name, reason)
+    return HOST
