@@ -40,7 +40,7 @@ def trace(
 
     Weights are Gaussian whatever ``config.init`` says. What writes the output of a block is scaled
     as in :meth:`SkiplessTransformer.scale_to_data`, by the gains of a narrow model of the same
-    depth: how a random layer changes the size of its input hardly depends on its width.
+    depth: how a random layer changes the size of its input depends little on its width.
 
     Args:
         config: The shape.

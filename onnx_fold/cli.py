@@ -7,9 +7,11 @@ import functools
 import json
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import click
@@ -364,8 +366,15 @@ def _progress(quiet: bool) -> Iterator[Report]:
         yield report
 
 
+def _terminate(number: int, frame: FrameType | None) -> None:
+    """Leave through all clean-ups, with the exit code of a process that was ended by a signal."""
+    sys.exit(128 + number)
+
+
 def main() -> None:
     """Run the command line: errors become one line on standard error and an exit code."""
+    with contextlib.suppress(ValueError):  # not in the main thread
+        signal.signal(signal.SIGTERM, _terminate)
     try:
         cli(standalone_mode=False)
     except click.exceptions.Exit as leave:

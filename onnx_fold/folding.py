@@ -307,17 +307,28 @@ def _is_rounding(verdict: CandidateReport) -> bool:
 def _ranked(
     stream: Stream, passes: Sequence[FoldPass], refused: list[CandidateReport]
 ) -> Iterator[list[Candidate]]:
-    """Candidates that tie, those that gain most first; a dear pass is asked after the cheap ones.
+    """Candidates that tie, those that gain most first, of those the ones with fewest operators.
 
-    That is the order of weights, then operators: a closed stream has d² weights too many, and who
-    saves less was refused.
+    A closed stream has d² weights too many. So a dear pass is not asked before the cheap ones that
+    save as much have failed; what saves less waits for it.
     """
+    waiting: list[Candidate] = []
     for _, tier in groupby(sorted(passes, key=_operators), key=_operators):
         proposals = [proposal for each in tier for proposal in each.candidates(stream)]
         refused += [proposal for proposal in proposals if isinstance(proposal, CandidateReport)]
-        candidates = [proposal for proposal in proposals if isinstance(proposal, Candidate)]
-        for _, group in groupby(sorted(candidates, key=_gain), key=_gain):
-            yield list(group)
+        waiting += [proposal for proposal in proposals if isinstance(proposal, Candidate)]
+        yield from _ties([candidate for candidate in waiting if _is_full(candidate, stream)])
+        waiting = [candidate for candidate in waiting if not _is_full(candidate, stream)]
+    yield from _ties(waiting)
+
+
+def _is_full(candidate: Candidate, stream: Stream) -> bool:
+    return -_gain(candidate)[0] >= stream.width**2
+
+
+def _ties(candidates: Sequence[Candidate]) -> Iterator[list[Candidate]]:
+    for _, group in groupby(sorted(candidates, key=_gain), key=_gain):
+        yield list(group)
 
 
 def _operators(each: FoldPass) -> int:

@@ -355,14 +355,14 @@ def _split(node: ir.Node, layout: Layout, shapes: Shapes) -> Iterator[Layout]:
     if place is None:
         return
     size, count = layout.columns.shape[place], len(node.outputs)
-    given: Sequence[int] | None = node.attributes.get_ints("split")
+    given: Sequence[int] = node.attributes.get_ints("split") or ()
     if not given and len(node.inputs) > 1 and node.inputs[1] is not None:
-        given = shapes.integers(node.inputs[1])
-        if given is None:
+        given = shapes.integers(node.inputs[1]) or ()
+        if not given:
             return
     is_sequence = node.op_type == "SplitToSequence"
-    if is_sequence and given and len(given) == 1:
-        given, count = None, -(-size // given[0])
+    if is_sequence and len(given) == 1:
+        count, given = -(-size // given[0]), ()
     each = -(-size // count)
     sizes = given or [min(each, size - each * index) for index in range(count)]
     if sum(sizes) == size and min(sizes) > 0 and (is_sequence or len(sizes) == count):

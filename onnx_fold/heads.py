@@ -16,6 +16,7 @@ _ATTENTION_OPERATORS = frozenset(
         *("DecoderMaskedMultiHeadAttention", "DecoderMaskedSelfAttention"),
     )
 )
+_TOWARDS_HEADS = frozenset(("Add", "Identity", "Cast", "Reshape", "RotaryEmbedding"))
 _PRODUCTS = frozenset(("MatMul", "FusedMatMul", "Gemm", "Einsum"))
 _AFTER_SCORES = frozenset(
     ("Cast", "Where", "IsNaN", "Identity", "Dropout", "Mul", "Div", "Add", "Reshape", "Transpose")
@@ -93,17 +94,26 @@ class HeadLayout:
 
 
 def head_layout(value: ir.Value, width: int, shapes: Shapes) -> HeadLayout | None:
-    """How the ``width`` channels of ``value`` are cut into heads, where a Reshape does so."""
+    """How the ``width`` channels of ``value`` are cut into heads: by a Reshape, or in the core."""
     for _ in range(8):
         for node, index in value.uses():
+            if node.op_type in _ATTENTION_OPERATORS and index < 3:
+                heads = _heads_of(node, index)
+                return _layout((heads, None), width) if heads else None
             dims = shapes(node.outputs[0]) if node.op_type == "Reshape" and index == 0 else None
             if dims is not None and len(dims) == 4 and (found := _layout(dims, width)) is not None:
                 return found
-        onward = [n for n, _ in value.uses() if n.op_type in ("Add", "Identity", "Cast", "Reshape")]
+        onward = [node for node, _ in value.uses() if node.op_type in _TOWARDS_HEADS]
         if not onward:
             return None
         value = onward[0].outputs[0]
     return None
+
+
+def _heads_of(core: ir.Node, index: int) -> int:
+    """Heads of an input of an attention operator of three dimensions, where the heads are one."""
+    queries = core.attributes.get_int("num_heads", core.attributes.get_int("q_num_heads", 0))
+    return queries if index == 0 else core.attributes.get_int("kv_num_heads", queries)
 
 
 def _layout(dims: Dims, width: int) -> HeadLayout | None:

@@ -389,7 +389,7 @@ def _nearest(
     """The layers that are the fewest steps away; those of one distance, and what reads alike."""
     level, seen = list(dict.fromkeys(start)), set(start)
     for _ in range(hops):
-        found = [linears[node] for node in level if node in linears]
+        found = [linears[node] for node in level if node is not None and node in linears]
         if found:
             return found
         following = (other for node in level if node is not None for other in onward(node))

@@ -189,11 +189,10 @@ def gemm(b: Builder) -> list[Value]:
     rows = int(np.prod(value.shape[:-1]))
     flat = value if len(value.shape) == 2 else b.reshape(value, (rows, value.shape[-1]))
     trans_a, trans_b = b.rarely(), b.flip()
-    inputs, outputs = flat.shape[::-1] if not trans_a else flat.shape
-    outputs, width = (rows, b.integer(1, MAX_WIDTH)) if not trans_a else (outputs, b.integer(1, 4))
-    inputs = flat.shape[0] if trans_a else flat.shape[1]
-    weight = b.weight(width, inputs) if trans_b else b.weight(inputs, width)
-    shape = (flat.shape[1] if trans_a else rows, width)
+    contracted, kept = flat.shape if trans_a else flat.shape[::-1]
+    width = b.integer(1, MAX_WIDTH)
+    weight = b.weight(width, contracted) if trans_b else b.weight(contracted, width)
+    shape = (kept, width)
     operands = [flat.name, weight]
     kind = b.choose("none", "vector", "vector", "row", "one", "matrix", "stream")
     if kind == "stream":

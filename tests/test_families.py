@@ -10,6 +10,7 @@ import onnx_ir as ir
 import pytest
 
 import onnx_fold
+from onnx_fold.report import FoldReport
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -38,7 +39,7 @@ CACHED_BY_DYNAMO = ("llama", "qwen3", "gpt2", "falcon-gqa")  # the slower export
 CASES = [
     *((name, "dynamo", name in CACHED_BY_DYNAMO) for name in FAMILIES),
     *((name, "torchscript", has_cache(family)) for name, family in FAMILIES.items()),
-    *((name, "torchscript", False) for name in ("llama", "whisper")),
+    *((name, "torchscript", False) for name in (*CACHED_BY_DYNAMO, "whisper")),
 ]
 
 BIASED = ("gpt2", "bert", "vit", "whisper", "torch", "timm", "shaped")
@@ -95,6 +96,24 @@ def matrix_weights(model: ir.Model) -> int:
     )
 
 
+def norms(module: nn.Module) -> set[str]:
+    """The norms of ``module`` but for those of the heads of Q and K."""
+    return {
+        name
+        for name, child in module.named_modules()
+        if "Norm" in type(child).__name__ and name.rpartition(".")[2] not in NORMS_OF_HEADS
+    }
+
+
+NAMES_A_NODE = re.compile(r"^'.+' is (?:read|written) by \w+ '(.+?)'")
+
+
+def assert_reasons_name_nodes(report: FoldReport) -> None:
+    for stream in report.left_alone:
+        assert stream.reasons
+        assert all(NAMES_A_NODE.search(reason) for reason in stream.reasons), stream.reasons
+
+
 def biases_removed(name: str, strategy: str) -> set[int]:
     """What a fold may remove beside d² weights: biases that become part of others."""
     if strategy == "merge":  # that of P becomes part of those of its readers
@@ -113,6 +132,7 @@ def test_each_closed_stream_loses_d_squared(tmp_path, name, exporter, cache):
     family = FAMILIES[name]
     streams = family.streams_with_cache if cache else family.streams
     assert len(report.folded) == streams, [s.reasons for s in report.left_alone]
+    assert_reasons_name_nodes(report)
     assert matrix_weights(model) - matrix_weights(result.model) == streams * WIDTH**2
     assert weights(model) - weights(result.model) == report.saving.weights
     for stream in report.folded:
@@ -139,17 +159,4 @@ def test_with_norms_and_skips_nothing_changes(tmp_path, name, exporter):
     reasons = [reason for stream in result.report.streams for reason in stream.reasons]
     named = {match[1] for reason in reasons if (match := NAMES_A_NODE.search(reason))}
     assert norms(unmodified.module) <= named
-    for stream in result.report.left_alone:
-        assert all(NAMES_A_NODE.search(reason) for reason in stream.reasons)
-
-
-NAMES_A_NODE = re.compile(r"^'.+' is (?:read|written) by \w+ '(.+?)'")
-
-
-def norms(module: nn.Module) -> set[str]:
-    """The norms of ``module`` but for those of the heads of Q and K."""
-    return {
-        name
-        for name, child in module.named_modules()
-        if "Norm" in type(child).__name__ and name.rpartition(".")[2] not in NORMS_OF_HEADS
-    }
+    assert_reasons_name_nodes(result.report)

@@ -380,3 +380,13 @@ def test_a_bias_carried_past_a_layer_that_folds_in_the_same_round():
     body = "h = MatMul(x, P) p = Add(h, b) a = MatMul(p, A) c = MatMul(a, B) y = MatMul(c, M)"
     model = mlp(body, b=normal(D), A=normal(D, D, seed=3), B=normal(D, D, seed=4))
     merged(model, 3 * D * D + D - F)
+
+
+def test_a_merge_that_saves_less_than_the_stream_could_lose_waits():
+    model = graph(
+        "(float[n, 10] x) => (float[n, 24] y) { r = Relu(x) p = MatMul(r, P) y = MatMul(p, M) }",
+        P=normal(10, 8), M=normal(8, 24),
+    )  # fmt: skip
+    (stream,) = folded(model, 8 * 8).report.folded
+    assert stream.folded.strategy == "interpolate"
+    folded(model, 10 * 8 + 8 * 24 - 10 * 24, only=["merge"])

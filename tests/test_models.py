@@ -164,8 +164,9 @@ def test_other_dtypes(dtype, exporter, tmp_path):
     assert_close(actual, full.numpy(), 1e-2 if dtype == "float16" else 1e-4)
 
 
-@pytest.mark.parametrize("residual", [False, True])
-@pytest.mark.parametrize("preset", ["tiny-gqa", "tiny-mqa", "tiny-parallel", "tiny-fused"])
+@pytest.mark.parametrize(
+    ("preset", "residual"), [("tiny-gqa", False), ("tiny-parallel", False), ("tiny-fused", True)]
+)
 def test_a_drawn_model_has_the_same_graph(preset, residual, tmp_path, monkeypatch):
     """What is too large for memory is traced without weights: nothing else may differ."""
     pytest.importorskip("torch")
@@ -182,27 +183,22 @@ def test_a_drawn_model_has_the_same_graph(preset, residual, tmp_path, monkeypatc
     assert shapes[0] == shapes[1]
     assert list(drawn.graph.input) == list(real.graph.input)
     assert list(drawn.graph.output) == list(real.graph.output)
-    again = module.export(preset, tmp_path / "again.onnx", **options)
-    assert again.read_bytes() == path.read_bytes()
-    other = module.export(preset, tmp_path / "other.onnx", seed=1, **options)
-    assert other.read_bytes() != path.read_bytes()
 
 
-@pytest.mark.parametrize(
-    ("preset", "dtype"), [("tiny-gqa", "float16"), ("tiny-parallel", "float32")]
-)
-def test_a_drawn_model_keeps_its_variance_and_folds(preset, dtype, tmp_path, monkeypatch):
+def test_a_drawn_model_keeps_its_variance_and_folds(tmp_path, monkeypatch):
     pytest.importorskip("torch")
     from onnx_fold.models import export as module
 
     monkeypatch.setattr(module, "DRAWN_LIMIT", 0)
     monkeypatch.setattr("onnx_fold.models.large._NARROW", 16)
-    path = module.export(preset, tmp_path / "m.onnx", dtype=dtype, layers=8)
+    path = module.export("tiny-gemma", tmp_path / "m.onnx", dtype="float16", layers=4)
     logits = session(path).run(None, {"input_ids": tokens(8, 32)})[0].astype(np.float64)
     assert 0.1 < np.square(logits).mean() < 10
     result = onnx_fold.fold(path, output=tmp_path / "f.onnx", tolerance=0.1)
-    assert len(result.report.folded) >= 8
+    assert len(result.report.folded) >= 4
     assert result.report.verification.ok
+    again = module.export("tiny-gemma", tmp_path / "again.onnx", dtype="float16", layers=4)
+    assert again.read_bytes() == path.read_bytes()
 
 
 def test_draws_do_not_depend_on_how_they_are_chunked(monkeypatch):
@@ -211,7 +207,8 @@ def test_draws_do_not_depend_on_how_they_are_chunked(monkeypatch):
     whole = large._draw(*draw).numpy()
     monkeypatch.setattr(large, "_CHUNK", 8)
     np.testing.assert_array_equal(large._draw(*draw).numpy(), whole)
-    assert (large._draw("v", *draw[1:]).numpy() != whole).any()
+    for other in (("v", *draw[1:]), (*draw[:3], 1, *draw[4:])):  # another name, another seed
+        assert (large._draw(*other).numpy() != whole).any()
 
 
 @pytest.mark.parametrize(

@@ -294,6 +294,30 @@ def test_killed_at_50_random_moments():
     assert (result.returncode, result.stderr) == (0, "")
 
 
+_INTERRUPTED = """
+    import os, signal, sys, threading, time
+    from pathlib import Path
+    from onnx_fold import cli, write
+    real = write.run_jobs
+    def slow(*arguments):
+        real(*arguments)
+        os.kill(os.getpid(), signal.{})
+        time.sleep(60)
+    write.run_jobs = slow
+    sys.argv = ["onnx-fold", "fold", "m.onnx", "-o", "f.onnx", "--no-verify"]
+    cli.main()
+"""
+
+
+@pytest.mark.parametrize(("signal", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_while_weights_are_written(signal, code):
+    save(matrices(), "m.onnx")
+    result = python(_INTERRUPTED.format(signal))
+    assert result.returncode == code
+    assert result.stderr.strip() == ("interrupted; nothing was written" if code == 130 else "")
+    assert names() == {"m.onnx", "m.onnx.data"}
+
+
 def test_a_stale_folder_of_another_target_is_cleaned():
     stale = Path(".other.onnx.onnx-fold.tmp")
     stale.mkdir()

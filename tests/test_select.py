@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 from helpers import fold, folded, graph, normal, operators, refused
 
+from onnx_fold.attention import find_attention
 from onnx_fold.selection import select_blocks
+from onnx_fold.stream import find_streams
 
 D, HD = 8, 2
 
@@ -88,3 +90,16 @@ def test_zero_heads_are_never_a_basis():
 def test_heads_that_are_all_zero_are_refused():
     zeros = {"Q": np.zeros((D, 8), np.float32)} | {n: np.zeros((D, 4), np.float32) for n in "KV"}
     assert "singular" in refused(attention(4, 2, **zeros), only=["select"])
+
+
+@pytest.mark.parametrize("kv", [2, 1])
+def test_heads_of_an_attention_operator(kv):
+    """Nothing in the graph cuts Q, K and V into heads: the operator's attributes do."""
+    text = f"""(float[b, s, 9] x0) => (float[b, s, 12] y)
+        {{ x = MatMul(x0, O) q = MatMul(x, Q) k = MatMul(x, K) v = MatMul(x, V)
+           y = Attention<q_num_heads = 4, kv_num_heads = {kv}>(q, k, v) }}"""
+    held = {"O": normal(9, 6), "Q": normal(6, 12), "K": normal(6, 3 * kv), "V": normal(6, 3 * kv)}
+    model = graph(text, 23, **held)
+    (attention,) = find_attention(find_streams(model))
+    assert (attention.num_heads, attention.num_kv_heads, attention.head_dim) == (4, kv, 3)
+    folded(model, 36, only=["select"])
