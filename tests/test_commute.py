@@ -1,5 +1,7 @@
 """Every operator that may lie inside a stream: P merges into M through it, or nothing folds."""
 
+import re
+
 import numpy as np
 import pytest
 from helpers import chain, folded, normal, operators, refused, stream_of
@@ -20,6 +22,8 @@ GATE = "g = ReduceMean<keepdims = 1>(x, last)"  # one number for each position
 LAST = {"last": ints(-1)}
 
 COMMUTES = [  # x: [batch, seq, 4] -> MatMul(P) -> p -> ... -> m -> MatMul(M)
+    ("CastLike", "m = CastLike(p, x)", {}),
+    ("GatherND", "m = GatherND(p, i)", {"i": np.array([[1], [0]])}),
     ("Identity", "m = Identity(p)", {}),
     ("Neg", "m = Neg(p)", {}),
     ("Cast", "c = Cast<to = 11>(p) m = Cast<to = 1>(c)", {}),
@@ -78,11 +82,11 @@ LOOKS = [  # the same, but the operator looks at the channels; what the reason m
     ("Add", "m = Add(p, x)", {}, "'x' is a graph input"),
     ("Sub", f"{GATE} m = Sub(g, p)", LAST, "Sub, which adds 'g'"),
     ("Sum", f"{GATE} m = Sum(p, p, g)", LAST, "Sum, which adds 'g'"),
-    ("Mul", "m = Mul(p, c)", {"c": normal(4)}, "Mul, which has a gain of its own for each"),
+    ("Mul", "s = Mul(p, c) m = Relu(s)", {"c": normal(4)}, "Mul, which has a gain of its own"),
     ("Mul", "m = Mul(p, p)", {}, "Mul"),
     ("Mul", "m = Mul(x, p)", {}, "Mul"),
     ("Div", "m = Div(two, p)", TWO, "Div"),
-    ("Div", "m = Div(p, c)", {"c": normal(4)}, "Div, which has a gain of its own"),
+    ("Div", "s = Div(p, c) m = Relu(s)", {"c": normal(4)}, "Div, which has a gain of its own"),
     ("Where", "c = Less(x, zero) n = Neg(p) m = Where(c, p, n)", ZERO, "Where"),
     ("Where", f"{GATE} c = Less(g, zero) m = Where(c, p, g)", LAST | ZERO, "Where"),
     ("Transpose", "m = Transpose<perm = [0, 2, 1]>(p)", {"M": normal(3, 5)}, "another axis"),
@@ -101,6 +105,9 @@ LOOKS = [  # the same, but the operator looks at the channels; what the reason m
     ("Gather", "m = Gather<axis = 2>(p, i)", {"i": ints(3, 1, 0, 2)},
      "Gather, which gathers channels"),
     ("Concat", "m = Concat<axis = -1>(p, p)", {"M": normal(8, 5)}, "Concat, which joins channels"),
+    ("GatherND", "m = GatherND(p, i)", {"i": np.zeros((1, 1, 4, 3), np.int64)},
+     "GatherND, which gathers channels"),
+    ("CastLike", "k = CastLike(p, i) m = CastLike(k, p)", {"i": ints(1)}, "CastLike"),
     ("Pad", "m = Pad(p, s)", {"s": ints(0, 0, 0, 0, 0, 1), "M": normal(5, 5)},
      "Pad, which pads the"),
     ("Pad", "m = Pad(p, s, , i)", {"s": ints(1, 0, 1, 0), "i": ints(2, 1), "M": normal(6, 5)},
@@ -134,7 +141,8 @@ def test_merge_goes_through(op, body, extra):
 def test_an_operator_that_looks_at_the_channels_opens_the_stream(op, body, extra, reason):
     model = chain(body, **extra)
     refused(model)
-    assert reason in "\n".join(map(str, stream_of(model, "p").openings))
+    openings = "\n".join(map(str, stream_of(model, "p").openings))
+    assert reason in re.sub(r" -> \w+", "", openings)
 
 
 def test_the_tables_cover_every_rule():
