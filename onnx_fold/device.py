@@ -122,13 +122,13 @@ class Host:
         return solved
 
     def eliminate(self, matrix: Array) -> tuple[Indices, Array]:
-        """By LAPACK's ``getrf``, and products."""
-        lapack = scipy.linalg.lapack
-        getrf = lapack.sgetrf if matrix.dtype == np.float32 else lapack.dgetrf
+        """By LAPACK's ``getrf`` and a triangular solve, in its order of the axes."""
+        is_single = matrix.dtype == np.float32
+        getrf = scipy.linalg.lapack.sgetrf if is_single else scipy.linalg.lapack.dgetrf
+        trsm = scipy.linalg.blas.strsm if is_single else scipy.linalg.blas.dtrsm
         lu, pivots, _ = getrf(np.array(matrix, order="F"), overwrite_a=True)
         width = matrix.shape[1]
-        rest = np.array(lu[width:], order="C")
-        _divide(rest, lu[:width])
+        rest: Array = trsm(1.0, lu[:width], lu[width:], side=1, lower=1, diag=1)
         return _order(len(matrix), pivots), rest
 
 
@@ -140,26 +140,10 @@ def _order(rows: int, pivots: Array) -> Indices:
     return order
 
 
-def _divide(b: Array, lower: Array) -> None:
-    """``b L⁻¹`` in place, for ``L`` with a unit diagonal in the lower half of ``lower``.
-
-    Columns are halved until they are few: nearly all the work is matrix products.
-    """
-    width = len(lower)
-    if width <= 256:
-        solved = scipy.linalg.solve_triangular(
-            lower.T, b.T, lower=False, unit_diagonal=True, check_finite=False
-        )
-        b[:] = solved.T
-        return
-    half = width // 2
-    _divide(b[:, half:], lower[half:, half:])
-    subtract(b[:, :half], b[:, half:], lower[half:, :half])
-    _divide(b[:, :half], lower[:half, :half])
-
-
 def subtract(a: Array, left: Array, right: Array, block: int = 512) -> None:
-    """``a -= left @ right`` in place, some rows at a time."""
+    """``a -= left @ right`` in place, some rows (columns, if they are contiguous) at a time."""
+    if a.flags.f_contiguous:
+        a, left, right = a.T, right.T, left.T
     for start in range(0, len(a), block):
         a[start : start + block] -= left[start : start + block] @ right
 

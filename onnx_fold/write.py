@@ -52,6 +52,9 @@ INLINE_LIMIT = 256
 MEMORY_LIMIT = 2**28
 """Bytes of folded weights up to which a result that is not written is kept in memory."""
 
+_BYTES_AT_MOST = 32
+"""Memory for evaluations, for each element of the largest weight: four times it in float64."""
+
 _PAGE = 4096
 _CHUNK = 1 << 24
 
@@ -107,10 +110,13 @@ def _bytes(tensor: ir.TensorProtocol) -> memoryview:
 
 
 def _write(path: str, offset: int, data: memoryview) -> None:
+    first, count = offset, len(data)
     with _opened(path, os.O_WRONLY) as file:
         while data:
             written = os.pwrite(file, data[:_CHUNK], offset)
             data, offset = data[written:], offset + written
+        if hasattr(os, "posix_fadvise"):  # so that the disk begins to write now
+            os.posix_fadvise(file, first, count, os.POSIX_FADV_DONTNEED)
 
 
 def _copy(source: Source, path: str, offset: int, nbytes: int) -> None:
@@ -161,7 +167,8 @@ def run_jobs(
     for path, size in _sizes(jobs).items():
         with Path(path).open("wb") as file:
             file.truncate(size)
-    with _submitter(executor) as submit:
+    largest = max((job.data.size for job in jobs if not isinstance(job.data, Source)), default=0)
+    with _submitter(executor, largest) as submit:
         futures: dict[Future[None], Job] = {}
         try:
             report("writing", 0, total)
@@ -177,23 +184,50 @@ def run_jobs(
 
 
 @contextlib.contextmanager
-def _submitter(executor: Executor | None) -> Iterator[Callable[[Job], Future[None]]]:
-    """How to start a job. Without an executor one weight is evaluated while another is written.
+def _submitter(executor: Executor | None, largest: int) -> Iterator[Callable[[Job], Future[None]]]:
+    """How to start a job. Without an executor two weights are evaluated at a time, if they fit.
 
-    NumPy's products use all cores already, so that evaluations take turns.
+    Products use all cores, and while one is read, rounded or written the other has them.
     """
     if executor is not None:
         yield lambda job: executor.submit(job.run)
         return
-    turn = threading.Lock()
+    room = _Room(_BYTES_AT_MOST * largest)
     with ThreadPoolExecutor(1) as copies, ThreadPoolExecutor(2) as evaluations:
 
         def submit(job: Job) -> Future[None]:
             if isinstance(job.data, Source):
                 return copies.submit(job.run)
-            return evaluations.submit(job.run, turn)
+            return evaluations.submit(job.run, room.taken(_needed(job.data)))
 
         yield submit
+
+
+class _Room:
+    """Memory that evaluations share: one that is larger than what is free waits, or has it all."""
+
+    def __init__(self, size: int) -> None:
+        self._size = self._free = size
+        self._changed = threading.Condition()
+
+    @contextlib.contextmanager
+    def taken(self, size: int) -> Iterator[None]:
+        """Hold ``size`` bytes."""
+        size = min(size, self._size)
+        with self._changed:
+            self._changed.wait_for(lambda: size <= self._free)
+            self._free -= size
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += size
+                self._changed.notify_all()
+
+
+def _needed(tensor: ir.TensorProtocol) -> int:
+    """Bytes that its evaluation takes: what is read, widened, computed and rounded."""
+    return tensor.size * (14 if tensor.dtype.bitwidth <= 16 else 24)
 
 
 # --- Planning ------------------------------------------------------------------------------------
