@@ -80,12 +80,15 @@ class Basis:
     def _factors(self) -> Factors:
         return Factors(cast(self.matrix, np.float64))
 
-    def factored(self, device: Device = HOST) -> tuple[dict[Expression, Any], float]:
+    def factored(
+        self, device: Device = HOST, dtype: npt.DTypeLike = np.float64
+    ) -> tuple[dict[Expression, Any], float]:
         """The LU factors for :func:`evaluate`, and the condition number of ``T``.
 
         That is the one of the 2-norm, estimated from the factors; infinite if ``T`` is singular.
+        To predict what 16-bit weights do, factors of ``dtype`` float32 are good enough.
         """
-        lines = evaluate(self._factors.x)
+        lines = evaluate(cast(self.matrix, dtype))
         if not np.isfinite(lines).all():
             return {}, float("inf")
         matrix = device.load(lines)
@@ -98,7 +101,10 @@ class Basis:
         def inverse_gram(vector: Any) -> Any:
             return device.lu_solve(factors, device.lu_solve(factors, vector, True), False)
 
-        sizes = (_largest_singular_value(width, each, device) for each in (inverse_gram, gram))
+        start = device.load(
+            np.random.default_rng(0).standard_normal((width, 1)).astype(lines.dtype)
+        )
+        sizes = (_largest_singular_value(start, each) for each in (inverse_gram, gram))
         return {self._factors: factors}, math.prod(sizes)
 
     @property
@@ -107,11 +113,8 @@ class Basis:
         return self.factored()[1]
 
 
-def _largest_singular_value(
-    width: int, gram: Callable[[Any], Any], device: Device, iterations: int = 8
-) -> float:
+def _largest_singular_value(vector: Any, gram: Callable[[Any], Any], iterations: int = 8) -> float:
     """Power iteration with ``gram = Aᵀ A`` (or ``A⁻¹ A⁻ᵀ``); from below, within some percent."""
-    vector = device.load(np.random.default_rng(0).standard_normal((width, 1)))
     size = float((vector * vector).sum()) ** 0.5
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         for _ in range(iterations):

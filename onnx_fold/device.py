@@ -7,9 +7,11 @@ operands, LU with partial pivoting in float64. Results agree within rounding.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -86,7 +88,7 @@ class Host:
 
     def cast(self, array: Array, dtype: np.dtype[Any]) -> Array:
         """Round or widen."""
-        return array.astype(dtype, copy=False)
+        return array if array.dtype == dtype else converted(array, dtype)
 
     def transpose(self, array: Array, permutation: Sequence[int]) -> Array:
         """Reorder the axes."""
@@ -111,25 +113,50 @@ class Host:
 
     def lu_factor(self, matrix: Array) -> tuple[Array, npt.NDArray[np.int32]]:
         """LU factors of the transpose, which is in the order that LAPACK reads."""
-        lu, pivots, _ = scipy.linalg.lapack.dgetrf(matrix.T)
+        lu, pivots, _ = _getrf(matrix.dtype)(matrix.T)
         return lu, pivots
 
     def lu_solve(self, factors: Any, rhs: Array, transposed: bool) -> Array:
         """``A⁻¹ rhs``, or ``A⁻ᵀ rhs``, for the factors of ``A``."""
         solved: Array = scipy.linalg.lu_solve(
-            factors, rhs, trans=0 if transposed else 1, check_finite=False
+            factors,
+            rhs.astype(factors[0].dtype, copy=False),
+            trans=0 if transposed else 1,
+            check_finite=False,
         )
-        return solved
+        return solved.astype(rhs.dtype, copy=False)
 
     def eliminate(self, matrix: Array) -> tuple[Indices, Array]:
         """By LAPACK's ``getrf`` and a triangular solve, in its order of the axes."""
-        is_single = matrix.dtype == np.float32
-        getrf = scipy.linalg.lapack.sgetrf if is_single else scipy.linalg.lapack.dgetrf
-        trsm = scipy.linalg.blas.strsm if is_single else scipy.linalg.blas.dtrsm
-        lu, pivots, _ = getrf(np.array(matrix, order="F"), overwrite_a=True)
+        ordered = converted(matrix, matrix.dtype, "F")
+        lu, pivots, _ = _getrf(matrix.dtype)(ordered, overwrite_a=True)
+        trsm = scipy.linalg.blas.get_blas_funcs("trsm", dtype=matrix.dtype)
         width = matrix.shape[1]
         rest: Array = trsm(1.0, lu[:width], lu[width:], side=1, lower=1, diag=1)
         return _order(len(matrix), pivots), rest
+
+
+def _getrf(dtype: np.dtype[Any]) -> Any:
+    return scipy.linalg.lapack.get_lapack_funcs("getrf", dtype=dtype)
+
+
+_BLOCK = 2**20
+
+
+def converted(array: Array, dtype: np.dtype[Any], order: Literal["C", "F"] = "C") -> Array:
+    """A copy of ``array`` in another type or order of the axes; all cores make a large one."""
+    if array.size <= _BLOCK or array.ndim < 2:
+        return array.astype(dtype, order=order)
+    copy: Array = np.empty(array.shape, dtype, order)
+    rows = max(1, _BLOCK * len(array) // array.size)
+
+    def fill(start: int) -> None:
+        with np.errstate(over="ignore", invalid="ignore"):
+            copy[start : start + rows] = array[start : start + rows]
+
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        list(threads.map(fill, range(0, len(array), rows)))
+    return copy
 
 
 def _order(rows: int, pivots: Array) -> Indices:
@@ -223,8 +250,10 @@ class TorchDevice:
         import torch
 
         lu, pivots = factors
-        solved: torch.Tensor = torch.linalg.lu_solve(lu, pivots, rhs, adjoint=transposed)
-        return solved
+        solved: torch.Tensor = torch.linalg.lu_solve(
+            lu, pivots, rhs.to(lu.dtype), adjoint=transposed
+        )
+        return solved.to(rhs.dtype)
 
     def eliminate(self, matrix: Array) -> tuple[Indices, Array]:
         """On the device, and back."""

@@ -17,7 +17,15 @@ import numpy as np
 import onnx_ir as ir
 
 from onnx_fold.affine import make_explicit
-from onnx_fold.basis import MAX_STREAM_RATIO, TOLERANCES, Basis, Side, TableSide, probe
+from onnx_fold.basis import (
+    MAX_STREAM_RATIO,
+    TOLERANCES,
+    Basis,
+    Side,
+    TableSide,
+    probe,
+    product_dtype,
+)
 from onnx_fold.device import HOST, Device
 from onnx_fold.expression import Expression, FoldedTensor, ImpliedTensor
 from onnx_fold.report import CandidateReport, StreamReport
@@ -121,7 +129,7 @@ class Candidate:
     ) -> CandidateReport:
         given: Mapping[Expression, Any] = {}
         if self.basis is not None:
-            given, condition = self.basis.factored(options.device)
+            given, condition = self.basis.factored(options.device, product_dtype(stream.dtype))
             report = replace(report, condition=condition)
             if condition > 1e15:
                 return replace(report, refused="the matrix to invert is singular")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from onnx_fold.device import HOST, Array, Device, Indices, Shape, subtract
+from onnx_fold.device import HOST, Array, Device, Indices, Shape, converted, subtract
 from onnx_fold.expression import (
     Expression,
     Held,
@@ -59,7 +59,7 @@ class RowSelection:
     def selected(self) -> tuple[Indices, Expression]:
         """The order of the rows, and ``B`` as it is stored."""
         order, rest = self._select()
-        return order, self._spool.add(rest.astype(self.rest.dtype))
+        return order, self._spool.add(converted(rest, self.rest.dtype))
 
     def _select(self) -> tuple[Indices, Array]:
         matrix = evaluate(self.matrix, self._device)
