@@ -2,7 +2,7 @@
 
 ``python benchmarks/scale.py --layers 1 8 32 --dtype float16`` exports models of the shape of
 Mistral-7B with so many blocks (0.5 B, 2.0 B and 7.2 B weights), folds each in a process of its own
-and writes ``docs/scale.json``.
+and writes ``docs/scale.json``, and a table of all that it holds, ``docs/scale.md``.
 
 The floor of the time is what cannot be avoided: the products, eliminations and solves of the folds
 that were taken, counted in the expressions of the folded weights, at the rate of matrix products on
@@ -33,6 +33,19 @@ from onnx_fold.models.export import export
 from onnx_fold.selection import RowSelection
 
 CHUNK = 2**26
+
+HEAD = """# How fast models fold, and in how much memory
+
+`python benchmarks/scale.py --layers 1 8 32 --folder /tmp/scale --output docs/scale.json` exports
+models of the shape of Mistral-7B, folds each in a process of its own, and writes this table.
+
+The floor is what cannot be avoided: the products, eliminations and solves of the folds that were
+taken, at this machine's rate of matrix products, and reading the input and writing the output once,
+at the rates of its disk ([scale.json](scale.json) has the rates). The bound of the memory is 1 GiB
+and four times the largest weight in float64. Q is too ill-conditioned to be absorbed in 16 bits: rows
+of the FFN's output layer are the basis. 2 CPU cores, no GPU.
+
+"""
 
 
 @dataclass(frozen=True)
@@ -268,15 +281,41 @@ def main() -> None:
     for dtype in given.dtype:
         for layers in given.layers:
             result = measure(given.preset, layers, dtype, given.folder, rates)
-            results.append(asdict(result))
+            results.append(result)
             print(
                 f"{result.weights / 1e9:.2f} B {dtype}: {result.seconds:.1f} s,"
                 f" {result.ratio:.2f}x of the floor ({result.floor:.1f} s);"
                 f" {result.peak / 2**30:.2f} GiB of at most {result.bound / 2**30:.2f}"
             )
     if given.output is not None:
-        data = {"rates": asdict(rates), "results": results}
-        given.output.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+        save(given.output, results, rates)
+
+
+def save(path: Path, results: list[ScaleResult], rates: Rates) -> None:
+    """Add ``results`` to those in ``path``, and write all of them as a table beside it."""
+    old = json.loads(path.read_text(encoding="utf-8"))["results"] if path.exists() else []
+    known = {(each["preset"], each["layers"], each["dtype"]): each for each in old}
+    for result in results:
+        known[result.preset, result.layers, result.dtype] = asdict(result)
+    rows = sorted(known.values(), key=lambda each: (each["dtype"], each["weights"]))
+    data = {"rates": asdict(rates), "results": rows}
+    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    path.with_suffix(".md").write_text(table([ScaleResult(**row) for row in rows]), "utf-8")
+
+
+def table(results: Iterable[ScaleResult]) -> str:
+    """The results as Markdown."""
+    lines = [
+        "| shape | blocks | type | weights | removed | fold | floor | ratio | peak RSS | bound |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {r.preset} | {r.layers} | {r.dtype} | {r.weights / 1e9:.2f} B |"
+        f" {r.weights_removed / r.weights:.0%} | {r.seconds:.0f} s | {r.floor:.0f} s |"
+        f" {r.ratio:.2f}x | {r.peak / 2**30:.2f} GiB | {r.bound / 2**30:.2f} GiB |"
+        for r in results
+    ]
+    return HEAD + "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
