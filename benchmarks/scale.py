@@ -42,11 +42,10 @@ models of the shape of Mistral-7B, folds each in a process of its own, and write
 The floor is what cannot be avoided: the products, eliminations and solves of the folds that were
 taken, at this machine's rate of matrix products, and reading the input and writing the output once,
 at the rates of its disk ([scale.json](scale.json) has those of the last run). The bound of the
-memory is 1 GiB and four times the largest weight in float64. Q is too ill-conditioned to be absorbed
-in either type: rows of the FFN's output layer are the basis. 2 CPU cores, no GPU.
+memory is 1 GiB and four times the largest weight in float64. Q is too ill-conditioned to be
+absorbed in either type: rows of the FFN's output layer are the basis. 2 CPU cores, no GPU.
 
-`python -m cProfile -s tottime benchmarks/scale.py --fold model.onnx folded.onnx` shows where the time
-goes.
+Where the time goes: `python -m cProfile -s tottime benchmarks/scale.py --fold model.onnx out.onnx`.
 
 """
 
