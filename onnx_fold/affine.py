@@ -8,15 +8,14 @@ the time of the fold, and merges like any other layer. What has not merged is wr
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from contextlib import ExitStack
 
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.convenience import replace_all_uses_with
 
 from onnx_fold.commute import Port, ports
-from onnx_fold.constants import FLOATS, Constant, constant, integers
+from onnx_fold.constants import FLOATS, Constant, axes_of, constant
 from onnx_fold.expression import Diagonal, Held, ImpliedTensor, Sum, evaluate, reshape
 from onnx_fold.linear import Edge
 from onnx_fold.rewrite import new_constant, remove_dead
@@ -24,33 +23,20 @@ from onnx_fold.shapes import Shapes
 from onnx_fold.stream import Search, Stream
 
 
-@dataclass
-class Explicit:
-    """Affine operators that are written as linear layers for a while.
-
-    Attributes:
-        undo: What writes each of them back, unless it has merged.
-    """
-
-    undo: list[Callable[[], None]] = field(default_factory=list)
-
-    def restore(self) -> None:
-        """Write back what has not merged; drop what is dead for good."""
-        for write_back in reversed(self.undo):
-            write_back()
-
-
-def make_explicit(model: ir.Model) -> Explicit:
+def make_explicit(model: ir.Model, shapes: Shapes) -> ExitStack:
     """Write gains and centring in closed streams of ``model`` as MatMuls, and leave dead skips out.
 
     A stream counts as closed if it is when these operators are followed too, and if layers both
-    write and read it.
+    write and read it. ``shapes`` are those of ``model``.
+
+    Returns:
+        What writes back, when it is closed, those that have not merged.
     """
-    explicit = Explicit()
+    explicit = ExitStack()
     candidates = [node for node in model.graph if _is_affine(node)]
     if not candidates:
         return explicit
-    search = Search(model.graph, Shapes(model))
+    search = Search(model.graph, shapes)
     done: set[ir.Node] = set()
     for node in candidates:
         value = node.outputs[0]
@@ -97,14 +83,7 @@ def is_centring(node: ir.Node) -> bool:
     mean = node.inputs[1].producer()
     if mean is None or mean.op_type != "ReduceMean" or mean.inputs[0] is not node.inputs[0]:
         return False
-    return _axes(mean) == (-1,) and mean.attributes.get_int("keepdims", 1) == 1
-
-
-def _axes(node: ir.Node) -> tuple[int, ...] | None:
-    given = node.attributes.get_ints("axes")
-    if given:
-        return tuple(given)
-    return integers(node.inputs[1]) if len(node.inputs) > 1 else None
+    return tuple(axes_of(mean) or ()) == (-1,) and mean.attributes.get_int("keepdims", 1) == 1
 
 
 def _gain(node: ir.Node) -> tuple[int, Constant] | None:
@@ -113,7 +92,7 @@ def _gain(node: ir.Node) -> tuple[int, Constant] | None:
         return None
     for index in (1, 0) if node.op_type == "Mul" else (1,):
         held = constant(node.inputs[index])
-        if held is not None and held.dtype in FLOATS and held.shape[-1:] == (held.size,):
+        if held is not None and held.dtype in FLOATS and held.is_vector:
             is_gain = held.size > 1 and constant(node.inputs[1 - index]) is None
             return (index, held) if is_gain else None
     return None
@@ -132,7 +111,7 @@ def _dead_operand(node: ir.Node) -> int | None:
     return None
 
 
-def _make_explicit(node: ir.Node, stream: Stream, explicit: Explicit) -> None:
+def _make_explicit(node: ir.Node, stream: Stream, explicit: ExitStack) -> None:
     if (dead := _dead_operand(node)) is not None:
         _leave_out(node, dead, stream, explicit)
         return
@@ -151,7 +130,7 @@ def _make_explicit(node: ir.Node, stream: Stream, explicit: Explicit) -> None:
     _as_matmul(node, 0, ImpliedTensor(centre, dtype, 0), explicit)
 
 
-def _as_matmul(node: ir.Node, index: int, tensor: ImpliedTensor, explicit: Explicit) -> None:
+def _as_matmul(node: ir.Node, index: int, tensor: ImpliedTensor, explicit: ExitStack) -> None:
     """Let ``node`` multiply its input ``index`` by ``tensor``, and note how to write it back."""
     graph = node.graph
     assert isinstance(graph, ir.Graph)
@@ -171,10 +150,10 @@ def _as_matmul(node: ir.Node, index: int, tensor: ImpliedTensor, explicit: Expli
         node.replace_input_with(1 - index, other)
         remove_dead(graph, [matrix])
 
-    explicit.undo.append(write_back)
+    explicit.callback(write_back)
 
 
-def _leave_out(node: ir.Node, dead: int, stream: Stream, explicit: Explicit) -> None:
+def _leave_out(node: ir.Node, dead: int, stream: Stream, explicit: ExitStack) -> None:
     """Let ``node`` pass on what is not dead, and note how to write it back."""
     graph, inputs = node.graph, tuple(node.inputs)
     assert isinstance(graph, ir.Graph)
@@ -195,7 +174,7 @@ def _leave_out(node: ir.Node, dead: int, stream: Stream, explicit: Explicit) -> 
         replace_all_uses_with(node.outputs[0], current)
         remove_dead(graph, [node.outputs[0], inputs[dead]])
 
-    explicit.undo.append(write_back)
+    explicit.callback(write_back)
 
 
 def _holds(edge: Edge, leaf: ir.Value) -> bool:

@@ -129,7 +129,7 @@ def _add_bias(rewrite: Rewrite, reader: Linear, carried: Carried) -> None:
         ((add, index),) = reader.y.uses()
         is_sum = add.op_type in _ADDS_BIAS and len(add.inputs) == 2
         held = constant(add.inputs[1 - index]) if is_sum else None
-        if held is not None and held.dtype == dtype and held.shape[-1:] == (held.size,) == (width,):
+        if held is not None and held.dtype == dtype and held.is_vector and held.size == width:
             rewrite.stored[add, 1 - index] = FoldedTensor(Sum((held.wide(), through)), dtype)
             return
     rewrite.biases[reader.y] = FoldedTensor(reshape(through, shape), dtype)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from onnx_fold.constants import FLOATS, constant, scalar
+from onnx_fold.constants import FLOATS, axes_of, constant, scalar
 from onnx_fold.shapes import Dims, Shapes
 
 
@@ -273,8 +273,7 @@ def _pad(node: ir.Node, known: Port, width: int, shapes: Shapes) -> list[Port] |
 def _reduce(node: ir.Node, known: Port, width: int, shapes: Shapes) -> list[Port] | None:
     """ReduceSum, ReduceMean over other axes."""
     rank = shapes.rank(_input(node))
-    given = node.attributes.get_ints("axes")
-    axes = given or (shapes.integers(node.inputs[1]) if len(node.inputs) > 1 else None)
+    axes = axes_of(node, shapes.integers)
     if rank is None or not axes or known.index != 0:
         return None
     reduced = _from_end(axes, rank)

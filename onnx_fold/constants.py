@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,6 +46,11 @@ class Constant:
     def size(self) -> int:
         """Number of elements."""
         return self.tensor.size
+
+    @property
+    def is_vector(self) -> bool:
+        """Whether all elements lie along the last axis."""
+        return self.shape[-1:] == (self.size,)
 
     def numpy(self) -> Array:
         """The stored values, in the shape of ``value`` and the type of ``leaf``."""
@@ -108,6 +114,16 @@ def scalar(value: ir.Value | None) -> float | None:
     """The number that ``value`` holds, if it is a constant with one element."""
     found = constant(value)
     return float(evaluate(found.wide()).item()) if found is not None and found.size == 1 else None
+
+
+def axes_of(
+    node: ir.Node, read: Callable[[ir.Value | None], Sequence[int] | None] | None = None
+) -> Sequence[int] | None:
+    """The axes that ``node`` names: an attribute, or its second input, as ``read`` gives it."""
+    given = node.attributes.get_ints("axes")
+    if given or len(node.inputs) < 2:
+        return given
+    return (read or integers)(node.inputs[1])
 
 
 def integers(value: ir.Value | None) -> tuple[int, ...] | None:

@@ -30,6 +30,7 @@ from onnx_fold.device import HOST, Device
 from onnx_fold.expression import Expression, FoldedTensor, ImpliedTensor
 from onnx_fold.report import CandidateReport, StreamReport
 from onnx_fold.rewrite import CannotRewriteError, Rewrite, remembered_names
+from onnx_fold.shapes import Shapes
 from onnx_fold.stream import Stream, find_streams
 from onnx_fold.widen import unit_roundoff
 
@@ -234,13 +235,14 @@ def _fold_streams(
     order = {node: position for position, node in enumerate(model.graph)}
     reports: list[tuple[int, StreamReport]] = []
     finished: set[ir.Node] = set()
-    explicit = make_explicit(model)
+    shapes: Shapes | None = Shapes(model)
+    explicit = make_explicit(model, shapes.without_facts())
     is_first_round = True
     memo: Memo = {}
     while True:
         left: list[tuple[int, StreamReport]] = []
         touched: set[ir.Node] = set()
-        for stream in find_streams(model, activations):
+        for stream in find_streams(model, activations, shapes):
             nodes = stream.nodes
             position = min(order.get(node, 0) for node in nodes)
             report = StreamReport.of(stream)
@@ -268,8 +270,8 @@ def _fold_streams(
                 left.append((position, report))
         if not touched:
             break
-        is_first_round = False
-    explicit.restore()
+        is_first_round, shapes = False, None
+    explicit.close()
     return [report for _, report in sorted([*reports, *left], key=lambda item: item[0])]
 
 

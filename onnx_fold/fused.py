@@ -17,10 +17,10 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from onnx_fold.constants import constant, integers
+from onnx_fold.constants import axes_of, constant, integers
 from onnx_fold.heads import roles
 from onnx_fold.linear import Edge, Linear
-from onnx_fold.rewrite import new_constant, new_node
+from onnx_fold.rewrite import new_integers, new_node
 from onnx_fold.shapes import Dims, Shapes
 
 Columns = npt.NDArray[np.intp]
@@ -83,8 +83,7 @@ class Layout:
         leading = self.num_leading
 
         def held(numbers: Sequence[int], suffix: str) -> ir.Value:
-            tensor = ir.tensor(np.asarray(numbers, dtype=np.int64))
-            return new_constant(graph, tensor, f"{before.name or before.op_type}_{suffix}")
+            return new_integers(graph, numbers, f"{before.name or before.op_type}_{suffix}")
 
         if self.reshape is None:
             return held([*(0,) * leading, *self.columns.shape], "shape")
@@ -242,7 +241,7 @@ def _follow_sequence(split: ir.Node, layout: Layout, width: int, trace: _Trace) 
 
 def _is_vector(value: ir.Value | None, width: int) -> bool:
     held = constant(value)
-    return held is not None and held.shape[-1:] == (width,) and held.size == width
+    return held is not None and held.is_vector and held.size == width
 
 
 Step = Callable[[ir.Node, Layout, Shapes], Iterator[Layout]]
@@ -317,7 +316,7 @@ def _solved(dims: Dims, size: int) -> list[int] | None:
 
 
 def _squeeze(node: ir.Node, layout: Layout, shapes: Shapes) -> Iterator[Layout]:
-    axes = _axes(node, shapes)
+    axes = axes_of(node, shapes.integers)
     places = _places(layout)
     if axes is None:
         return
@@ -332,7 +331,7 @@ def _squeeze(node: ir.Node, layout: Layout, shapes: Shapes) -> Iterator[Layout]:
 
 
 def _unsqueeze(node: ir.Node, layout: Layout, shapes: Shapes) -> Iterator[Layout]:
-    axes = _axes(node, shapes)
+    axes = axes_of(node, shapes.integers)
     if axes is None:
         return
     rank = len(layout.axes) + len(axes)
@@ -342,12 +341,6 @@ def _unsqueeze(node: ir.Node, layout: Layout, shapes: Shapes) -> Iterator[Layout
     places = _places(replace(layout, axes=after))
     columns = np.expand_dims(layout.columns, tuple(places[axis] for axis in new))
     yield replace(layout, axes=after, columns=columns)
-
-
-def _axes(node: ir.Node, shapes: Shapes) -> Sequence[int] | None:
-    if len(node.inputs) > 1:
-        return shapes.integers(node.inputs[1])
-    return node.attributes.get_ints("axes")
 
 
 def _split(node: ir.Node, layout: Layout, shapes: Shapes) -> Iterator[Layout]:

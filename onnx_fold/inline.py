@@ -12,7 +12,7 @@ from onnx_ir.passes.common import InlinePass
 from onnx_fold.commute import RULES
 from onnx_fold.linear import OPERATORS
 
-_INERT = frozenset((*RULES, "CastLike", "Constant", "Shape", "Size"))
+_INERT = frozenset((*RULES, "Constant", "Shape", "Size"))
 
 
 def inline(model: ir.Model) -> ir.Model:

@@ -19,7 +19,7 @@ from onnx_fold.expression import (
     transpose,
 )
 from onnx_fold.linear import Edge, Linear
-from onnx_fold.rewrite import Build, CannotRewriteError, Rewrite, new_constant, new_node
+from onnx_fold.rewrite import Build, CannotRewriteError, Rewrite, new_integers, new_node
 from onnx_fold.stream import ConstantWriter, Stream
 
 
@@ -142,9 +142,7 @@ def in_place(rewrite: Rewrite, layer: Linear) -> ir.Value | Build:
     rewrite.nodes_added += 1
 
     def build(graph: ir.Graph) -> ir.Value:
-        target = new_constant(
-            graph, ir.tensor(np.asarray(shape, dtype=np.int64)), f"{layer.y.name}_shape"
-        )
+        target = new_integers(graph, shape, f"{layer.y.name}_shape")
         return new_node(graph, layer.node, "Reshape", [layer.x, target]).outputs[0]
 
     return build

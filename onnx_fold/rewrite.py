@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 from onnx_ir.convenience import replace_all_uses_with
 
@@ -260,6 +261,11 @@ def new_constant(graph: ir.Graph, tensor: ir.TensorProtocol, name: str) -> ir.Va
     return value
 
 
+def new_integers(graph: ir.Graph, numbers: npt.ArrayLike, name: str) -> ir.Value:
+    """Add an initializer that holds ``numbers`` as int64, called ``name`` if that is free."""
+    return new_constant(graph, ir.tensor(np.asarray(numbers, dtype=np.int64)), name)
+
+
 def new_node(
     graph: ir.Graph,
     before: ir.Node,
@@ -284,8 +290,7 @@ def new_split(
     if graph.opset_imports.get("", 13) < 13:
         node = new_node(graph, before, "Split", [value], len(sizes), axis=-1, split=list(sizes))
     else:
-        tensor = ir.tensor(np.asarray(sizes, dtype=np.int64))
-        held = new_constant(graph, tensor, f"{before.name or before.op_type}_sizes")
+        held = new_integers(graph, sizes, f"{before.name or before.op_type}_sizes")
         node = new_node(graph, before, "Split", [value, held], len(sizes), axis=-1)
     return node.outputs
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 from collections.abc import Mapping
 
@@ -34,6 +35,12 @@ class Shapes:
         self._inferred, self._types, self._integers = _infer(model)
         self._known: dict[tuple[ir.Value, int], int] = {}
         self._symbols: dict[str, int] = {}
+
+    def without_facts(self) -> Shapes:
+        """The same shapes, without what was noted by :meth:`know`."""
+        other = copy.copy(self)
+        other._known, other._symbols = {}, {}
+        return other
 
     def know(self, value: ir.Value, axis: int, size: int) -> None:
         """Note the size of one axis, counted from the end, that an operator implies."""

@@ -202,12 +202,15 @@ class Stream:
         return {member.node for member in self.members}
 
 
-def find_streams(model: ir.Model, activations: Activations | None = None) -> list[Stream]:
+def find_streams(
+    model: ir.Model, activations: Activations | None = None, shapes: Shapes | None = None
+) -> list[Stream]:
     """The streams of the main graph that at least one linear layer writes or reads.
 
-    ``activations`` are what the layers were seen to read, for passes that ask for it.
+    ``activations`` are what the layers were seen to read, for passes that ask for it; ``shapes``
+    are inferred unless they are given.
     """
-    search = Search(model.graph, Shapes(model), activations)
+    search = Search(model.graph, shapes or Shapes(model), activations)
     streams = []
     for linear in search.linears.values():
         for value, axis, width in (

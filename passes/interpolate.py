@@ -26,7 +26,7 @@ from onnx_fold.linear import Linear, compact
 from onnx_fold.permute import hidden_stream, permute
 from onnx_fold.rebase import Rebased, rebase, weights_of
 from onnx_fold.report import CandidateReport
-from onnx_fold.rewrite import Rewrite, new_constant, new_node, new_split
+from onnx_fold.rewrite import Rewrite, new_constant, new_integers, new_node, new_split
 from onnx_fold.selection import RowSelection
 from onnx_fold.stream import Stream
 
@@ -127,8 +127,7 @@ def _split(
     def build(graph: ir.Graph) -> ir.Value:
         value, node, name = writer.x, writer.node, writer.weight.leaf.name
         if hidden is None:
-            order = ir.tensor(evaluate(rows.order).astype(np.int64))
-            indices = new_constant(graph, order, f"{name}_order")
+            indices = new_integers(graph, evaluate(rows.order), f"{name}_order")
             value = new_node(graph, node, "Gather", [value, indices], axis=-1).outputs[0]
         head, tail = new_split(graph, node, value, [width, depth - width])
         product = new_node(graph, node, "MatMul", [tail, new_constant(graph, rest, f"{name}_rest")])
@@ -163,8 +162,8 @@ def _columns_of(
         value = new_node(graph, node, "Concat", [reader.x, product], axis=-1).outputs[0]
         if hidden is not None:
             return value
-        places = ir.tensor(np.argsort(evaluate(columns.order)).astype(np.int64))
-        indices = new_constant(graph, places, f"{reader.weight.leaf.name}_order")
+        places = np.argsort(evaluate(columns.order))
+        indices = new_integers(graph, places, f"{reader.weight.leaf.name}_order")
         return new_node(graph, node, "Gather", [value, indices], axis=-1).outputs[0]
 
     rewrite.replaced[reader.y] = build

@@ -30,7 +30,7 @@ from onnx_fold.folding import Candidate, FoldPass, Options
 from onnx_fold.heads import head_layout, role
 from onnx_fold.linear import Linear, compact
 from onnx_fold.rebase import rebase, weights_of
-from onnx_fold.rewrite import Rewrite, new_constant, new_node
+from onnx_fold.rewrite import Rewrite, new_constant, new_integers, new_node
 from onnx_fold.selection import select_blocks
 from onnx_fold.stream import Stream
 
@@ -145,19 +145,18 @@ def _assemble(stream: Stream, share: _Share, basis: Basis, rewrite: Rewrite) -> 
         def step(operator: str, *inputs: ir.Value, **attributes: int) -> ir.Value:
             return new_node(graph, node, operator, inputs, **attributes).outputs[0]
 
-        def held(tensor: ir.TensorProtocol, suffix: str) -> ir.Value:
-            return new_constant(graph, tensor, f"{reader.weight.leaf.name}_{suffix}")
+        name = reader.weight.leaf.name
 
         if is_whole:
             return reader.x
-        axes = held(ir.tensor(np.array([-1], dtype=np.int64)), "axes")
-        product = step("MatMul", reader.x, held(rest, "rest")) if len(others) else None
+        axes = new_integers(graph, [-1], f"{name}_axes")
+        product = None
+        if len(others):
+            product = step("MatMul", reader.x, new_constant(graph, rest, f"{name}_rest"))
         pieces = []
         for is_chosen, first, last in runs:
             source = reader.x if is_chosen or product is None else product
-            bounds = [
-                held(ir.tensor(np.array([b], dtype=np.int64)), "bound") for b in (first, last)
-            ]
+            bounds = [new_integers(graph, [b], f"{name}_bound") for b in (first, last)]
             pieces.append(step("Slice", source, *bounds, axes))
         return pieces[0] if len(pieces) == 1 else step("Concat", *pieces, axis=-1)
 
