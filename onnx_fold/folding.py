@@ -235,8 +235,9 @@ def _fold_streams(
     order = {node: position for position, node in enumerate(model.graph)}
     reports: list[tuple[int, StreamReport]] = []
     finished: set[ir.Node] = set()
-    shapes: Shapes | None = Shapes(model)
-    explicit = make_explicit(model, shapes.without_facts())
+    inferred = Shapes(model)
+    explicit = make_explicit(model, inferred.without_facts())
+    shapes: Shapes | None = inferred
     is_first_round = True
     memo: Memo = {}
     while True:
