@@ -26,6 +26,7 @@ from rich.text import Text
 from onnx_fold import runtime
 from onnx_fold.errors import UsageError
 from onnx_fold.files import ModelSource, load, weight_bytes
+from onnx_fold.inputs import has_cache, make_inputs, token_counts
 from onnx_fold.runtime import Array, RunFailedError
 
 __all__ = ["BenchReport", "Phase", "Timing", "bench"]
@@ -174,12 +175,12 @@ def bench(
         )
         for source in (original, folded)
     ]
-    cached = runtime.has_cache(models[0])
+    cached = has_cache(models[0])
     if not cached:
         report.notes.append("the model has no cache: decode is a run of one token")
     depth = (prefill if past is None else past) if cached else 0
     for name, seq, tokens in (("prefill", prefill, 0), ("decode", 1, depth)):
-        inputs = runtime.make_inputs(models[0], batch=batch, seq=seq, past=tokens, seed=seed)
+        inputs = make_inputs(models[0], batch=batch, seq=seq, past=tokens, seed=seed)
         shape = _ran(models[0], inputs, (batch, seq, tokens))
         if any((phase.batch, phase.seq, phase.past) == shape for phase in report.phases):
             report.notes.append(f"{name} was left out: the shape of the inputs is fixed")
@@ -201,7 +202,7 @@ def _ran(
     model: ir.Model, inputs: Mapping[str, Array], wanted: tuple[int, int, int]
 ) -> tuple[int, int, int]:
     """Return the batch, new tokens and past of ``inputs``: what was wanted, or what is fixed."""
-    counts = runtime.token_counts(model, {name: array.shape for name, array in inputs.items()})
+    counts = token_counts(model, {name: array.shape for name, array in inputs.items()})
     batch, seq = (w if c is None else c for c, w in zip(counts[:2], wanted[:2], strict=True))
     return batch, seq, counts[2]
 

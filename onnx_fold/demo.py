@@ -18,8 +18,9 @@ from rich.text import Text
 from onnx_fold.bench import bench
 from onnx_fold.errors import UsageError
 from onnx_fold.files import load
+from onnx_fold.inputs import make_inputs
 from onnx_fold.pipeline import fold
-from onnx_fold.runtime import make_inputs, resolve_provider, run, session
+from onnx_fold.runtime import resolve_provider, run, session
 
 PROMPT = "def read_lines(path):\n    "
 

@@ -52,6 +52,7 @@ from onnx_fold import runtime
 from onnx_fold.basis import MAX_RATIO
 from onnx_fold.errors import InvalidModelError, UsageError
 from onnx_fold.files import ModelSource, load, weight_bytes
+from onnx_fold.inputs import has_cache, index_limits, make_inputs, model_inputs
 from onnx_fold.runtime import Array, MissingKernelError, RunFailedError
 from onnx_fold.widen import SIXTEEN_BITS, precision, unit_roundoff, widen
 
@@ -278,7 +279,7 @@ def _feeds(
     if samples < 1 or (shapes is not None and not shapes):
         raise UsageError("nothing to run: at least one sample and one shape are needed")
     defaults: list[dict[str, int]] = [{"batch": 1, "seq": 8}, {"batch": 2, "seq": 16}]
-    if runtime.has_cache(model):
+    if has_cache(model):
         defaults[0]["past"], defaults[1]["past"] = 5, 0
     feeds: list[_Feed] = []
     for sizes in shapes or defaults:
@@ -286,7 +287,7 @@ def _feeds(
         known = {name: sizes[name] for name in ("batch", "seq", "past") if name in sizes}
         label = " ".join(f"{name}={size}" for name, size in sizes.items())
         for _ in range(samples):
-            arrays = runtime.make_inputs(model, **known, sizes=sizes, seed=seed + len(feeds))
+            arrays = make_inputs(model, **known, sizes=sizes, seed=seed + len(feeds))
             feeds.append(_Feed(label, arrays, optional=shapes is None))
     return feeds
 
@@ -310,7 +311,7 @@ def given_inputs(model: ir.Model, inputs: str | os.PathLike[str] | Mapping[str, 
     """
     arrays = dict(inputs) if isinstance(inputs, Mapping) else _read_npz(inputs)
     known = {str(value.name): value for value in model.graph.inputs}
-    needed = {str(value.name) for value in runtime.model_inputs(model)}
+    needed = {str(value.name) for value in model_inputs(model)}
     if unknown := sorted(set(arrays) - set(known)):
         raise UsageError(f"unknown input '{unknown[0]}': the model takes {_listed(list(known))}")
     if missing := sorted(needed - set(arrays)):
@@ -524,7 +525,7 @@ class _Judge:
     notes: list[str]
 
     def __post_init__(self) -> None:
-        self.vocabularies = set(runtime.index_limits(self.model).values())
+        self.vocabularies = set(index_limits(self.model).values())
 
     def output(self, name: str, runs: Sequence[_Run]) -> OutputParity:
         """Compare one output over all runs."""

@@ -23,6 +23,13 @@ def graph(text: str, /, opset: int = 18, **weights: np.ndarray) -> ir.Model:
     return ir.from_proto(model)
 
 
+def model(text: str, opset: int = 18, **weights: np.ndarray) -> ir.Model:
+    """``"m (...) => (...) { ... }"`` as a model, unchecked; ``weights`` are initializers."""
+    header = f'<ir_version: 10, opset_import: ["": {opset}]> '
+    tensors = [ir.tensor(array, name=name) for name, array in weights.items()]
+    return ir.from_onnx_text(header + text, initializers=tensors)
+
+
 def normal(*shape: int, seed: int = 0, dtype=np.float32) -> np.ndarray:
     """Gaussian weights that keep the size of what they multiply."""
     array = np.random.default_rng([seed, *shape]).standard_normal(shape)

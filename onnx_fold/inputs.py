@@ -1,0 +1,340 @@
+"""Inputs for any signature, and which output of a decoder is the next step's cache."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes.common import InlinePass
+
+from onnx_fold.errors import UsageError
+from onnx_fold.runtime import Array
+
+__all__ = [
+    "cache_links",
+    "has_cache",
+    "index_limits",
+    "make_inputs",
+    "model_inputs",
+    "token_counts",
+]
+
+
+def model_inputs(model: ir.Model) -> list[ir.Value]:
+    """Return the inputs that must be fed: those that no initializer gives a default."""
+    return [value for value in model.graph.inputs if value.name not in model.graph.initializers]
+
+
+def has_cache(model: ir.Model) -> bool:
+    """Whether the model takes the keys and values of earlier tokens."""
+    return any(_is_cache(value) for value in model_inputs(model))
+
+
+def cache_links(model: ir.Model) -> dict[str, str]:
+    """Return which output each cache input takes its next value from, by their names.
+
+    ``past_key_values.0.key`` and ``present.0.key`` belong together by what is left of their names
+    without the words for time; if not all outputs find their input so, they do in order. Empty if
+    neither tells. Inputs that no output updates, such as the keys of an encoder, have no link.
+    """
+    past = [_name(value) for value in model_inputs(model) if _is_cache(value)]
+    present = [_name(value) for value in model.graph.outputs if _is_present(value)]
+    by_name = {_timeless(name): name for name in past}
+    if present and all(_timeless(name) in by_name for name in present):
+        return {by_name[_timeless(name)]: name for name in present}
+    return dict(zip(past, present, strict=True)) if len(past) == len(present) else {}
+
+
+def _is_present(value: ir.Value) -> bool:
+    words = "present", "past", "cache"
+    return _has_depth(value) and any(word in _name(value).lower() for word in words)
+
+
+def _timeless(name: str) -> str:
+    return re.sub(
+        r"past|present|key_values|cache|new|old|out(put)?|in(put)?|[^a-z0-9]", "", name.lower()
+    )
+
+
+def make_inputs(
+    model: ir.Model,
+    *,
+    batch: int = 1,
+    seq: int = 8,
+    past: int = 0,
+    seed: int = 0,
+    sizes: Mapping[str, int] | None = None,
+) -> dict[str, Array]:
+    """Return random inputs that fit the signature of ``model``.
+
+    Symbolic dimensions get their size from their name (``batch``, ``past``, ``seq``, the sum of two
+    of them), else from the input that they belong to (``input_ids`` is ``[batch, seq]``), else 3; a
+    symbol has one size everywhere. Fixed dimensions stay as they are.
+
+    Indices are in the range of the smallest constant table that they are looked up in. Masks are 1
+    except for the last row of a batch, where a few keys are hidden: the first ones of the cache, or
+    without a cache the last ones, so that no query is left without a key (its softmax would have no
+    defined value). Additive float masks are 0. Positions count from ``past``. Floats, and so the
+    cache, are standard normal, in the input's own type.
+
+    Args:
+        model: The model; it is not changed.
+        batch: Rows.
+        seq: New tokens of a row.
+        past: Tokens in the cache, if the model has one.
+        seed: Seed of all random numbers.
+        sizes: Sizes of further symbolic dimensions by their name, such as ``{"height": 224}``.
+
+    Raises:
+        UsageError: An input is not a tensor, has an unknown rank, or a dimension is impossible.
+    """
+    inputs = model_inputs(model)
+    wanted = {"batch": batch, "seq": seq, "past": past if has_cache(model) else 0}
+    shapes = _resolve(inputs, wanted, sizes or {})
+    _, tokens, past = token_counts(model, shapes)
+    seq = tokens or seq
+    limits = index_limits(model)
+    rng = np.random.default_rng(seed)
+    return {
+        name: _fill(value, shapes[name], (seq, past), limits.get(name), rng)
+        for value in inputs
+        for name in [_name(value)]
+    }
+
+
+def _name(value: ir.Value) -> str:
+    assert value.name is not None
+    return value.name
+
+
+def _is_cache(value: ir.Value) -> bool:
+    name = _name(value).lower()
+    return _has_depth(value) and "mask" not in name and ("past" in name or "cache" in name)
+
+
+def _has_depth(value: ir.Value) -> bool:
+    return value.shape is not None and value.shape.rank() >= 3
+
+
+def _is_tokens(value: ir.Value) -> bool:
+    name, rank = _name(value).lower(), None if value.shape is None else value.shape.rank()
+    if "mask" in name or _is_cache(value):
+        return False
+    return rank == 3 or (rank == 2 and name.endswith("ids"))
+
+
+def token_counts(
+    model: ir.Model, shapes: Mapping[str, Sequence[int]]
+) -> tuple[int | None, int | None, int]:
+    """Return rows, new tokens and cached tokens of inputs with these shapes; None where unknown."""
+    values = model_inputs(model)
+    past = next((shapes[_name(v)][-2] for v in values if _is_cache(v)), 0)
+    tokens = next((shapes[_name(v)] for v in values if _is_tokens(v)), None)
+    return (None, None, past) if tokens is None else (tokens[0], tokens[1], past)
+
+
+def _resolve(
+    inputs: Sequence[ir.Value], wanted: Mapping[str, int], sizes: Mapping[str, int]
+) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every input, in numbers."""
+    bound = dict(sizes)
+    for rule in (_size_by_symbol, _size_by_input, _size_by_axis):
+        for value, axis, dim in _symbols(inputs):
+            if dim.value is not None and _is_plain(dim.value) and dim.value not in bound:
+                size = rule(value, axis, dim.value, wanted)
+                if size is not None:
+                    bound[dim.value] = size
+    return {_name(value): _numbers(value, bound, wanted) for value in inputs}
+
+
+def _symbols(inputs: Sequence[ir.Value]) -> Iterator[tuple[ir.Value, int, ir.SymbolicDim]]:
+    for value in inputs:
+        for axis, dim in enumerate(_shape(value)):
+            if isinstance(dim, ir.SymbolicDim):
+                yield value, axis, dim
+
+
+def _shape(value: ir.Value) -> ir.Shape:
+    if not isinstance(value.type, ir.TensorType):
+        raise UsageError(f"input '{value.name}' is not a tensor: pass inputs=")
+    if value.shape is None:
+        raise UsageError(f"input '{value.name}' has no known rank: pass inputs=")
+    return value.shape
+
+
+def _is_plain(symbol: str) -> bool:
+    """Whether ``symbol`` is one name, not a formula such as ``past + seq``."""
+    return re.fullmatch(r"[^-+*/() ,]+", symbol) is not None
+
+
+def _numbers(
+    value: ir.Value, bound: Mapping[str, int], wanted: Mapping[str, int]
+) -> tuple[int, ...]:
+    dims = []
+    for axis, dim in enumerate(_shape(value)):
+        size = dim if isinstance(dim, int) else _size(value, axis, dim, bound, wanted)
+        if size < 0:
+            raise UsageError(f"input '{value.name}': dimension {dim} would be {size}")
+        dims.append(size)
+    return tuple(dims)
+
+
+def _size(
+    value: ir.Value,
+    axis: int,
+    dim: ir.SymbolicDim,
+    bound: Mapping[str, int],
+    wanted: Mapping[str, int],
+) -> int:
+    symbol = dim.value or ""
+    if symbol in bound:
+        return bound[symbol]
+    with contextlib.suppress(ValueError):
+        size = dim.evaluate(
+            {
+                name: bound.get(name, _size_by_symbol(value, axis, name, wanted) or 3)
+                for name in dim.free_symbols()
+            }
+        )
+        if isinstance(size, int):
+            return size
+    by_name = _size_by_symbol(value, axis, symbol, wanted)
+    return by_name if by_name is not None else _size_by_axis(value, axis, symbol, wanted)
+
+
+def _size_by_symbol(
+    value: ir.Value, axis: int, symbol: str, wanted: Mapping[str, int]
+) -> int | None:
+    """Return the size that the name of the dimension tells."""
+    words = symbol.lower()
+    if "batch" in words:
+        return wanted["batch"]
+    if "total" in words or words.startswith("kv_") or ("past" in words and "plus" in words):
+        return wanted["past"] + wanted["seq"]
+    if "past" in words or "cache" in words:
+        return wanted["past"]
+    if any(word in words for word in ("seq", "len", "time", "token")):
+        return wanted["seq"]
+    return 3 if "channel" in words else None
+
+
+def _size_by_input(
+    value: ir.Value, axis: int, symbol: str, wanted: Mapping[str, int]
+) -> int | None:
+    """Return the size that is known from what the input is."""
+    batch, seq, past = wanted["batch"], wanted["seq"], wanted["past"]
+    name, rank = _name(value).lower(), len(_shape(value))
+    layouts: list[tuple[bool, dict[int, int]]] = [
+        (_is_cache(value) and rank == 4, {0: batch, 2: past}),
+        ("mask" in name and rank == 2, {0: batch, 1: past + seq}),
+        ("mask" in name and rank == 4, {0: batch, 2: seq, 3: past + seq}),
+        ("position" in name and rank == 1, {0: seq}),
+        (name.endswith("ids") and rank == 2, {0: batch, 1: seq}),
+        (name.endswith(("embeds", "states")) and rank == 3, {0: batch, 1: seq}),
+    ]
+    return next((layout.get(axis) for applies, layout in layouts if applies), None)
+
+
+def _size_by_axis(value: ir.Value, axis: int, symbol: str, wanted: Mapping[str, int]) -> int:
+    """Return a size for a dimension of which nothing is known; from its place in the shape."""
+    known = _size_by_input(value, axis, symbol, wanted)
+    if known is not None:
+        return known
+    is_index = value.dtype is not None and value.dtype.is_integer()
+    if axis == 0:
+        return wanted["batch"]
+    if axis == 1 and (is_index or len(_shape(value)) == 3):
+        return wanted["seq"]
+    return 3
+
+
+def _fill(
+    value: ir.Value,
+    shape: tuple[int, ...],
+    tokens: tuple[int, int],
+    limit: int | None,
+    rng: np.random.Generator,
+) -> Array:
+    """Return the values of one input, by what its name and type say that it is."""
+    assert value.dtype is not None
+    name, dtype = _name(value).lower(), value.dtype
+    if "mask" in name:
+        return _mask(shape, tokens[1], dtype)
+    if dtype == ir.DataType.STRING:
+        return np.full(shape, "text", dtype=object)
+    if dtype == ir.DataType.BOOL:
+        cached = np.full(shape, tokens[1] > 0)
+        return cached if "use_cache" in name else np.asarray(rng.random(shape) < 0.5)
+    if dtype.is_integer():
+        counted = _counted(name, shape, tokens, limit)
+        drawn = rng.integers(0, limit or 2, shape) if counted is None else counted
+        return np.array(np.broadcast_to(drawn, shape).astype(dtype.numpy()))
+    return np.asarray(rng.standard_normal(shape)).astype(dtype.numpy())
+
+
+def _counted(
+    name: str, shape: tuple[int, ...], tokens: tuple[int, int], limit: int | None
+) -> Array | int | None:
+    """Return positions and lengths, which are counted and not drawn; None for anything else."""
+    seq, past = tokens
+    if "position" in name and shape:
+        positions = np.arange(past, past + shape[-1])
+        return positions if limit is None else positions % limit
+    lengths = {"seqlens_k": past + seq - 1, "total_seq": past + seq, "past_": past, "length": seq}
+    if len(shape) > 2:
+        return None
+    return next((length for word, length in lengths.items() if word in name), None)
+
+
+def _mask(shape: tuple[int, ...], past: int, dtype: ir.DataType) -> Array:
+    additive = dtype.is_floating_point() and len(shape) > 2
+    mask = np.full(shape, 0 if additive else 1).astype(dtype.numpy())
+    if len(shape) == 2 and shape[0] > 1 and shape[1] > 1:
+        hidden = max(1, min(shape[1] // 4, past or shape[1]))
+        mask[-1, slice(hidden) if past else slice(-hidden, None)] = 0
+    return mask
+
+
+_SAME_INDICES = frozenset(
+    {"Cast", "Identity", "Reshape", "Unsqueeze", "Squeeze", "Flatten", "Expand", "Transpose"}
+    | {"Slice", "Split", "Concat", "Where", "Clip", "GatherElements"}
+)
+"""Operators whose results are indices out of those that they were given."""
+
+
+def index_limits(model: ir.Model) -> dict[str, int]:
+    """Return the rows of the smallest constant table that an input indexes, by the input's name."""
+    if model.functions:
+        model = model.clone()
+        InlinePass()(model)
+    limits = {_name(value): list(_table_rows(value)) for value in model.graph.inputs}
+    return {name: min(rows) for name, rows in limits.items() if rows}
+
+
+def _table_rows(value: ir.Value) -> Iterator[int]:
+    seen: set[ir.Value] = set()
+    todo = [value]
+    while todo:
+        value = todo.pop()
+        if value in seen:
+            continue
+        seen.add(value)
+        for node, index in value.uses():
+            if index == 1 and node.op_type.startswith("Gather"):
+                yield from _rows(node)
+            elif node.op_type in _SAME_INDICES:
+                todo.extend(node.outputs)
+
+
+def _rows(node: ir.Node) -> Iterator[int]:
+    table = node.inputs[0]
+    shape = None if table is None else table.shape
+    if table is not None and shape is None:
+        tensor = ir.convenience.get_const_tensor(table)
+        shape = None if tensor is None else ir.Shape(tensor.shape.numpy())
+    axis = node.attributes.get_int("axis", node.attributes.get_int("gather_axis", 0))
+    if shape is not None and shape.rank() and isinstance(shape[axis], int):
+        yield int(shape[axis])  # type: ignore[arg-type]
