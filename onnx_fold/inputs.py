@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -14,9 +14,11 @@ from onnx_fold.errors import UsageError
 from onnx_fold.runtime import Array
 
 __all__ = [
+    "cache_inputs",
     "cache_links",
     "has_cache",
     "index_limits",
+    "input_shapes",
     "make_inputs",
     "model_inputs",
     "token_counts",
@@ -28,9 +30,14 @@ def model_inputs(model: ir.Model) -> list[ir.Value]:
     return [value for value in model.graph.inputs if value.name not in model.graph.initializers]
 
 
+def cache_inputs(model: ir.Model) -> list[str]:
+    """Return the names of the inputs that take keys and values of earlier tokens."""
+    return [_name(value) for value in model_inputs(model) if _is_cache(value)]
+
+
 def has_cache(model: ir.Model) -> bool:
-    """Whether the model takes the keys and values of earlier tokens."""
-    return any(_is_cache(value) for value in model_inputs(model))
+    """Whether the model takes keys and values of earlier tokens."""
+    return bool(cache_inputs(model))
 
 
 def cache_links(model: ir.Model) -> dict[str, str]:
@@ -40,7 +47,7 @@ def cache_links(model: ir.Model) -> dict[str, str]:
     without the words for time; if not all outputs find their input so, they do in order. Empty if
     neither tells. Inputs that no output updates, such as the keys of an encoder, have no link.
     """
-    past = [_name(value) for value in model_inputs(model) if _is_cache(value)]
+    past = cache_inputs(model)
     present = [_name(value) for value in model.graph.outputs if _is_present(value)]
     by_name = {_timeless(name): name for name in past}
     if present and all(_timeless(name) in by_name for name in present):
@@ -67,6 +74,7 @@ def make_inputs(
     past: int = 0,
     seed: int = 0,
     sizes: Mapping[str, int] | None = None,
+    without: Collection[str] = (),
 ) -> dict[str, Array]:
     """Return random inputs that fit the signature of ``model``.
 
@@ -87,13 +95,13 @@ def make_inputs(
         past: Tokens in the cache, if the model has one.
         seed: Seed of all random numbers.
         sizes: Sizes of further symbolic dimensions by their name, such as ``{"height": 224}``.
+        without: Names of inputs to leave out.
 
     Raises:
         UsageError: An input is not a tensor, has an unknown rank, or a dimension is impossible.
     """
     inputs = model_inputs(model)
-    wanted = {"batch": batch, "seq": seq, "past": past if has_cache(model) else 0}
-    shapes = _resolve(inputs, wanted, sizes or {})
+    shapes = input_shapes(model, batch=batch, seq=seq, past=past, sizes=sizes)
     _, tokens, past = token_counts(model, shapes)
     seq = tokens or seq
     limits = index_limits(model)
@@ -102,7 +110,25 @@ def make_inputs(
         name: _fill(value, shapes[name], (seq, past), limits.get(name), rng)
         for value in inputs
         for name in [_name(value)]
+        if name not in without
     }
+
+
+def input_shapes(
+    model: ir.Model,
+    *,
+    batch: int = 1,
+    seq: int = 8,
+    past: int = 0,
+    sizes: Mapping[str, int] | None = None,
+) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every input that must be fed; see :func:`make_inputs`.
+
+    Raises:
+        UsageError: An input is not a tensor, has an unknown rank, or a dimension is impossible.
+    """
+    wanted = {"batch": batch, "seq": seq, "past": past if has_cache(model) else 0}
+    return _resolve(model_inputs(model), wanted, sizes or {})
 
 
 def _name(value: ir.Value) -> str:
