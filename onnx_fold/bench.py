@@ -33,7 +33,7 @@ from onnx_fold.errors import UsageError
 from onnx_fold.files import ModelSource, load, weight_bytes
 from onnx_fold.inputs import cache_links, has_cache, input_shapes, token_counts
 from onnx_fold.runtime import RunFailedError
-from onnx_fold.steps import Decode, Fixed, Step, Values, cache_values, step_values
+from onnx_fold.steps import Decode, Fixed, Step, cache_values, step_values
 
 __all__ = ["BenchReport", "Phase", "Timing", "bench"]
 
@@ -285,7 +285,7 @@ class _TestBed:
     def _cache(self, shape: tuple[int, int, int]) -> dict[str, Any]:
         return cache_values(self.model, shape[0], shape[2], self.report.provider, self.seed)
 
-    def _step(self, shape: tuple[int, int, int]) -> Values:
+    def _step(self, shape: tuple[int, int, int]) -> dict[str, Any]:
         return step_values(self.model, shape, self.report.provider, self.seed)
 
 
@@ -316,8 +316,8 @@ def _phase(name: str, shape: tuple[int, int, int], times: Any, seed: int) -> Pha
 
 
 def _timing(times: Any, tokens: int) -> Timing:
-    quantiles = (1e3 * np.quantile(times, (0.5, 0.9, 0.99))).tolist()
-    return Timing(*quantiles, tokens_per_second=tokens * len(times) / float(times.sum()))
+    median, p90, p99 = (1e3 * np.quantile(times, (0.5, 0.9, 0.99))).tolist()
+    return Timing(median, p90, p99, tokens * len(times) / float(times.sum()))
 
 
 def _spread(ratios: Any, seed: int) -> tuple[float, float]:
