@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -19,6 +20,7 @@ import onnx_ir as ir
 
 from onnx_fold.errors import InvalidModelError, MissingExtraError, UsageError
 from onnx_fold.files import PROTOBUF_LIMIT, ModelSource, load, weight_bytes
+from onnx_fold.placement import CPU, RECORD, misplaced, placement
 from onnx_fold.write import write
 
 __all__ = [
@@ -27,6 +29,7 @@ __all__ = [
     "RunFailedError",
     "one_line",
     "onnxruntime",
+    "placement",
     "resolve_provider",
     "run",
     "session",
@@ -38,12 +41,9 @@ logger = logging.getLogger(__name__)
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
 _CUDA = "CUDAExecutionProvider"
-_CPU = "CPUExecutionProvider"
-_FATAL_ONLY = 4
-_NO_CUDA = (
-    "provider 'cuda': ONNX Runtime could not start CUDA; check the driver and that the CUDA and"
-    " cuDNN libraries are installed (pip install 'onnx-fold[cuda]')"
-)
+_WARNINGS, _FATAL_ONLY = 2, 4
+_NO_CUDA = "provider 'cuda': ONNX Runtime could not start CUDA"
+_INSTALL = "check the driver, and the CUDA and cuDNN libraries (pip install 'onnx-fold[cuda]')"
 
 
 class MissingKernelError(InvalidModelError):
@@ -65,6 +65,10 @@ def session(
 ) -> Any:
     """Return an ``onnxruntime.InferenceSession`` of ``model`` that runs on ``provider``.
 
+    On CUDA the session is asked where its nodes run: shape arithmetic may run on the CPU, layers
+    with weights and attention may not. A version of ONNX Runtime that cannot tell is only asked
+    whether CUDA is among its providers, and a warning is logged.
+
     Args:
         model: A file is opened by ONNX Runtime itself. Anything else is handed over in memory, or
             through a temporary folder if it does not fit one protobuf message.
@@ -76,8 +80,10 @@ def session(
 
     Raises:
         MissingExtraError: onnxruntime is not installed.
-        UsageError: The provider is unknown, or cannot be used here; there is no silent fall-back.
-        MissingKernelError: The provider lacks a kernel that the model needs.
+        UsageError: The provider is unknown, or cannot be used here, and why; there is no silent
+            fall-back.
+        MissingKernelError: The provider lacks a kernel that the model needs, or CUDA one of a layer
+            or of attention, which would then run on the CPU.
         InvalidModelError: ONNX Runtime cannot load the model.
     """
     provider = resolve_provider(provider)
@@ -85,20 +91,57 @@ def session(
     providers = _providers(ort, provider, dict(provider_options or {}))
     options = ort.SessionOptions()
     options.log_severity_level = _FATAL_ONLY
-    for key, entry in (config or {}).items():
+    for key, entry in {RECORD: "1", **(config or {})}.items():
         options.add_session_config_entry(key, entry)
     if threads is not None:
         options.intra_op_num_threads = threads
     if not optimize:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    with _as_file_or_bytes(model) as (source, name), _quiet():
+    with _as_file_or_bytes(model) as (source, name), _quiet(ort):
         try:
-            created = ort.InferenceSession(source, options, providers=providers)
+            created = ort.InferenceSession(
+                source, options, providers=providers, enable_fallback=False
+            )
         except Exception as error:
             raise _load_error(error, name, provider) from error
-    if provider == "cuda" and _CUDA not in created.get_providers():
-        raise UsageError(_NO_CUDA)
+    if provider == "cuda":
+        _check_placement(ort, created, model)
     return created
+
+
+def _check_placement(ort: Any, session: Any, model: ModelSource) -> None:
+    if _CUDA not in session.get_providers():
+        raise UsageError(f"{_NO_CUDA}: {_missing_library(ort) or _INSTALL}")
+    if placement(session) is None:
+        logger.warning(
+            "onnxruntime %s does not tell on which provider a node runs: only that CUDA is there"
+            " was checked",
+            ort.__version__,
+        )
+    elif nodes := misplaced(session, lambda: load(model)):
+        more = f" and {len(nodes) - 3} more" if len(nodes) > 3 else ""
+        raise MissingKernelError(
+            f"provider 'cuda': ONNX Runtime has no CUDA kernel for {', '.join(nodes[:3])}{more},"
+            " and would run it on the CPU"
+        )
+
+
+def _missing_library(ort: Any) -> str:
+    """Return the library without which that of the CUDA provider cannot be loaded, in words.
+
+    To be asked after ONNX Runtime has tried itself: before, the library would be loaded without
+    the host that it looks up when it is loaded, and stay so.
+    """
+    library = Path(ort.__file__).parent / "capi" / "libonnxruntime_providers_cuda.so"
+    if not library.is_file():
+        return ""
+    try:
+        ctypes.CDLL(os.fspath(library))
+    except OSError as error:
+        if "libcuda.so" in str(error):
+            return f"there is no NVIDIA driver ({error})"
+        return f"{error}; pip install 'onnx-fold[cuda]' brings the CUDA and cuDNN libraries"
+    return ""
 
 
 def onnxruntime() -> Any:
@@ -118,10 +161,11 @@ def resolve_provider(provider: str) -> str:
     if provider != "auto":
         return provider
     trial = ir.from_onnx_text(
-        '<ir_version: 8, opset_import: ["": 17]> trial (float[1] x) => (float[1] y) { y = Neg(x) }'
+        '<ir_version: 8, opset_import: ["": 17]> trial (float[1, 1] x) => (float[1, 1] y)'
+        " { y = MatMul(x, x) }"
     )
     try:
-        session(trial, "cuda")
+        run(session(trial, "cuda"), {"x": np.ones((1, 1), np.float32)})
     except MissingExtraError:
         raise
     except (UsageError, InvalidModelError) as error:
@@ -132,7 +176,7 @@ def resolve_provider(provider: str) -> str:
 
 def _providers(ort: Any, provider: str, options: dict[str, object]) -> list[Any]:
     if provider == "cpu":
-        return [_CPU]
+        return [CPU]
     if provider != "cuda":
         raise UsageError(f"unknown provider '{provider}': expected cpu, cuda or auto")
     if _CUDA not in ort.get_available_providers():
@@ -141,17 +185,26 @@ def _providers(ort: Any, provider: str, options: dict[str, object]) -> list[Any]
             " pip uninstall onnxruntime, then pip install 'onnx-fold[cuda]'"
         )
     if hasattr(ort, "preload_dlls"):
-        with _quiet():
+        with _quiet(ort):
             ort.preload_dlls()
-    return [(_CUDA, {"use_tf32": 0, **options}), _CPU]
+    return [(_CUDA, {"use_tf32": 0, **options}), CPU]
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Send what ONNX Runtime prints about missing libraries to the log."""
+def _quiet(ort: Any) -> Iterator[None]:
+    """Send what ONNX Runtime prints about missing libraries to the log.
+
+    What its default logger writes to the standard error cannot be redirected: it is switched off,
+    and then back to the level that it has by default.
+    """
     said = io.StringIO()
-    with contextlib.redirect_stdout(said):
-        yield
+    ort.set_default_logger_severity(_FATAL_ONLY)
+    try:
+        with contextlib.redirect_stdout(said), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        ort.set_default_logger_severity(_WARNINGS)
     if said.getvalue().strip():
         logger.debug("onnxruntime: %s", said.getvalue().strip())
 
@@ -176,13 +229,14 @@ def _as_file_or_bytes(source: ModelSource) -> Iterator[tuple[str | bytes, str]]:
         yield os.fspath(path), name
 
 
+_CUDA_FAILURE = re.compile(r"\b(cuda|cudnn|cublas)\w* (error|failure)[^;]*", re.IGNORECASE)
 _NO_KERNEL = re.compile(r"NOT_IMPLEMENTED|Type Error: Type 'tensor\((bfloat16|float16|double)\)'")
 
 
 def _load_error(error: Exception, name: str, provider: str) -> Exception:
     reason = one_line(error)
-    if provider == "cuda" and re.search(r"\b(cuda|cudnn|cublas)\w* (error|failure)", reason, re.I):
-        return UsageError(f"{_NO_CUDA}: {reason}")
+    if provider == "cuda" and (failure := _CUDA_FAILURE.search(reason)):
+        return UsageError(f"{_NO_CUDA}: {failure.group().strip()}; {_INSTALL}")
     kind = MissingKernelError if _NO_KERNEL.search(str(error)) else InvalidModelError
     return kind(f"ONNX Runtime cannot load {name}: {reason}")
 
@@ -216,6 +270,7 @@ def run(session: Any, inputs: Mapping[str, Array]) -> dict[str, Array]:
 
 
 def _run_bound(session: Any, inputs: Mapping[str, Array]) -> list[Array]:
+    """Run with values that NumPy does not know; ONNX Runtime copies each output to the host."""
     binding = session.io_binding()
     for name, array in inputs.items():
         binding.bind_ortvalue_input(name, to_ort_value(array))
@@ -241,12 +296,11 @@ def to_ort_value(array: Array, device: str = "cpu") -> Any:
         return ort.OrtValue.ortvalue_from_numpy(array, device)
     element = int(ir.DataType.from_numpy(array.dtype))
     bits = array.view(f"u{array.itemsize}")
-    value = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, element)
     if device == "cpu":
-        return value
-    moved = ort.OrtValue.ortvalue_from_shape_and_type(array.shape, element, device)
-    moved.update_inplace(value)
-    return moved
+        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, element)
+    value = ort.OrtValue.ortvalue_from_shape_and_type(array.shape, element, device)
+    value.update_inplace(bits)
+    return value
 
 
 _NOT_IN_NUMPY = {
@@ -260,6 +314,7 @@ _NOT_IN_NUMPY = {
 
 
 def _to_numpy(value: Any) -> Array:
+    """Return a copy of an ``OrtValue`` of the host's memory."""
     dtype = _NOT_IN_NUMPY.get(value.data_type())
     if dtype is None:
         return np.asarray(value.numpy())
