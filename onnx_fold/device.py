@@ -182,6 +182,9 @@ HOST = Host()
 class TorchDevice:
     """A device of torch.
 
+    Products of float32 matrices are as exact as ``torch.set_float32_matmul_precision`` says, by
+    default not in TensorFloat-32.
+
     Attributes:
         name: What torch calls it: ``"cuda"``, ``"cuda:1"``, ``"cpu"``.
     """
@@ -189,14 +192,18 @@ class TorchDevice:
     name: str
 
     def load(self, array: Array) -> torch.Tensor:
-        """Through pinned memory if it is another device's."""
+        """A copy, through pinned memory to a GPU; axes stay in the order that they have."""
         import torch
 
+        if array.flags.f_contiguous and not array.flags.c_contiguous:
+            return self.load(array.T).permute(*reversed(range(array.ndim)))
         is_bfloat16 = array.dtype == ml_dtypes.bfloat16
-        given = np.require(array.view(np.int16) if is_bfloat16 else array, requirements="W")
-        tensor = torch.from_numpy(given)
-        if not self.name.startswith("cpu"):
-            tensor = tensor.pin_memory().to(self.name, non_blocking=True)
+        given = array.view(np.int16) if is_bfloat16 else array
+        staged = torch.empty(
+            given.shape, dtype=_torch_dtype(given.dtype), pin_memory=self.name.startswith("cuda")
+        )
+        np.copyto(staged.numpy(), given)
+        tensor = staged.to(self.name, non_blocking=True)
         return tensor.view(torch.bfloat16) if is_bfloat16 else tensor
 
     def fetch(self, array: torch.Tensor) -> Array:
@@ -290,7 +297,7 @@ def find_device(name: str) -> Device:
     except ImportError:
         return _fall_back(name, "torch is not installed: pip install 'onnx-fold[torch]'")
     try:
-        torch.zeros(1, dtype=torch.float64, device=name).item()
+        torch.ones(1, dtype=torch.float64, device=name).item()  # a kernel runs
     except (AssertionError, NotImplementedError, RuntimeError, TypeError) as error:
         reason = str(error).partition("\n")[0]
         if "Expected one of" in reason or "Invalid device string" in reason:

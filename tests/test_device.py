@@ -35,7 +35,7 @@ def test_torch_evaluates_to_the_same(tree: Pair) -> None:
 def test_arrays_go_there_and_back(dtype: type) -> None:
     array = (100 * normal(3, 4)).astype(dtype)
     array.flags.writeable = False
-    for each in (array, array.T):
+    for each in (array, array.T, array[:, ::2], array[:0], np.broadcast_to(array[0], (2, 4))):
         np.testing.assert_array_equal(TORCH.fetch(TORCH.load(each)), each, strict=True)
 
 
