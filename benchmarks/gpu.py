@@ -1,0 +1,437 @@
+"""Check a GPU from end to end: export, fold, verify and time models on CUDA.
+
+From a bare machine with an NVIDIA driver::
+
+    pip install '.[cuda,torch]'
+    python benchmarks/gpu.py --output docs/gpu.json --minutes 25
+
+Each model is exported with a KV cache, folded on the GPU, verified and timed there, with and
+without CUDA graphs. Every step runs in a process beside this one: a step that fails, hangs or
+brings its process down is noted with its error, and the next one goes on. The file is written after
+every step, with a table of all that it holds (``docs/gpu.md``), so that a run that is killed keeps
+what it has; steps for which no time is left are noted as skipped. ``--provider cpu`` does the same
+on the processor.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import multiprocessing
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import onnx_fold
+from onnx_fold import runtime
+from onnx_fold.device import HOST, find_device
+from onnx_fold.environment import environment, gpu_memory_used
+from onnx_fold.errors import UsageError
+from onnx_fold.models import presets
+from onnx_fold.models.export import export
+
+TRAINED = "char-gqa"
+"""The model that the package brings along, trained, in float32."""
+
+PRESETS = ("mistral-7b", "pythia-6.9b", "tinyllama-1.1b", "small-gqa", "tiny-mha", TRAINED)
+
+ALSO_ON_CPU = ("tinyllama-1.1b", "float16")
+"""The model that is also folded by the processor, to compare the time."""
+
+HEAD = """# On a GPU
+
+`pip install '.[cuda,torch]'`, then `python benchmarks/gpu.py --output docs/gpu.json`: models are
+exported with a KV cache, folded on the GPU, verified and timed there. [gpu.json](gpu.json) has the
+whole reports.
+
+"""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model of the check.
+
+    Attributes:
+        preset: Name of the shape, or ``TRAINED``.
+        layers: Number of blocks, None for all that the trained model has.
+        dtype: Storage type.
+        folder: Where its files are.
+    """
+
+    preset: str
+    layers: int | None
+    dtype: str
+    folder: Path
+
+    @property
+    def source(self) -> Path:
+        """The model."""
+        return self.folder / f"{self.preset}-{self.layers}-{self.dtype}.onnx"
+
+    @property
+    def target(self) -> Path:
+        """The folded model."""
+        return self.folder / f"{self.preset}-{self.layers}-{self.dtype}-folded.onnx"
+
+    def remove(self) -> None:
+        """Delete the files."""
+        for path in self.folder.glob(f"{self.preset}-{self.layers}-{self.dtype}*"):
+            path.unlink()
+
+
+# --- The steps ------------------------------------------------------------------------------------
+
+
+def export_model(case: Case) -> dict[str, Any]:
+    """Write the model."""
+    if case.preset == TRAINED:
+        data = resources.files("onnx_fold.models") / f"{TRAINED}.onnx"
+        case.source.write_bytes(data.read_bytes())
+    else:
+        dtype: Any = case.dtype
+        export(case.preset, case.source, layers=case.layers, dtype=dtype, kv_cache=True)
+    return {"bytes": sum(path.stat().st_size for path in case.folder.glob(f"{case.source.name}*"))}
+
+
+def fold_model(case: Case, device: str) -> dict[str, Any]:
+    """Fold the model on ``device`` and write it; ``seconds`` leave out what starts the device."""
+    if device != "cpu" and find_device(device) is HOST:
+        raise UsageError(f"torch cannot use {device}")
+    started = time.perf_counter()
+    result = onnx_fold.fold(case.source, output=case.target, device=device, verify=False)
+    seconds = time.perf_counter() - started
+    if device.startswith("cuda"):
+        import torch
+
+        torch.cuda.empty_cache()
+    return {"device": device, "seconds": seconds, **result.report.to_dict()}
+
+
+def place_nodes(case: Case, provider: str) -> dict[str, Any]:
+    """Say which provider runs what."""
+    return {
+        "original": runtime.placement(runtime.session(case.source, provider)),
+        "folded": runtime.placement(runtime.session(case.target, provider)),
+    }
+
+
+def verify_models(case: Case, provider: str) -> dict[str, Any]:
+    """Compare the folded model with the original."""
+    return onnx_fold.verify(case.source, case.target, provider=provider).to_dict()
+
+
+def bench_models(case: Case, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Time both models."""
+    return onnx_fold.bench(case.source, case.target, **options).to_dict()
+
+
+STEPS: dict[str, Callable[..., dict[str, Any]]] = {
+    "export": export_model,
+    "fold": fold_model,
+    "fold on cpu": fold_model,
+    "placement": place_nodes,
+    "verify": verify_models,
+    "bench": bench_models,
+}
+
+
+def plan(case: Case, given: argparse.Namespace) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """The steps of one model, with their arguments; what is most telling comes first."""
+    device = "cuda" if given.provider == "cuda" else "cpu"
+    yield "export", ()
+    if device == "cuda" and (case.preset, case.dtype) == ALSO_ON_CPU:
+        yield "fold on cpu", ("cpu",)
+    yield "fold", (device,)
+    yield "placement", (given.provider,)
+    yield "verify", (given.provider,)
+    for length in given.prefill:
+        for rows in given.batch:
+            options = {
+                "provider": given.provider,
+                "batch": rows,
+                "prefill": length,
+                "tokens": given.tokens,
+                "repeats": given.repeats,
+            }
+            yield "bench", (options,)
+            if device == "cuda" and length == min(given.prefill):
+                yield "bench", ({**options, "cuda_graph": True},)
+
+
+# --- The process that runs them -------------------------------------------------------------------
+
+
+class Worker:
+    """A process that runs steps, and that is replaced when one of them goes wrong."""
+
+    def __init__(self) -> None:
+        self._process: Any = None
+        self._pipe: Any = None
+
+    def run(self, step: str, case: Case, arguments: Sequence[Any], seconds: float) -> Any:
+        """Return what the step returns.
+
+        Raises:
+            TimeoutError: It took longer than ``seconds``.
+            RuntimeError: It raised an error, whose text this is, or its process died.
+        """
+        if self._process is None:
+            self._start()
+        try:
+            self._pipe.send((step, case, arguments))
+            if not self._pipe.poll(seconds):
+                self._process.kill()
+                raise TimeoutError(f"stopped after {seconds:.0f} s")
+            result, error = self._pipe.recv()
+        except (EOFError, ConnectionError):
+            process = self._process
+            self.stop()
+            raise RuntimeError(f"the process died, exit code {process.exitcode}") from None
+        except BaseException:
+            self.stop()
+            raise
+        if error:
+            self.stop()  # an error of CUDA stays with the process
+            raise RuntimeError(error)
+        return result
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=serve, args=(theirs,), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def stop(self) -> None:
+        """End the process, if there is one."""
+        if self._process is not None:
+            self._pipe.close()
+            self._process.join(10)
+            self._process.kill()
+            self._process.join()
+            self._process = None
+
+
+def serve(pipe: Connection) -> None:
+    """Run the steps that come through ``pipe``, and send back a result or an error's text."""
+    while True:
+        try:
+            step, case, arguments = pipe.recv()
+        except EOFError:
+            return
+        result, text = None, ""
+        try:
+            result = STEPS[step](case, *arguments)
+        except Exception as error:
+            text = f"{type(error).__name__}: {error}".replace(f"{case.folder}/", "")
+        gc.collect()  # sessions hold memory of the GPU
+        pipe.send((result, text))
+
+
+# --- The run --------------------------------------------------------------------------------------
+
+
+def check(given: argparse.Namespace) -> dict[str, Any]:
+    """Run all steps of all models, and write ``given.output`` after each.
+
+    Returns:
+        What was written: the environment, the options, and a list of results.
+    """
+    deadline = time.monotonic() + 60 * given.minutes
+    options = {
+        name: value for name, value in vars(given).items() if name not in ("output", "folder")
+    }
+    data: dict[str, Any] = {
+        "environment": environment(given.provider),
+        "options": options,
+        "results": [],
+    }
+    worker = Worker()
+    try:
+        with tempfile.TemporaryDirectory(dir=given.folder) as folder:
+            for case in cases(given, Path(folder)):
+                run_case(case, given, worker, deadline, data)
+                case.remove()
+    finally:
+        worker.stop()
+    return data
+
+
+def cases(given: argparse.Namespace, folder: Path) -> Iterator[Case]:
+    """The models, at most so deep as asked for."""
+    for preset in given.presets:
+        if preset == TRAINED:
+            yield Case(preset, None, "float32", folder)
+            continue
+        layers = min(given.layers, presets.config(preset).num_hidden_layers)
+        for dtype in given.dtypes:
+            yield Case(preset, layers, dtype, folder)
+
+
+def run_case(
+    case: Case, given: argparse.Namespace, worker: Worker, deadline: float, data: dict[str, Any]
+) -> None:
+    """Run the steps of one model; without an export or a fold the rest is skipped."""
+    missing = ""
+    for step, arguments in plan(case, given):
+        seconds = min(deadline - time.monotonic(), 60 * given.step_minutes)
+        name = {"preset": case.preset, "layers": case.layers, "dtype": case.dtype, "step": step}
+        if step == "bench":
+            name |= {"asked": arguments[0]}
+        outcome = (
+            {"skipped": missing} if missing else attempt(worker, step, case, arguments, seconds)
+        )
+        if step in ("export", "fold") and "result" not in outcome:
+            missing = missing or f"there is no {step}"
+        result = {**name, **outcome}
+        data["results"].append(result)
+        print(describe(result), flush=True)
+        if given.output is not None:
+            save(given.output, data)
+
+
+def attempt(
+    worker: Worker, step: str, case: Case, arguments: Sequence[Any], seconds: float
+) -> dict[str, Any]:
+    """Run one step in ``seconds``: what it took, and its result or its error, or why it was not."""
+    if seconds <= 0:
+        return {"skipped": "no time was left"}
+    started = time.monotonic()
+    outcome: dict[str, Any] = {}
+    try:
+        outcome["result"] = worker.run(step, case, arguments, seconds)
+        if not outcome["result"].get("ok", True):
+            outcome["error"] = outcome["result"]["reason"]
+    except (RuntimeError, TimeoutError) as error:
+        outcome["error"] = str(error)
+    took = time.monotonic() - started
+    return {**outcome, "step_seconds": took, "gpu_memory_used_mib": gpu_memory_used()}
+
+
+def save(path: Path, data: dict[str, Any]) -> None:
+    """Write ``data`` to ``path`` at once, and its table beside it."""
+    new = path.with_suffix(".tmp")
+    new.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    new.replace(path)
+    path.with_suffix(".md").write_text(page(data), encoding="utf-8")
+
+
+# --- The page -------------------------------------------------------------------------------------
+
+
+def describe(result: Mapping[str, Any]) -> str:
+    """A line for the terminal and for the list of what did not work."""
+    asked = result.get("asked", {})
+    which = [result["preset"], result["dtype"], result["step"]]
+    which += [f"{name} {asked[name]}" for name in ("batch", "prefill") if name in asked]
+    which += ["CUDA graph"] if asked.get("cuda_graph") else []
+    for kind in ("error", "skipped"):
+        if kind in result:
+            return f"{', '.join(which)}: {kind}: {' '.join(result[kind].split())[:300]}"
+    return f"{', '.join(which)}: {result['step_seconds']:.1f} s"
+
+
+def page(data: Mapping[str, Any]) -> str:
+    """All results as Markdown."""
+    results = data["results"]
+    left = [f"- {describe(each)}" for each in results if "error" in each or "skipped" in each]
+    parts = [HEAD, machine(data["environment"]), folds(results), speeds(results)]
+    parts += ["\nWhat did not work:\n\n" + "\n".join(left) + "\n"] if left else []
+    return "".join(parts)
+
+
+def machine(found: Mapping[str, Any]) -> str:
+    """The environment in two lines."""
+    versions, gpu = found["versions"], found["gpu"] or {}
+    name = gpu.get("name") or found["machine"]["cpu"]
+    driver = f", driver {gpu['driver']}" if gpu.get("driver") else ""
+    built_for = versions["onnxruntime_built_for_cuda"]
+    cuda = f" for CUDA {built_for}" if built_for else ""
+    return (
+        f"{name}{driver}, ONNX Runtime {versions['onnxruntime']}{cuda}, no TensorFloat-32;"
+        f" {found['date'][:10]}.\n\n"
+    )
+
+
+def folds(results: Sequence[Mapping[str, Any]]) -> str:
+    """A table of what was folded, with its time and the errors of both models."""
+    lines = [
+        "| shape | blocks | type | weights | removed | fold | on the CPU | error before | after |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    models: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for each in results:
+        done = models.setdefault((each["preset"], each["layers"], each["dtype"]), {})
+        done[each["step"]] = each.get("result")
+    for (preset, layers, dtype), done in models.items():
+        if (fold := done.get("fold")) is None:
+            continue
+        on_cpu = f"{done['fold on cpu']['seconds']:.1f} s" if done.get("fold on cpu") else ""
+        outputs = (done.get("verify") or {}).get("outputs", [])
+        lines.append(
+            f"| {preset} | {layers or 'all'} | {dtype} | {fold['before']['weights'] / 1e6:.1f} M |"
+            f" {fold['weights_removed_share']:.0%} | {fold['seconds']:.1f} s |"
+            f" {on_cpu} | {worst(outputs, 'error_original')} | {worst(outputs, 'error_folded')} |"
+        )
+    return "\n".join(lines) + "\n\n"
+
+
+def worst(outputs: Sequence[Mapping[str, Any]], name: str) -> str:
+    """The largest of the outputs' errors."""
+    errors = [output[name] for output in outputs if output[name] is not None]
+    return f"{max(errors):.1e}" if errors else ""
+
+
+def speeds(results: Sequence[Mapping[str, Any]]) -> str:
+    """A table of all times."""
+    lines = [
+        "| shape | type | graph | phase | batch | tokens | past | original | folded | speed-up |"
+        " limit |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for each in results:
+        report = each.get("result", {}) if each["step"] == "bench" else {}
+        for phase in report.get("phases", ()):
+            before, after = (phase[name]["median_ms"] for name in ("original", "folded"))
+            limit = f"{report['read_ratio']:.2f}x" if phase["name"] == "decode" else ""
+            lines.append(
+                f"| {each['preset']} | {each['dtype']} |"
+                f" {'yes' if each['asked'].get('cuda_graph') else 'no'} | {phase['name']} |"
+                f" {phase['batch']} | {phase['seq']} | {phase['past']} |"
+                f" {before:.3f} ms | {after:.3f} ms |"
+                f" {phase['speedup']:.2f}x ({phase['low']:.2f}-{phase['high']:.2f}) | {limit} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Check what the command line asks for."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    known = [*presets.PRESETS, TRAINED]
+    parser.add_argument("--provider", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--presets", nargs="+", choices=known, default=PRESETS, metavar="PRESET")
+    parser.add_argument("--layers", type=int, default=2, help="blocks of each model, at most")
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "float16", "bfloat16"])
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 64])
+    parser.add_argument("--prefill", type=int, nargs="+", default=[128, 2048])
+    parser.add_argument("--tokens", type=int, default=64, help="decode steps")
+    parser.add_argument("--repeats", type=int, default=30, help="prefill runs")
+    parser.add_argument("--minutes", type=float, default=25, help="for everything")
+    parser.add_argument("--step-minutes", type=float, default=5, help="for one step, at most")
+    parser.add_argument("--folder", help="where the models of the moment are kept")
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    data = check(parser.parse_args())
+    sys.exit(any("error" in result for result in data["results"]))
+
+
+if __name__ == "__main__":
+    main()

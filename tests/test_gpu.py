@@ -1,0 +1,198 @@
+"""The check of a GPU, on the processor: its steps, its process, its file and its page."""
+
+import argparse
+import importlib
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
+OPTIONS = {"provider": "cpu", "batch": 1, "prefill": 8, "tokens": 2, "repeats": 2}
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The script as a module that its worker finds, too."""
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "1")
+    return importlib.import_module("gpu")
+
+
+@pytest.fixture
+def given() -> argparse.Namespace:
+    return argparse.Namespace(
+        provider="cuda",
+        presets=["mistral-7b", "tiny-gqa", "char-gqa"],
+        layers=2,
+        dtypes=["float32", "float16"],
+        batch=[1, 8],
+        prefill=[128, 2048],
+        tokens=32,
+        repeats=5,
+        minutes=5,
+        step_minutes=1,
+        folder=None,
+        output=None,
+    )
+
+
+def run(output: Path, *options: str) -> tuple[int, dict[str, Any]]:
+    command = [sys.executable, str(SCRIPT), "--provider", "cpu", "--output", str(output), *options]
+    one_thread = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=one_thread)
+    return done.returncode, json.loads(output.read_text(encoding="utf-8"))
+
+
+def test_the_check_runs(tmp_path: Path) -> None:
+    output = tmp_path / "gpu.json"
+    sizes = ["--batch", "1", "2", "--prefill", "8", "--tokens", "2", "--repeats", "2"]
+    code, data = run(output, "--presets", "char-gqa", *sizes)
+    assert code == 0, data
+    assert data["environment"]["provider"] == data["options"]["provider"] == "cpu"
+    steps = [each["step"] for each in data["results"]]
+    assert steps == ["export", "fold", "placement", "verify", "bench", "bench"]
+    _, folded, placed, verified, *timed = (each["result"] for each in data["results"])
+    assert folded["weights_removed"] == 8 * 160**2 + 55360
+    assert placed["folded"]["CPUExecutionProvider"]["MatMul"] > 0
+    assert verified["ok"]
+    assert [report["phases"][0]["batch"] for report in timed] == [1, 2]
+    page = output.with_suffix(".md").read_text(encoding="utf-8")
+    assert "| char-gqa | all | float32 | 1.2 M | 22% |" in page
+    assert "| char-gqa | float32 | no | decode | 2 | 1 | 8 |" in page
+    assert "did not work" not in page
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["gpu.json", "gpu.md"]
+
+
+def test_without_time_everything_is_skipped_and_said(tmp_path: Path) -> None:
+    output = tmp_path / "gpu.json"
+    code, data = run(output, "--presets", "tiny-gqa", "--dtypes", "float16", "--minutes", "0")
+    assert code == 0
+    assert {each["step"] for each in data["results"]} == {
+        "export",
+        "fold",
+        "placement",
+        "verify",
+        "bench",
+    }
+    assert data["results"][0]["skipped"] == "no time was left"
+    assert all(each["skipped"] == "there is no export" for each in data["results"][1:])
+    page = output.with_suffix(".md").read_text(encoding="utf-8")
+    assert "- tiny-gqa, float16, bench, batch 1, prefill 128: skipped: there is no export" in page
+
+
+def test_a_preset_goes_through_the_steps(gpu: ModuleType, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    case = gpu.Case("tiny-gqa", 2, "float32", tmp_path)
+    assert gpu.export_model(case)["bytes"] > 4 * 2 * 64**2
+    folded = gpu.fold_model(case, "cpu")
+    assert folded["weights_removed"] == 5 * 64**2
+    assert folded["seconds"] > 0
+    assert gpu.verify_models(case, "cpu")["ok"]
+    assert gpu.bench_models(case, OPTIONS)["phases"]
+    case.remove()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_fold_that_would_run_on_the_processor_is_an_error(
+    gpu: ModuleType, tmp_path: Path
+) -> None:
+    case = gpu.Case("char-gqa", None, "float32", tmp_path)
+    gpu.export_model(case)
+    with pytest.raises(gpu.UsageError, match="torch cannot use meta"):
+        gpu.fold_model(case, "meta")
+
+
+def test_models_are_as_deep_as_asked_for(
+    gpu: ModuleType, given: argparse.Namespace, tmp_path: Path
+) -> None:
+    given.layers = 5
+    found = [(case.preset, case.layers, case.dtype) for case in gpu.cases(given, tmp_path)]
+    assert found == [
+        ("mistral-7b", 5, "float32"),
+        ("mistral-7b", 5, "float16"),
+        ("tiny-gqa", 3, "float32"),
+        ("tiny-gqa", 3, "float16"),
+        ("char-gqa", None, "float32"),
+    ]
+
+
+def test_the_plan_times_cuda_graphs_and_one_fold_on_the_processor(
+    gpu: ModuleType, given: argparse.Namespace, tmp_path: Path
+) -> None:
+    steps = [
+        step for step, _ in gpu.plan(gpu.Case(*gpu.ALSO_ON_CPU[:1], 2, "float16", tmp_path), given)
+    ]
+    assert steps[:5] == ["export", "fold on cpu", "fold", "placement", "verify"]
+    steps = list(gpu.plan(gpu.Case("mistral-7b", 2, "float16", tmp_path), given))
+    assert steps[:2] == [("export", ()), ("fold", ("cuda",))]
+    timed = [arguments[0] for step, arguments in steps if step == "bench"]
+    assert [(each["prefill"], each["batch"], "cuda_graph" in each) for each in timed] == [
+        (128, 1, False),
+        (128, 1, True),
+        (128, 8, False),
+        (128, 8, True),
+        (2048, 1, False),
+        (2048, 8, False),
+    ]
+
+
+def test_the_worker_survives_errors_deaths_and_hangs(gpu: ModuleType, tmp_path: Path) -> None:
+    case = gpu.Case("char-gqa", None, "float32", tmp_path)
+    worker = gpu.Worker()
+    try:
+        with pytest.raises(RuntimeError, match=r"InvalidModelError: cannot read char-gqa-None"):
+            worker.run("verify", case, ["cpu"], 60)
+        worker._start()
+        worker._process.kill()
+        with pytest.raises(RuntimeError, match="process died, exit code -9"):
+            worker.run("export", case, [], 60)
+        started = time.monotonic()
+        with pytest.raises(TimeoutError, match="stopped after 0 s"):
+            worker.run("export", case, [], 0.01)
+        assert time.monotonic() - started < 10
+        assert worker.run("export", case, [], 60)["bytes"] > 0
+    finally:
+        worker.stop()
+
+
+class Fails:
+    """A worker whose steps fail, but for those that have a result."""
+
+    def __init__(self, **results: dict[str, Any]) -> None:
+        self.results = results
+
+    def run(self, step: str, *_: object) -> dict[str, Any]:
+        if step in self.results:
+            return self.results[step]
+        raise RuntimeError(f"no\n{step}")
+
+
+def test_a_failed_step_does_not_end_the_run(
+    gpu: ModuleType, given: argparse.Namespace, tmp_path: Path
+) -> None:
+    given.output, given.batch, given.prefill = tmp_path / "gpu.json", [1], [128]
+    saving = {"before": {"weights": 2e6}, "weights_removed_share": 0.15, "seconds": 1.25}
+    differs = {"ok": False, "reason": "output 'y': inf", "outputs": []}
+    data = {"environment": gpu.environment("cuda"), "options": {}, "results": []}
+    case = gpu.Case("mistral-7b", 2, "float16", tmp_path)
+    worker = Fails(export={"bytes": 1}, fold=saving, verify=differs)
+    gpu.run_case(case, given, worker, time.monotonic() + 60, data)
+    errors = {each["step"]: each.get("error") for each in data["results"]}
+    assert errors == {
+        "export": None,
+        "fold": None,
+        "placement": "no\nplacement",
+        "verify": "output 'y': inf",
+        "bench": "no\nbench",
+    }
+    page = given.output.with_suffix(".md").read_text(encoding="utf-8")
+    assert "| mistral-7b | 2 | float16 | 2.0 M | 15% | 1.2 s |  |  |  |" in page
+    assert "- mistral-7b, float16, verify: error: output 'y': inf" in page
+    assert "- mistral-7b, float16, bench, batch 1, prefill 128, CUDA graph: error: no bench" in page
