@@ -89,6 +89,14 @@ class Case:
 # --- The steps ------------------------------------------------------------------------------------
 
 
+def start(case: Case, provider: str, device: str) -> dict[str, Any]:
+    """See whether sessions run on ``provider``, and torch on ``device``: else nothing will."""
+    if device != "cpu" and find_device(device) is HOST:
+        raise UsageError(f"torch cannot use {device}; --device cpu folds on the processor")
+    with resources.as_file(resources.files("onnx_fold.models") / f"{TRAINED}.onnx") as path:
+        return {"placement": runtime.placement(runtime.session(path, provider))}
+
+
 def export_model(case: Case) -> dict[str, Any]:
     """Write the model."""
     if case.preset == TRAINED:
@@ -102,8 +110,7 @@ def export_model(case: Case) -> dict[str, Any]:
 
 def fold_model(case: Case, device: str) -> dict[str, Any]:
     """Fold the model on ``device`` and write it; ``seconds`` leave out what starts the device."""
-    if device != "cpu" and find_device(device) is HOST:
-        raise UsageError(f"torch cannot use {device}")
+    find_device(device)
     started = time.perf_counter()
     result = onnx_fold.fold(case.source, output=case.target, device=device, verify=False)
     seconds = time.perf_counter() - started
@@ -133,6 +140,7 @@ def bench_models(case: Case, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 STEPS: dict[str, Callable[..., dict[str, Any]]] = {
+    "start": start,
     "export": export_model,
     "fold": fold_model,
     "fold on cpu": fold_model,
@@ -144,11 +152,10 @@ STEPS: dict[str, Callable[..., dict[str, Any]]] = {
 
 def plan(case: Case, given: argparse.Namespace) -> Iterator[tuple[str, tuple[Any, ...]]]:
     """The steps of one model, with their arguments; what is most telling comes first."""
-    device = "cuda" if given.provider == "cuda" else "cpu"
     yield "export", ()
-    if device == "cuda" and (case.preset, case.dtype) == ALSO_ON_CPU:
+    if given.device != "cpu" and (case.preset, case.dtype) == ALSO_ON_CPU:
         yield "fold on cpu", ("cpu",)
-    yield "fold", (device,)
+    yield "fold", (given.device,)
     yield "placement", (given.provider,)
     yield "verify", (given.provider,)
     for length in given.prefill:
@@ -161,7 +168,7 @@ def plan(case: Case, given: argparse.Namespace) -> Iterator[tuple[str, tuple[Any
                 "repeats": given.repeats,
             }
             yield "bench", (options,)
-            if device == "cuda" and length == min(given.prefill):
+            if given.provider == "cuda" and length == min(given.prefill):
                 yield "bench", ({**options, "cuda_graph": True},)
 
 
@@ -241,6 +248,8 @@ def serve(pipe: Connection) -> None:
 def check(given: argparse.Namespace) -> dict[str, Any]:
     """Run all steps of all models, and write ``given.output`` after each.
 
+    Where CUDA does not start at all, nothing else is tried.
+
     Returns:
         What was written: the environment, the options, and a list of results.
     """
@@ -256,9 +265,14 @@ def check(given: argparse.Namespace) -> dict[str, Any]:
     worker = Worker()
     try:
         with tempfile.TemporaryDirectory(dir=given.folder) as folder:
-            for case in cases(given, Path(folder)):
-                run_case(case, given, worker, deadline, data)
+            trained = Case(TRAINED, None, "float32", Path(folder))
+            plans = [(trained, [("start", (given.provider, given.device))])]
+            plans += [(case, [*plan(case, given)]) for case in cases(given, Path(folder))]
+            for case, steps in plans:
+                run_case(case, steps, given, worker, deadline, data)
                 case.remove()
+                if "error" in data["results"][0]:
+                    break
     finally:
         worker.stop()
     return data
@@ -276,11 +290,16 @@ def cases(given: argparse.Namespace, folder: Path) -> Iterator[Case]:
 
 
 def run_case(
-    case: Case, given: argparse.Namespace, worker: Worker, deadline: float, data: dict[str, Any]
+    case: Case,
+    steps: Sequence[tuple[str, tuple[Any, ...]]],
+    given: argparse.Namespace,
+    worker: Worker,
+    deadline: float,
+    data: dict[str, Any],
 ) -> None:
-    """Run the steps of one model; without an export or a fold the rest is skipped."""
+    """Run ``steps`` of one model; without an export or a fold the rest is skipped."""
     missing = ""
-    for step, arguments in plan(case, given):
+    for step, arguments in steps:
         seconds = min(deadline - time.monotonic(), 60 * given.step_minutes)
         name = {"preset": case.preset, "layers": case.layers, "dtype": case.dtype, "step": step}
         if step == "bench":
@@ -429,7 +448,10 @@ def main() -> None:
     parser.add_argument("--step-minutes", type=float, default=5, help="for one step, at most")
     parser.add_argument("--folder", help="where the models of the moment are kept")
     parser.add_argument("--output", type=Path, help="JSON file to write")
-    data = check(parser.parse_args())
+    parser.add_argument("--device", help="where models are folded, as torch calls it")
+    given = parser.parse_args()
+    given.device = given.device or given.provider
+    data = check(given)
     sys.exit(any("error" in result for result in data["results"]))
 
 

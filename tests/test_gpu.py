@@ -29,6 +29,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def given() -> argparse.Namespace:
     return argparse.Namespace(
         provider="cuda",
+        device="cuda",
         presets=["mistral-7b", "tiny-gqa", "char-gqa"],
         layers=2,
         dtypes=["float32", "float16"],
@@ -57,8 +58,8 @@ def test_the_check_runs(tmp_path: Path) -> None:
     assert code == 0, data
     assert data["environment"]["provider"] == data["options"]["provider"] == "cpu"
     steps = [each["step"] for each in data["results"]]
-    assert steps == ["export", "fold", "placement", "verify", "bench", "bench"]
-    _, folded, placed, verified, *timed = (each["result"] for each in data["results"])
+    assert steps == ["start", "export", "fold", "placement", "verify", "bench", "bench"]
+    _, _, folded, placed, verified, *timed = (each["result"] for each in data["results"])
     assert folded["weights_removed"] == 8 * 160**2 + 55360
     assert placed["folded"]["CPUExecutionProvider"]["MatMul"] > 0
     assert verified["ok"]
@@ -75,14 +76,15 @@ def test_without_time_everything_is_skipped_and_said(tmp_path: Path) -> None:
     code, data = run(output, "--presets", "tiny-gqa", "--dtypes", "float16", "--minutes", "0")
     assert code == 0
     assert {each["step"] for each in data["results"]} == {
+        "start",
         "export",
         "fold",
         "placement",
         "verify",
         "bench",
     }
-    assert data["results"][0]["skipped"] == "no time was left"
-    assert all(each["skipped"] == "there is no export" for each in data["results"][1:])
+    assert all(each["skipped"] == "no time was left" for each in data["results"][:2])
+    assert all(each["skipped"] == "there is no export" for each in data["results"][2:])
     page = output.with_suffix(".md").read_text(encoding="utf-8")
     assert "- tiny-gqa, float16, bench, batch 1, prefill 128: skipped: there is no export" in page
 
@@ -100,13 +102,12 @@ def test_a_preset_goes_through_the_steps(gpu: ModuleType, tmp_path: Path) -> Non
     assert not list(tmp_path.iterdir())
 
 
-def test_a_fold_that_would_run_on_the_processor_is_an_error(
-    gpu: ModuleType, tmp_path: Path
-) -> None:
-    case = gpu.Case("char-gqa", None, "float32", tmp_path)
-    gpu.export_model(case)
-    with pytest.raises(gpu.UsageError, match="torch cannot use meta"):
-        gpu.fold_model(case, "meta")
+def test_where_nothing_can_run_nothing_is_tried(tmp_path: Path) -> None:
+    output = tmp_path / "gpu.json"
+    code, data = run(output, "--device", "meta")
+    assert code == 1
+    (result,) = data["results"]
+    assert "UsageError: torch cannot use meta; --device cpu folds" in result["error"]
 
 
 def test_models_are_as_deep_as_asked_for(
@@ -183,7 +184,8 @@ def test_a_failed_step_does_not_end_the_run(
     data = {"environment": gpu.environment("cuda"), "options": {}, "results": []}
     case = gpu.Case("mistral-7b", 2, "float16", tmp_path)
     worker = Fails(export={"bytes": 1}, fold=saving, verify=differs)
-    gpu.run_case(case, given, worker, time.monotonic() + 60, data)
+    steps = list(gpu.plan(case, given))
+    gpu.run_case(case, steps, given, worker, time.monotonic() + 60, data)
     errors = {each["step"]: each.get("error") for each in data["results"]}
     assert errors == {
         "export": None,

@@ -80,6 +80,7 @@ def cuda_build(monkeypatch, session, preload=lambda: None):
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider"])
     monkeypatch.setattr(ort, "preload_dlls", preload)
     monkeypatch.setattr(ort, "InferenceSession", session)
+    monkeypatch.setattr(ort, "__file__", "nowhere/__init__.py")  # where its libraries are
     return ort
 
 
