@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
+from typing import TypeAlias
 
 import numpy as np
 import onnx_ir as ir
@@ -12,15 +15,21 @@ from onnx_ir.passes.common import InlinePass
 
 from onnx_fold.errors import UsageError
 from onnx_fold.runtime import Array
+from onnx_fold.widen import is_float
 
 __all__ = [
+    "Arrays",
     "cache_links",
+    "given_inputs",
     "has_cache",
     "index_limits",
     "make_inputs",
     "model_inputs",
     "token_counts",
 ]
+
+Arrays: TypeAlias = dict[str, Array]
+"""Inputs or outputs of a model by their names."""
 
 
 def model_inputs(model: ir.Model) -> list[ir.Value]:
@@ -103,6 +112,47 @@ def make_inputs(
         for value in inputs
         for name in [_name(value)]
     }
+
+
+def given_inputs(model: ir.Model, inputs: str | os.PathLike[str] | Mapping[str, Array]) -> Arrays:
+    """Read the inputs of ``model`` from arrays or an ``.npz`` file, in the types it takes.
+
+    Raises:
+        UsageError: An input is unknown, missing, or does not fit.
+    """
+    arrays = dict(inputs) if isinstance(inputs, Mapping) else _read_npz(inputs)
+    known = {str(value.name): value for value in model.graph.inputs}
+    needed = {str(value.name) for value in model_inputs(model)}
+    if unknown := sorted(set(arrays) - set(known)):
+        raise UsageError(
+            f"unknown input '{unknown[0]}': the model takes {', '.join(known) or 'none'}"
+        )
+    if missing := sorted(needed - set(arrays)):
+        raise UsageError(f"input '{missing[0]}' is missing from the given inputs")
+    return {name: _fitted(known[name], array) for name, array in arrays.items()}
+
+
+def _read_npz(path: str | os.PathLike[str]) -> Arrays:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except (OSError, ValueError, AttributeError, TypeError, zipfile.BadZipFile) as error:
+        raise UsageError(f"cannot read inputs from {os.fspath(path)}: {error}") from error
+
+
+def _fitted(value: ir.Value, array: Array) -> Array:
+    """Return ``array`` in the type of ``value``; npz files know no bfloat16 and hold raw bytes."""
+    array = np.asarray(array)
+    if value.dtype is None or value.dtype == ir.DataType.STRING:
+        return array
+    wanted = value.dtype.numpy()
+    if array.dtype.kind == "V" and array.itemsize == wanted.itemsize:
+        array = array.view(wanted)
+    if value.shape is not None and array.ndim != len(value.shape):
+        raise UsageError(f"input '{value.name}' has rank {len(value.shape)}, not {array.ndim}")
+    if is_float(array) != value.dtype.is_floating_point():
+        raise UsageError(f"input '{value.name}' is {value.dtype.name}, not {array.dtype}")
+    return array.astype(wanted)
 
 
 def _name(value: ir.Value) -> str:
