@@ -6,7 +6,7 @@ import contextlib
 import os
 import re
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -19,6 +19,7 @@ from onnx_fold.widen import is_float
 
 __all__ = [
     "Arrays",
+    "cache_inputs",
     "cache_links",
     "given_inputs",
     "has_cache",
@@ -37,9 +38,14 @@ def model_inputs(model: ir.Model) -> list[ir.Value]:
     return [value for value in model.graph.inputs if value.name not in model.graph.initializers]
 
 
+def cache_inputs(model: ir.Model) -> list[ir.Value]:
+    """Return the inputs that take the keys and values of earlier tokens."""
+    return [value for value in model_inputs(model) if _is_cache(value)]
+
+
 def has_cache(model: ir.Model) -> bool:
     """Whether the model takes the keys and values of earlier tokens."""
-    return any(_is_cache(value) for value in model_inputs(model))
+    return bool(cache_inputs(model))
 
 
 def cache_links(model: ir.Model) -> dict[str, str]:
@@ -49,7 +55,7 @@ def cache_links(model: ir.Model) -> dict[str, str]:
     without the words for time; if not all outputs find their input so, they do in order. Empty if
     neither tells. Inputs that no output updates, such as the keys of an encoder, have no link.
     """
-    past = [_name(value) for value in model_inputs(model) if _is_cache(value)]
+    past = [_name(value) for value in cache_inputs(model)]
     present = [_name(value) for value in model.graph.outputs if _is_present(value)]
     by_name = {_timeless(name): name for name in past}
     if present and all(_timeless(name) in by_name for name in present):
@@ -76,7 +82,8 @@ def make_inputs(
     past: int = 0,
     seed: int = 0,
     sizes: Mapping[str, int] | None = None,
-) -> dict[str, Array]:
+    given: Mapping[str, Array] | None = None,
+) -> Arrays:
     """Return random inputs that fit the signature of ``model``.
 
     Symbolic dimensions get their size from their name (``batch``, ``past``, ``seq``, the sum of two
@@ -96,38 +103,59 @@ def make_inputs(
         past: Tokens in the cache, if the model has one.
         seed: Seed of all random numbers.
         sizes: Sizes of further symbolic dimensions by their name, such as ``{"height": 224}``.
+        given: Inputs that are known already; their symbolic dimensions have the sizes seen there.
 
     Raises:
         UsageError: An input is not a tensor, has an unknown rank, or a dimension is impossible.
     """
-    inputs = model_inputs(model)
+    inputs, given = model_inputs(model), given or {}
     wanted = {"batch": batch, "seq": seq, "past": past if has_cache(model) else 0}
-    shapes = _resolve(inputs, wanted, sizes or {})
+    shapes = _resolve(inputs, wanted, {**_seen_sizes(inputs, given), **(sizes or {})})
     _, tokens, past = token_counts(model, shapes)
     seq = tokens or seq
     limits = index_limits(model)
     rng = np.random.default_rng(seed)
-    return {
+    made = {
         name: _fill(value, shapes[name], (seq, past), limits.get(name), rng)
         for value in inputs
-        for name in [_name(value)]
+        if (name := _name(value)) not in given
+    }
+    return {**made, **given}
+
+
+def _seen_sizes(inputs: Sequence[ir.Value], given: Mapping[str, Array]) -> dict[str, int]:
+    """Return the sizes that the given arrays show for symbolic dimensions."""
+    known = [value for value in inputs if value.name in given]
+    return {
+        dim.value: given[_name(value)].shape[axis]
+        for value, axis, dim in _symbols(known)
+        if dim.value is not None and _is_plain(dim.value)
     }
 
 
-def given_inputs(model: ir.Model, inputs: str | os.PathLike[str] | Mapping[str, Array]) -> Arrays:
+def given_inputs(
+    model: ir.Model,
+    inputs: str | os.PathLike[str] | Mapping[str, Array],
+    needed: Iterable[str] | None = None,
+) -> Arrays:
     """Read the inputs of ``model`` from arrays or an ``.npz`` file, in the types it takes.
+
+    Args:
+        model: The model.
+        inputs: Arrays by name, or an ``.npz`` file.
+        needed: Names that must be given; None for all inputs without a default.
 
     Raises:
         UsageError: An input is unknown, missing, or does not fit.
     """
     arrays = dict(inputs) if isinstance(inputs, Mapping) else _read_npz(inputs)
     known = {str(value.name): value for value in model.graph.inputs}
-    needed = {str(value.name) for value in model_inputs(model)}
+    names = [_name(value) for value in model_inputs(model)] if needed is None else needed
     if unknown := sorted(set(arrays) - set(known)):
         raise UsageError(
             f"unknown input '{unknown[0]}': the model takes {', '.join(known) or 'none'}"
         )
-    if missing := sorted(needed - set(arrays)):
+    if missing := sorted(set(names) - set(arrays)):
         raise UsageError(f"input '{missing[0]}' is missing from the given inputs")
     return {name: _fitted(known[name], array) for name, array in arrays.items()}
 

@@ -13,7 +13,7 @@ import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -27,6 +27,7 @@ from onnx_fold import runtime
 from onnx_fold.basis import MAX_RATIO
 from onnx_fold.errors import InvalidModelError, UsageError
 from onnx_fold.files import ModelSource, load, weight_bytes
+from onnx_fold.generate import Decoder, Function, GreedyCheck, GreedyParity
 from onnx_fold.inputs import Arrays, given_inputs, has_cache, make_inputs
 from onnx_fold.judge import Feed, Judge, OutputParity, Run
 from onnx_fold.runtime import Array, MissingKernelError, RunFailedError
@@ -35,8 +36,6 @@ from onnx_fold.widen import SIXTEEN_BITS, is_float, precision, widen
 __all__ = ["ParityReport", "verify"]
 
 logger = logging.getLogger(__name__)
-
-_Function: TypeAlias = Callable[[Arrays], Arrays]
 
 REFERENCE_LIMIT = 8 * 2**30
 """Bytes of widened weights up to which a reference is computed."""
@@ -50,7 +49,7 @@ class ParityReport:
     """Whether two models compute the same function.
 
     Attributes:
-        ok: Whether every output passes.
+        ok: Whether every output passes, and the greedy text if there is one.
         reason: Why not.
         provider: The execution provider that both models ran on.
         dtype: The float type of the original's weights.
@@ -58,6 +57,7 @@ class ParityReport:
         shapes: The inputs that were run, in words.
         notes: What a reader must know to judge the numbers.
         scope: What was run; empty if it was both models whole.
+        greedy: Whether both models write the same tokens, if that was asked.
     """
 
     ok: bool
@@ -68,6 +68,7 @@ class ParityReport:
     shapes: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     scope: str = ""
+    greedy: GreedyParity | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report for JSON; infinity and NaN become None."""
@@ -75,14 +76,16 @@ class ParityReport:
         return report
 
     def __rich__(self) -> RenderableType:
-        """Return the verdict, a table of the outputs, and the notes."""
+        """Return a table of the outputs, the verdict, and the notes."""
         verdict = Text("same function", "bold green") if self.ok else Text("differs", "bold red")
         if self.scope:
             verdict.append(f" in {self.scope}", "default")
         if self.reason:
             verdict.append(f": {self.reason}", "default")
         notes = [Text(f"- {note}", "dim") for note in self.notes]
-        return Group(*([_table(self)] if self.outputs else []), verdict, *notes)
+        table = [_table(self)] if self.outputs else []
+        text = [Text(str(self.greedy))] if self.greedy and self.greedy.ok else []
+        return Group(*table, *text, verdict, *notes)
 
 
 def verify(
@@ -97,6 +100,7 @@ def verify(
     max_ratio: float = MAX_RATIO,
     reference: bool = True,
     emulate: bool | None = None,
+    greedy: int | None = None,
     seed: int = 0,
 ) -> ParityReport:
     """Run both models on the same inputs and judge the differences, see :mod:`onnx_fold.judge`.
@@ -118,11 +122,15 @@ def verify(
         emulate: Run 16-bit models in float32, each operator's result rounded to 16 bits (which is
             what 16-bit hardware computes). By default where the provider cannot run the type
             itself: bfloat16 on the CPU, or a missing kernel.
+        greedy: Tokens that the models write greedily, too, by the rule of
+            :mod:`onnx_fold.generate`. The prompt is a few random tokens, or that among ``inputs``,
+            which may then lack whatever follows from it.
         seed: Seed of the random inputs.
 
     Raises:
         MissingExtraError: onnxruntime is not installed.
-        UsageError: The provider, the inputs or the shapes do not fit, or the original cannot run.
+        UsageError: The provider, the inputs or the shapes do not fit, or the original cannot run
+            or generate.
         InvalidModelError: One of the models cannot be read, or the original cannot be loaded. A
             folded model that ONNX Runtime does not load or run is a failed report.
     """
@@ -132,8 +140,13 @@ def verify(
     report.reason = _signature_difference(before, after)
     if report.reason:
         return report
+    check = None
+    if greedy is not None:
+        decoder = Decoder.of(before)
+        check = GreedyCheck(decoder, decoder.start(inputs, seed), greedy)
+        inputs = None if inputs is None else check.start
     feeds = _feeds(before, inputs, shapes, samples, seed)
-    run = _Runner(provider, emulate, report.notes)
+    run = _Runner(provider, emulate, report.notes, check)
     try:
         runs = run.pair((original, before), (folded, after), feeds)
     except _FoldedFailedError as error:
@@ -147,6 +160,11 @@ def verify(
     failed = [
         f"output '{output.name}': {output.reason}" for output in report.outputs if output.reason
     ]
+    if check is not None:
+        limits = {output.name: output.limit for output in report.outputs}
+        report.greedy = check.judge(limits[check.decoder.logits] or 0.0)
+        if not report.greedy.ok:
+            failed.insert(0, str(report.greedy))
     report.ok = not failed
     report.reason = "; ".join(failed[:3])
     return report
@@ -207,7 +225,9 @@ def _feeds(
     feeds: list[Feed] = []
     for sizes in shapes or defaults:
         _check_sizes(model, sizes)
-        known = {name: sizes[name] for name in ("batch", "seq", "past") if name in sizes}
+        known: dict[str, Any] = {
+            name: sizes[name] for name in ("batch", "seq", "past") if name in sizes
+        }
         label = " ".join(f"{name}={size}" for name, size in sizes.items())
         for _ in range(samples):
             arrays = make_inputs(model, **known, sizes=sizes, seed=seed + len(feeds))
@@ -240,6 +260,7 @@ class _Runner:
     provider: str
     emulate: bool | None
     notes: list[str]
+    greedy: GreedyCheck | None = None
 
     def pair(
         self,
@@ -274,33 +295,37 @@ class _Runner:
         wide = [widen(model, to, rounded=True) for model in (original, folded)]
         return self._both(self._session, wide[0], wide[1], feeds, to)
 
-    def _session(self, model: ModelSource) -> _Function:
+    def _session(self, model: ModelSource) -> Function:
         return functools.partial(runtime.run, runtime.session(model, self.provider))
 
     def _both(
         self,
-        engine: Callable[[Any], _Function],
+        engine: Callable[[Any], Function],
         original: ModelSource,
         folded: ModelSource,
         feeds: list[Feed],
         to: ir.DataType | None = None,
     ) -> list[Run]:
         """Run both models, on floats widened ``to`` the type that they expect."""
-        function = engine(original)
-        runs = [run for feed in feeds if (run := self._try(function, feed, to))]
+        function = _widening(engine(original), to)
+        runs = [run for feed in feeds if (run := self._try(function, feed))]
         if not runs:
             raise UsageError(f"{self.notes.pop()}; pass shapes or inputs that fit the model")
+        if self.greedy is not None:
+            self.greedy.run_original(function)
         try:
-            function = engine(folded)
+            function = _widening(engine(folded), to)
             for run in runs:
-                run.folded = function(_widened(run.feed.arrays, to))
+                run.folded = function(run.feed.arrays)
+            if self.greedy is not None:
+                self.greedy.run_folded(function)
         except (InvalidModelError, RunFailedError) as error:
             raise _FoldedFailedError(str(error)) from error
         return runs
 
-    def _try(self, function: _Function, feed: Feed, to: ir.DataType | None) -> Run | None:
+    def _try(self, function: Function, feed: Feed) -> Run | None:
         try:
-            return Run(feed, function(_widened(feed.arrays, to)))
+            return Run(feed, function(feed.arrays))
         except RunFailedError as error:
             if not feed.optional:
                 raise
@@ -319,9 +344,8 @@ class _Runner:
             self.notes.append(f"no reference ({why}): the tolerance decides")
             return
         wide = widen(model, to)
-        feeds = [_widened(run.feed.arrays, to) for run in runs]
         try:
-            outputs = self._wide_outputs(wide, feeds, size)
+            outputs = self._wide_outputs(wide, [run.feed.arrays for run in runs], to, size)
         except (InvalidModelError, RunFailedError) as error:
             logger.debug("no reference", exc_info=True)
             self.notes.append(f"no reference in {to.name} ({error}): the tolerance decides")
@@ -329,14 +353,16 @@ class _Runner:
         for run, reference in zip(runs, outputs, strict=True):
             run.reference = reference
 
-    def _wide_outputs(self, wide: ir.Model, feeds: list[Arrays], size: float) -> list[Arrays]:
+    def _wide_outputs(
+        self, wide: ir.Model, feeds: list[Arrays], to: ir.DataType, size: float
+    ) -> list[Arrays]:
         try:
-            return [*map(self._session(wide), feeds)]
+            return [*map(_widening(self._session(wide), to), feeds)]
         except (InvalidModelError, RunFailedError) as error:
             if size > EVALUATOR_LIMIT:
                 raise
             logger.debug("reference by onnx.reference: %s", error)
-        outputs = [*map(_evaluator(wide), feeds)]
+        outputs = [*map(_widening(_evaluator(wide), to), feeds)]
         self.notes.append("the reference was computed by onnx.reference")
         return outputs
 
@@ -346,18 +372,20 @@ def _has_sixteen_bits(model: ir.Model) -> bool:
     return precision(model) in SIXTEEN_BITS or any(v.dtype in SIXTEEN_BITS for v in values)
 
 
-def _widened(arrays: Arrays, to: ir.DataType | None) -> Arrays:
-    """Return ``arrays`` with the floats that are narrower than ``to`` converted."""
+def _widening(function: Function, to: ir.DataType | None) -> Function:
+    """Return ``function`` with input floats that are narrower than ``to`` converted first."""
     if to is None:
-        return arrays
+        return function
     wide, width = to.numpy(), to.itemsize
-    return {
-        name: array.astype(wide) if is_float(array) and array.itemsize < width else array
-        for name, array in arrays.items()
-    }
+    return lambda arrays: function(
+        {
+            name: array.astype(wide) if is_float(array) and array.itemsize < width else array
+            for name, array in arrays.items()
+        }
+    )
 
 
-def _evaluator(model: ir.Model) -> _Function:
+def _evaluator(model: ir.Model) -> Function:
     """Return ``model`` as a function, computed by ``onnx.reference`` in NumPy."""
     proto = ir.to_proto(ir.external_data.load_to_model(model.clone()))
     try:
