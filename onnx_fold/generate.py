@@ -69,6 +69,7 @@ class Decoder:
         token_ids: The input that takes the tokens, an integer ``[batch, seq]``.
         logits: The output that scores each token of the vocabulary, ``[..., vocab]``.
         cache: The output that becomes each cache input in the next step; empty without a cache.
+            A cache that no output updates, as of an encoder, stays as it is.
     """
 
     model: ir.Model
@@ -85,11 +86,12 @@ class Decoder:
         """
         ids, links = _token_ids(model), cache_links(model)
         for value in cache_inputs(model):
-            if value.name not in links:
+            if not links:
                 raise UsageError(
                     f"cannot generate: no output updates the cache input '{value.name}'"
                 )
-            if all(isinstance(dim, int) for dim in list(value.shape or ())[1:]):
+            is_fixed = all(isinstance(dim, int) for dim in list(value.shape or ())[1:])
+            if value.name in links and is_fixed:
                 raise UsageError(
                     f"cannot generate: the cache input '{value.name}' has a fixed length"
                 )

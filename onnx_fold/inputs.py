@@ -209,7 +209,9 @@ def token_counts(
 ) -> tuple[int | None, int | None, int]:
     """Return rows, new tokens and cached tokens of inputs with these shapes; None where unknown."""
     values = model_inputs(model)
-    past = next((shapes[_name(v)][-2] for v in values if _is_cache(v)), 0)
+    # The cache of an encoder, which has no link, does not count the tokens of a decoder.
+    caches = [*cache_links(model), *map(_name, cache_inputs(model))]
+    past = shapes[caches[0]][-2] if caches else 0
     tokens = next((shapes[_name(v)] for v in values if _is_tokens(v)), None)
     return (None, None, past) if tokens is None else (tokens[0], tokens[1], past)
 

@@ -33,14 +33,19 @@ def counting() -> np.ndarray:
     return table
 
 
-def cached(length: str = "past", names: str = "past_key present_key", **sizes: str) -> ir.Model:
+def cached(
+    length: str = "past",
+    names: str = "past_key present_key",
+    encoder: str = "encoder_hidden_states",
+    **sizes: str,
+) -> ir.Model:
     """A decoder that adds up the embeddings of all tokens, which it keeps in a cache."""
     past, present = names.split()
     batch, seq = sizes.get("batch", "b"), sizes.get("seq", "s")
     return model(
         f"""
         m (int32[{batch}, {seq}] input_ids, int64[b, "past + s"] attention_mask,
-           int64[b, s] position_ids, float[b, enc, 4] encoder_hidden_states,
+           int64[b, s] position_ids, float[b, enc, 4] {encoder},
            float[b, {length}, 4] {past})
             => (float[b, s, {VOCABULARY}] scores, float[b, all, 4] {present})
         {{
@@ -52,7 +57,7 @@ def cached(length: str = "past", names: str = "past_key present_key", **sizes: s
             seen = Mul({present}, column)
             one = Constant<value_ints = [1]>()
             sum = ReduceSum(seen, one)
-            context = ReduceSum(encoder_hidden_states, one)
+            context = ReduceSum({encoder}, one)
             mixed = Sum(x, sum, context)
             scores = MatMul(mixed, head)
         }}
@@ -75,12 +80,13 @@ def written(source, start, tokens: int) -> list[int]:
 # --- What is fed ---------------------------------------------------------------------------------
 
 
-def test_what_a_decoder_with_a_cache_reads():
-    decoder = Decoder.of(cached())
+@pytest.mark.parametrize("encoder", ["encoder_hidden_states", "past_cross_key"])
+def test_what_a_decoder_with_a_cache_reads(encoder):
+    decoder = Decoder.of(cached(encoder=encoder))
     assert (decoder.token_ids, decoder.logits) == ("input_ids", "scores")
     assert decoder.cache == {"past_key": "present_key"}
-    encoder = np.ones((1, 3, 4), np.float32)
-    start = decoder.start({"input_ids": [[5, 6]], "encoder_hidden_states": encoder})
+    states = np.ones((1, 3, 4), np.float32)
+    start = decoder.start({"input_ids": [[5, 6]], encoder: states})
     steps = []
 
     def function(inputs):
@@ -96,7 +102,7 @@ def test_what_a_decoder_with_a_cache_reads():
         assert step["input_ids"].dtype == np.int32
         total = step["past_key"].shape[1] + step["input_ids"].shape[1]
         assert step["attention_mask"].tolist() == [[1] * total]
-        np.testing.assert_array_equal(step["encoder_hidden_states"], encoder)
+        np.testing.assert_array_equal(step[encoder], states)
 
 
 def test_a_cache_changes_nothing_in_what_is_written():
