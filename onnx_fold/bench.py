@@ -1,19 +1,23 @@
 """The speed check: paired runs of two models, prefill and decode apart, beside the bytes ratio.
 
+**Prefill** runs a prompt with an empty cache; its time is the time to the first token. **Decode**
+is a loop from a cache of a given length: every step takes one token and the keys and values that
+the step before it left on the device; its times are those between two tokens. Nothing is copied to
+the host, and no token is picked: the times are those of the model.
+
 After warm-up the models run in the order A B, B A, A B, ..., so that a drift of the machine's speed
 meets both alike. Each pair gives one ratio ``time(A) / time(B)``; the median of the ratios is the
 speed-up, and its spread is the 95 % percentile interval of the bootstrap (resampled pairs, seeded).
 Decode at batch 1 reads every weight once for each token, so the speed-up that the fold can reach
-there is the ratio of the weight bytes.
+there is the ratio of the bytes read; tables that are looked up by row are not.
 """
 
 from __future__ import annotations
 
-import itertools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -24,14 +28,14 @@ from rich.table import Table
 from rich.text import Text
 
 from onnx_fold import runtime
+from onnx_fold.cost import bytes_read
 from onnx_fold.errors import UsageError
 from onnx_fold.files import ModelSource, load, weight_bytes
-from onnx_fold.inputs import has_cache, make_inputs, token_counts
-from onnx_fold.runtime import Array, RunFailedError
+from onnx_fold.inputs import cache_links, has_cache, input_shapes, token_counts
+from onnx_fold.runtime import RunFailedError
+from onnx_fold.steps import Decode, Fixed, Step, cache_values, step_values
 
 __all__ = ["BenchReport", "Phase", "Timing", "bench"]
-
-Step: TypeAlias = Callable[[], None]
 
 RESAMPLES = 2000
 """Bootstrap samples of the spread of a ratio."""
@@ -39,31 +43,33 @@ RESAMPLES = 2000
 _STOP_SPINNING = {"session.force_spinning_stop": "1"}
 """Else the threads of one session wait busily while the other is timed."""
 
-_GRAPH_IDS = itertools.count(1)
-
 
 @dataclass
 class Timing:
-    """Times of one model.
+    """Times of one model: to the first token in prefill, between two tokens in decode.
 
     Attributes:
         median_ms: Median, in milliseconds.
         p90_ms: 90th percentile, in milliseconds.
+        p99_ms: 99th percentile, in milliseconds.
+        tokens_per_second: Tokens of all rows over the time of all runs.
     """
 
     median_ms: float
     p90_ms: float
+    p99_ms: float
+    tokens_per_second: float
 
 
 @dataclass
 class Phase:
-    """Prefill or decode.
+    """Prefill or decode, for one batch and one length.
 
     Attributes:
         name: ``prefill`` or ``decode``.
         batch: Rows.
-        seq: New tokens of a row.
-        past: Tokens in the cache.
+        seq: New tokens of a row in one run.
+        past: Tokens in the cache, in decode before its first step.
         original: Times of the original model.
         folded: Times of the folded model.
         speedup: Median of ``time(original) / time(folded)`` over the pairs.
@@ -88,21 +94,28 @@ class BenchReport:
 
     Attributes:
         provider: Execution provider.
-        repeats: Pairs of runs of each phase.
+        repeats: Pairs of prefill runs.
+        tokens: Pairs of decode steps.
         threads: Threads of one operator, None for ONNX Runtime's choice.
+        cuda_graph: Whether each phase was captured as a CUDA graph.
         bytes_original: Bytes of all initializers of the original model.
         bytes_folded: The same of the folded model.
         bytes_ratio: ``bytes_original / bytes_folded``.
+        read_ratio: The same without tables that are looked up by row: the limit of the speed-up of
+            decode at batch 1.
         phases: The measurements.
         notes: What a reader must know to judge the numbers.
     """
 
     provider: str
     repeats: int
+    tokens: int
     threads: int | None
+    cuda_graph: bool
     bytes_original: int
     bytes_folded: int
     bytes_ratio: float
+    read_ratio: float
     phases: list[Phase] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -113,8 +126,8 @@ class BenchReport:
     def __rich__(self) -> RenderableType:
         """Return a table of the phases, the bytes, and the notes."""
         size = Text(
-            f"weights {decimal(self.bytes_original)} → {decimal(self.bytes_folded)},"
-            f" bytes ratio {self.bytes_ratio:.3f}x"
+            f"weights {decimal(self.bytes_original)} → {decimal(self.bytes_folded)}, bytes ratio"
+            f" {self.bytes_ratio:.3f}x; of those that a token reads {self.read_ratio:.3f}x"
         )
         return Group(_table(self), size, *(Text(f"- {note}", "dim") for note in self.notes))
 
@@ -124,33 +137,38 @@ def bench(
     folded: ModelSource,
     *,
     provider: str = "cpu",
-    batch: int = 1,
-    prefill: int = 128,
+    batch: int | Sequence[int] = 1,
+    prefill: int | Sequence[int] = 128,
     past: int | None = None,
+    tokens: int = 64,
     repeats: int = 30,
     warmup: int = 5,
     threads: int | None = None,
     cuda_graph: bool = False,
     seed: int = 0,
+    progress: Callable[[str], None] = lambda text: None,
 ) -> BenchReport:
-    """Time both models side by side: a prefill of ``prefill`` tokens, and decode of one more.
+    """Time both models side by side: a prefill, and a loop that decodes token after token.
 
-    Inputs are bound to the device once, so that the times are those of the model. A phase that the
-    original cannot run (such as prefill with a decode-only export) is left out, with a note.
+    A phase that the original cannot run (such as prefill with a decode-only export) is left out,
+    with a note.
 
     Args:
         original: The model before the fold.
         folded: The model after it.
         provider: ``"cpu"``, ``"cuda"`` or ``"auto"``.
-        batch: Rows.
-        prefill: Tokens of a row in prefill, with an empty cache.
-        past: Tokens in the cache in decode, by default ``prefill``. Without a cache decode runs a
-            single token.
-        repeats: Pairs of runs of each phase.
+        batch: Rows; each of several is run with each length.
+        prefill: Tokens of a row in prefill, with an empty cache; several are run one by one.
+        past: Tokens in the cache when decode starts, by default ``prefill``. Without a cache decode
+            runs a single token.
+        tokens: Pairs of decode steps; the cache grows by one token with each.
+        repeats: Pairs of prefill runs.
         warmup: Pairs before these.
         threads: Threads of one operator; None lets ONNX Runtime decide.
-        cuda_graph: Capture each phase as a CUDA graph, which takes launch overhead out of decode.
+        cuda_graph: Capture each phase as a CUDA graph, which takes launch overhead out of decode. A
+            graph has fixed shapes, so the cache does not grow.
         seed: Seed of the inputs and of the bootstrap.
+        progress: Is told what is being timed.
 
     Raises:
         MissingExtraError: onnxruntime is not installed.
@@ -158,16 +176,21 @@ def bench(
             the folded model cannot run one that the original runs.
         InvalidModelError: One of the models cannot be loaded.
     """
-    if repeats < 1 or warmup < 0 or batch < 1 or prefill < 1 or (past or 0) < 0:
+    batches, lengths = _several(batch), _several(prefill)
+    if min(repeats, tokens, *batches, *lengths) < 1 or min(warmup, past or 0) < 0:
         raise UsageError(
-            "batch, prefill and repeats must be at least 1, past and warmup at least 0"
+            "batch, prefill, tokens and repeats must be at least 1, past and warmup at least 0"
         )
     provider = runtime.resolve_provider(provider)
     if cuda_graph and provider != "cuda":
         raise UsageError("cuda_graph needs the provider cuda")
     models = load(original), load(folded)
     sizes = weight_bytes(models[0]), weight_bytes(models[1])
-    report = BenchReport(provider, repeats, threads, *sizes, sizes[0] / max(sizes[1], 1))
+    report = BenchReport(
+        *(provider, repeats, tokens, threads, cuda_graph, *sizes),
+        bytes_ratio=sizes[0] / max(sizes[1], 1),
+        read_ratio=bytes_read(models[0]) / max(bytes_read(models[1]), 1),
+    )
     options = {"enable_cuda_graph": 1} if cuda_graph else None
     sessions = [
         runtime.session(
@@ -175,77 +198,111 @@ def bench(
         )
         for source in (original, folded)
     ]
-    cached = has_cache(models[0])
-    if not cached:
-        report.notes.append("the model has no cache: decode is a run of one token")
-    depth = (prefill if past is None else past) if cached else 0
-    for name, seq, tokens in (("prefill", prefill, 0), ("decode", 1, depth)):
-        inputs = make_inputs(models[0], batch=batch, seq=seq, past=tokens, seed=seed)
-        shape = _ran(models[0], inputs, (batch, seq, tokens))
-        if any((phase.batch, phase.seq, phase.past) == shape for phase in report.phases):
-            report.notes.append(f"{name} was left out: the shape of the inputs is fixed")
-            continue
-        try:
-            first = _step(sessions[0], inputs, provider, cuda_graph)
-        except RunFailedError as error:
-            report.notes.append(f"{name} was left out: {error}")
-            continue
-        second = _step(sessions[1], inputs, provider, cuda_graph)
-        times = _paired(first, second, repeats, warmup)
-        report.phases.append(_phase(name, shape, times, seed))
+    bed = _TestBed(models[0], sessions, report, warmup, seed)
+    for rows in batches:
+        for length in lengths:
+            progress(f"batch {rows}, {length} tokens")
+            bed.measure("prefill", rows, length, 0)
+            bed.measure("decode", rows, 1, length if past is None else past)
+    report.notes = list(dict.fromkeys(report.notes))
     if not report.phases:
         raise UsageError("; ".join(report.notes))
     return report
 
 
-def _ran(
-    model: ir.Model, inputs: Mapping[str, Array], wanted: tuple[int, int, int]
-) -> tuple[int, int, int]:
-    """Return the batch, new tokens and past of ``inputs``: what was wanted, or what is fixed."""
-    counts = token_counts(model, {name: array.shape for name, array in inputs.items()})
-    batch, seq = (w if c is None else c for c, w in zip(counts[:2], wanted[:2], strict=True))
-    return batch, seq, counts[2]
+def _several(sizes: int | Sequence[int]) -> list[int]:
+    return [sizes] if isinstance(sizes, int) else list(dict.fromkeys(sizes))
 
 
-def _step(session: Any, inputs: Mapping[str, Array], provider: str, cuda_graph: bool) -> Step:
-    """Return a function that runs ``session`` once on inputs that lie on its device already."""
-    binding = session.io_binding()
-    held = {name: runtime.to_ort_value(array, provider) for name, array in inputs.items()}
-    options = runtime.onnxruntime().RunOptions()
-    if cuda_graph:
-        options.add_run_config_entry("gpu_graph_id", "-1")
+@dataclass
+class _TestBed:
+    """Both sessions, and what is measured with them."""
 
-    def step() -> None:
-        session.run_with_iobinding(binding, options)
-        binding.synchronize_outputs()
+    model: ir.Model
+    sessions: Sequence[Any]
+    report: BenchReport
+    warmup: int
+    seed: int
 
-    try:
-        for name, value in held.items():
-            binding.bind_ortvalue_input(name, value)
-        for output in session.get_outputs():
-            binding.bind_output(output.name, provider)
-        step()
-    except Exception as error:
-        text = runtime.one_line(error)
-        raise RunFailedError(f"ONNX Runtime cannot run the model: {text}") from error
-    if cuda_graph:
-        # A graph holds the addresses that it was captured with: one id a step, results in place.
-        for output, value in zip(session.get_outputs(), binding.get_outputs(), strict=True):
-            binding.bind_ortvalue_output(output.name, value)
-        options = runtime.onnxruntime().RunOptions()
-        options.add_run_config_entry("gpu_graph_id", str(next(_GRAPH_IDS)))
-    return step
+    def measure(self, name: str, batch: int, seq: int, past: int) -> None:
+        """Time one phase of both models, or note why not."""
+        report = self.report
+        if not has_cache(self.model):
+            past = 0
+            report.notes.append("the model has no cache: decode is a run of one token")
+        shape = self._really(batch, seq, past)
+        if any((phase.batch, phase.seq, phase.past) == shape for phase in report.phases):
+            report.notes.append(f"{name} was left out: the shape of the inputs is fixed")
+            return
+        pairs = report.repeats if name == "prefill" else report.tokens
+        make = self._decode(shape) if name == "decode" else self._fixed(shape)
+        try:
+            first = make(self.sessions[0])
+        except RunFailedError as error:
+            report.notes.append(f"{name} was left out: {error}")
+            return
+        second = make(self.sessions[1])
+        try:
+            times = _paired(first, second, pairs, self.warmup)
+        except RunFailedError as error:  # a cache that outgrows the model
+            report.notes.append(f"{name} of {pairs} tokens was left out: {error}")
+            return
+        report.phases.append(_phase(name, shape, times, self.seed))
+
+    def _really(self, batch: int, seq: int, past: int) -> tuple[int, int, int]:
+        """Return the batch, new tokens and past that will run: what is wanted, or what is fixed."""
+        shapes = input_shapes(self.model, batch=batch, seq=seq, past=past)
+        rows, tokens, cached = token_counts(self.model, shapes)
+        return batch if rows is None else rows, seq if tokens is None else tokens, cached
+
+    def _fixed(self, shape: tuple[int, int, int]) -> Callable[[Any], Step]:
+        values = self._cache(shape) | self._step(shape)
+        provider, cuda_graph = self.report.provider, self.report.cuda_graph
+        return lambda session: Fixed(session, values, provider, cuda_graph=cuda_graph)
+
+    def _decode(self, shape: tuple[int, int, int]) -> Callable[[Any], Step]:
+        links = cache_links(self.model)
+        if why := self._does_not_grow(shape, links):
+            self.report.notes.append(f"decode: the cache does not grow, because {why}")
+        if why or not has_cache(self.model):
+            return self._fixed(shape)
+        batch, seq, past = shape
+        cache = self._cache(shape)
+        count = max(self.report.tokens, self.warmup)
+        steps = [self._step((batch, seq, past + i * seq)) for i in range(count)]
+        return lambda session: Decode(session, cache, steps, links, self.report.provider)
+
+    def _does_not_grow(self, shape: tuple[int, int, int], links: Mapping[str, str]) -> str:
+        batch, seq, past = shape
+        if not has_cache(self.model):
+            return ""
+        if self.report.cuda_graph:
+            return "a CUDA graph has fixed shapes"
+        if self._really(batch, seq, past + seq) == shape:
+            return "its length is fixed"
+        return "" if links else "the names of the outputs do not tell which of them are the next"
+
+    def _cache(self, shape: tuple[int, int, int]) -> dict[str, Any]:
+        return cache_values(self.model, shape[0], shape[2], self.report.provider, self.seed)
+
+    def _step(self, shape: tuple[int, int, int]) -> dict[str, Any]:
+        return step_values(self.model, shape, self.report.provider, self.seed)
 
 
 def _paired(
     first: Step, second: Step, repeats: int, warmup: int
 ) -> tuple[np.ndarray[Any, np.dtype[np.float64]], np.ndarray[Any, np.dtype[np.float64]]]:
-    """Return the seconds of each of ``repeats`` runs of both, taken in the order AB, BA, AB, ..."""
+    """Return the seconds of ``repeats`` runs of both, taken in the order AB, BA, AB, ..."""
     times = np.empty((2, repeats))
     for i in range(-warmup, repeats):
+        if i == 0:
+            first.reset()
+            second.reset()
         for which in (0, 1) if i % 2 == 0 else (1, 0):
+            step = (first, second)[which]
+            step.prepare()
             start = time.perf_counter()
-            (first, second)[which]()
+            step.run()
             if i >= 0:
                 times[which, i] = time.perf_counter() - start
     return times[0], times[1]
@@ -254,8 +311,13 @@ def _paired(
 def _phase(name: str, shape: tuple[int, int, int], times: Any, seed: int) -> Phase:
     ratios = times[0] / times[1]
     low, high = _spread(ratios, seed)
-    timings = [Timing(*(float(1e3 * np.quantile(t, q)) for q in (0.5, 0.9))) for t in times]
+    timings = [_timing(each, shape[0] * shape[1]) for each in times]
     return Phase(name, *shape, timings[0], timings[1], float(np.median(ratios)), low, high)
+
+
+def _timing(times: Any, tokens: int) -> Timing:
+    median, p90, p99 = (1e3 * np.quantile(times, (0.5, 0.9, 0.99))).tolist()
+    return Timing(median, p90, p99, tokens * len(times) / float(times.sum()))
 
 
 def _spread(ratios: Any, seed: int) -> tuple[float, float]:
@@ -267,12 +329,15 @@ def _spread(ratios: Any, seed: int) -> tuple[float, float]:
 
 
 def _table(report: BenchReport) -> Table:
-    details = [f"{report.repeats} pairs", *{f"batch {phase.batch}" for phase in report.phases}]
+    details = [f"{report.repeats} prefills and {report.tokens} decode steps of each"]
     if report.threads is not None:
         details.append(f"{report.threads} threads")
+    if report.cuda_graph:
+        details.append("CUDA graphs")
     table = Table(
         title=f"Speed on {report.provider}: {', '.join(details)}",
-        caption="median / 90th percentile in ms; speed-up with its 95 % interval",
+        caption="median / 90th / 99th percentile in ms, to the first token (prefill) or between"
+        " two (decode);\nspeed-up with its 95 % interval; tokens a second of the folded model",
         title_justify="left",
         caption_justify="left",
         box=box.SIMPLE_HEAD,
@@ -280,15 +345,23 @@ def _table(report: BenchReport) -> Table:
         pad_edge=False,
     )
     table.add_column("phase", no_wrap=True)
-    for heading in ("tokens", "past", "original", "folded", "speed-up", "95 %"):
+    headings = "batch", "tokens", "past", "original", "folded", "tokens/s", "speed-up", "95 %"
+    for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     for phase in report.phases:
         table.add_row(
             phase.name,
-            str(phase.seq),
-            str(phase.past),
-            *(f"{t.median_ms:.3f} / {t.p90_ms:.3f}" for t in (phase.original, phase.folded)),
+            *(str(size) for size in (phase.batch, phase.seq, phase.past)),
+            *(_quantiles(timing) for timing in (phase.original, phase.folded)),
+            f"{phase.folded.tokens_per_second:,.0f}",
             f"{phase.speedup:.3f}x",
             f"{phase.low:.2f}-{phase.high:.2f}",
         )
     return table
+
+
+def _quantiles(timing: Timing) -> str:
+    """Return the times in milliseconds, with four digits."""
+    times = timing.median_ms, timing.p90_ms, timing.p99_ms
+    digits = max(0, 3 - len(str(int(timing.median_ms)))) if timing.median_ms >= 1 else 3
+    return " / ".join(f"{each:.{digits}f}" for each in times)

@@ -249,24 +249,43 @@ def verify(original: Path, folded: Path, as_json: bool, **options: Any) -> None:
         sys.exit(errors.OnnxFoldError.exit_code)
 
 
+_SEVERAL = "; give it several times to time them all"
+
+
 @cli.command()
 @click.argument("original", type=ModelPath)
 @click.argument("folded", type=ModelPath)
 @_PROVIDER
-@click.option("--batch", default=1, show_default=True, help="Rows.")
-@click.option("--prefill", default=128, show_default=True, help="Tokens of a prompt.")
+@click.option("--batch", multiple=True, default=[1], show_default="1", help=f"Rows{_SEVERAL}.")
+@click.option(
+    "--prefill",
+    multiple=True,
+    default=[128],
+    show_default="128",
+    help=f"Tokens of a prompt{_SEVERAL}.",
+)
 @click.option("--past", type=int, help="Tokens in the cache in decode. [default: as --prefill]")
-@click.option("--repeats", default=30, show_default=True, help="Pairs of runs of each phase.")
+@click.option("--tokens", default=64, show_default=True, help="Steps of decode, in pairs.")
+@click.option("--repeats", default=30, show_default=True, help="Runs of prefill, in pairs.")
 @click.option("--warmup", default=5, show_default=True, help="Pairs before these.")
 @click.option("--threads", type=int, help="Threads of one operator.")
+@click.option("--cuda-graph", is_flag=True, help="Capture each phase as a CUDA graph.")
+@click.option("--plot", type=ModelPath, metavar="FILE.svg", help="Draw latency and speed-up.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def bench(original: Path, folded: Path, as_json: bool, **options: Any) -> None:
+def bench(original: Path, folded: Path, plot: Path | None, as_json: bool, **options: Any) -> None:
     """Time ORIGINAL and FOLDED side by side, prefill and decode, beside the bytes ratio."""
     import onnx_fold
 
-    with _status("timing both models"):
-        report = onnx_fold.bench(original, folded, **options)
+    if plot is not None:
+        _check_folder(plot)
+    with _status("timing both models") as tell:
+        report = onnx_fold.bench(original, folded, progress=tell, **options)
     _show(report, as_json)
+    if plot is not None:
+        from onnx_fold.plot import plot as draw
+
+        draw(report, plot)
+        click.echo(f"Wrote {plot}.", err=as_json)
 
 
 @cli.command()
@@ -354,10 +373,10 @@ def _console() -> Console:
 
 
 @contextlib.contextmanager
-def _status(text: str) -> Iterator[None]:
-    """A spinner on standard error, where that is a terminal."""
-    with Console(stderr=True).status(text):
-        yield
+def _status(text: str) -> Iterator[Callable[[str], None]]:
+    """A spinner on standard error, where that is a terminal; yields what adds to its text."""
+    with Console(stderr=True).status(text) as status:
+        yield lambda more: status.update(f"{text}: {more}")
 
 
 @contextlib.contextmanager

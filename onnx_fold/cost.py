@@ -72,6 +72,21 @@ def cost(model: ir.Model) -> Cost:
     )
 
 
+def bytes_read(model: ir.Model) -> int:
+    """Bytes of the initializers that decoding one token reads: all but tables looked up by row."""
+    return sum(
+        value.const_value.nbytes
+        for graph in model.graphs()
+        for value in graph.initializers.values()
+        if value.const_value is not None and not _is_looked_up(value)
+    )
+
+
+def _is_looked_up(value: ir.Value) -> bool:
+    uses = value.uses()
+    return bool(uses) and all(node.op_type == "Gather" and index == 0 for node, index in uses)
+
+
 def closed_streams(config: SkiplessConfig) -> int:
     """Number of streams of a skipless transformer that lose ``d²`` weights each.
 

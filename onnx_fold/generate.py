@@ -85,11 +85,9 @@ class Decoder:
             UsageError: The model cannot generate; the message says why.
         """
         ids, links = _token_ids(model), cache_links(model)
-        for value in cache_inputs(model):
-            if not links:
-                raise UsageError(
-                    f"cannot generate: no output updates the cache input '{value.name}'"
-                )
+        if not links and (caches := cache_inputs(model)):
+            raise UsageError(f"cannot generate: no output updates the cache input '{caches[0]}'")
+        for value in model_inputs(model):
             is_fixed = all(isinstance(dim, int) for dim in list(value.shape or ())[1:])
             if value.name in links and is_fixed:
                 raise UsageError(

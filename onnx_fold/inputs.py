@@ -6,7 +6,7 @@ import contextlib
 import os
 import re
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -24,6 +24,7 @@ __all__ = [
     "given_inputs",
     "has_cache",
     "index_limits",
+    "input_shapes",
     "make_inputs",
     "model_inputs",
     "token_counts",
@@ -38,13 +39,13 @@ def model_inputs(model: ir.Model) -> list[ir.Value]:
     return [value for value in model.graph.inputs if value.name not in model.graph.initializers]
 
 
-def cache_inputs(model: ir.Model) -> list[ir.Value]:
-    """Return the inputs that take the keys and values of earlier tokens."""
-    return [value for value in model_inputs(model) if _is_cache(value)]
+def cache_inputs(model: ir.Model) -> list[str]:
+    """Return the names of the inputs that take keys and values of earlier tokens."""
+    return [_name(value) for value in model_inputs(model) if _is_cache(value)]
 
 
 def has_cache(model: ir.Model) -> bool:
-    """Whether the model takes the keys and values of earlier tokens."""
+    """Whether the model takes keys and values of earlier tokens."""
     return bool(cache_inputs(model))
 
 
@@ -55,7 +56,7 @@ def cache_links(model: ir.Model) -> dict[str, str]:
     without the words for time; if not all outputs find their input so, they do in order. Empty if
     neither tells. Inputs that no output updates, such as the keys of an encoder, have no link.
     """
-    past = [_name(value) for value in cache_inputs(model)]
+    past = cache_inputs(model)
     present = [_name(value) for value in model.graph.outputs if _is_present(value)]
     by_name = {_timeless(name): name for name in past}
     if present and all(_timeless(name) in by_name for name in present):
@@ -82,6 +83,7 @@ def make_inputs(
     past: int = 0,
     seed: int = 0,
     sizes: Mapping[str, int] | None = None,
+    without: Collection[str] = (),
     given: Mapping[str, Array] | None = None,
 ) -> Arrays:
     """Return random inputs that fit the signature of ``model``.
@@ -103,14 +105,15 @@ def make_inputs(
         past: Tokens in the cache, if the model has one.
         seed: Seed of all random numbers.
         sizes: Sizes of further symbolic dimensions by their name, such as ``{"height": 224}``.
+        without: Names of inputs to leave out.
         given: Inputs that are known already; their symbolic dimensions have the sizes seen there.
 
     Raises:
         UsageError: An input is not a tensor, has an unknown rank, or a dimension is impossible.
     """
     inputs, given = model_inputs(model), given or {}
-    wanted = {"batch": batch, "seq": seq, "past": past if has_cache(model) else 0}
-    shapes = _resolve(inputs, wanted, {**_seen_sizes(inputs, given), **(sizes or {})})
+    seen = {**_seen_sizes(inputs, given), **(sizes or {})}
+    shapes = input_shapes(model, batch=batch, seq=seq, past=past, sizes=seen)
     _, tokens, past = token_counts(model, shapes)
     seq = tokens or seq
     limits = index_limits(model)
@@ -118,7 +121,7 @@ def make_inputs(
     made = {
         name: _fill(value, shapes[name], (seq, past), limits.get(name), rng)
         for value in inputs
-        if (name := _name(value)) not in given
+        if (name := _name(value)) not in given and name not in without
     }
     return {**made, **given}
 
@@ -183,6 +186,23 @@ def _fitted(value: ir.Value, array: Array) -> Array:
     return array.astype(wanted)
 
 
+def input_shapes(
+    model: ir.Model,
+    *,
+    batch: int = 1,
+    seq: int = 8,
+    past: int = 0,
+    sizes: Mapping[str, int] | None = None,
+) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every input that must be fed; see :func:`make_inputs`.
+
+    Raises:
+        UsageError: An input is not a tensor, has an unknown rank, or a dimension is impossible.
+    """
+    wanted = {"batch": batch, "seq": seq, "past": past if has_cache(model) else 0}
+    return _resolve(model_inputs(model), wanted, sizes or {})
+
+
 def _name(value: ir.Value) -> str:
     assert value.name is not None
     return value.name
@@ -210,7 +230,7 @@ def token_counts(
     """Return rows, new tokens and cached tokens of inputs with these shapes; None where unknown."""
     values = model_inputs(model)
     # The cache of an encoder, which has no link, does not count the tokens of a decoder.
-    caches = [*cache_links(model), *map(_name, cache_inputs(model))]
+    caches = [*cache_links(model), *cache_inputs(model)]
     past = shapes[caches[0]][-2] if caches else 0
     tokens = next((shapes[_name(v)] for v in values if _is_tokens(v)), None)
     return (None, None, past) if tokens is None else (tokens[0], tokens[1], past)

@@ -225,9 +225,7 @@ def _feeds(
     feeds: list[Feed] = []
     for sizes in shapes or defaults:
         _check_sizes(model, sizes)
-        known: dict[str, Any] = {
-            name: sizes[name] for name in ("batch", "seq", "past") if name in sizes
-        }
+        known: Any = {name: sizes[name] for name in ("batch", "seq", "past") if name in sizes}
         label = " ".join(f"{name}={size}" for name, size in sizes.items())
         for _ in range(samples):
             arrays = make_inputs(model, **known, sizes=sizes, seed=seed + len(feeds))

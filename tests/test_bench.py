@@ -1,15 +1,23 @@
 """The speed check: what is run, in which order, and how it is reported. No test asserts a time."""
 
 import json
+import sys
+from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import pytest
+from helpers import model as named
 from rich.console import Console
 
+from onnx_fold import runtime
 from onnx_fold.bench import _paired, _phase, bench
-from onnx_fold.errors import UsageError
+from onnx_fold.cost import bytes_read
+from onnx_fold.errors import CannotWriteError, MissingExtraError, UsageError
+from onnx_fold.inputs import cache_links
+from onnx_fold.plot import plot
 from onnx_fold.runtime import MissingKernelError
+from onnx_fold.steps import Decode, cache_values, step_values
 
 
 def model(*, folded: bool = False, cached: bool = False, length: str = "seq", dtype: str = "float"):
@@ -17,8 +25,8 @@ def model(*, folded: bool = False, cached: bool = False, length: str = "seq", dt
     kind = ir.DataType[dtype.upper()].numpy()
     tail = "y = MatMul(x, pm)" if folded else "h = MatMul(x, p)  y = MatMul(h, m)"
     cache = f", {dtype}[batch, past, 4] past_key" if cached else ""
-    present = f", {dtype}[batch, total, 4] key" if cached else ""
-    concat = "key = Concat<axis = 1>(past_key, y)" if cached else ""
+    present = f", {dtype}[batch, total, 4] present_key" if cached else ""
+    concat = "present_key = Concat<axis = 1>(past_key, y)" if cached else ""
     eye = {name: np.eye(4).astype(kind) for name in (["pm"] if folded else ["p", "m"])}
     return ir.from_onnx_text(
         f'<ir_version: 9, opset_import: ["": 18]> m ({dtype}[batch, {length}, 4] x{cache})'
@@ -28,7 +36,9 @@ def model(*, folded: bool = False, cached: bool = False, length: str = "seq", dt
 
 
 def run(original, folded, **options):
-    return bench(original, folded, **{"prefill": 6, "repeats": 3, "warmup": 1, **options})
+    return bench(
+        original, folded, **{"prefill": 6, "repeats": 3, "tokens": 3, "warmup": 1, **options}
+    )
 
 
 def test_prefill_and_decode_with_a_cache():
@@ -74,26 +84,118 @@ def test_fixed_lengths_are_reported_as_they_ran():
     assert any("shape of the inputs is fixed" in note for note in report.notes)
 
 
+class Written:
+    """A step that writes down what is asked of it."""
+
+    def __init__(self, name, order):
+        self.name, self.order = name, order
+
+    def reset(self):
+        self.order.append(f"reset {self.name}")
+
+    def prepare(self):
+        self.order.append(f"prepare {self.name}")
+
+    def run(self):
+        self.order.append(self.name)
+
+
 def test_pairs_alternate_and_warm_up_is_not_counted():
     order = []
-    steps = [lambda: order.append("A"), lambda: order.append("B")]
-    first, second = _paired(*steps, repeats=3, warmup=1)
-    assert "".join(order) == "BA" + "AB" + "BA" + "AB"
+    first, second = _paired(Written("A", order), Written("B", order), repeats=3, warmup=1)
+    runs = "".join(entry for entry in order if len(entry) == 1)
+    assert runs == "BA" + "AB" + "BA" + "AB"
+    assert order[4:6] == ["reset A", "reset B"]
+    assert [order[i - 1] for i, entry in enumerate(order) if entry == "A"] == ["prepare A"] * 4
     assert len(first) == len(second) == 3
+
+
+def test_decode_feeds_each_step_what_the_last_one_left():
+    source = model(cached=True)
+    shape = 2, 1, 3
+    cache = cache_values(source, 2, 3, "cpu", seed=0)
+    steps = [step_values(source, shape, "cpu", seed=i) for i in range(3)]
+    decode = Decode(runtime.session(source), cache, steps, cache_links(source), "cpu")
+    for _ in range(2):  # a loop can be run again
+        decode.reset()
+        for _ in steps:
+            decode.prepare()
+            decode.run()
+    keys = decode._binding.get_outputs()[1].numpy()
+    expected = [cache["past_key"].numpy(), *(step["x"].numpy() for step in steps)]
+    np.testing.assert_array_equal(keys, np.concatenate(expected, axis=1))
+
+
+def test_layers_share_one_drawn_cache():
+    source = ir.from_onnx_text(
+        '<ir_version: 9, opset_import: ["": 18]> m (float16[b, 2, past, 4] past_a,'
+        " float16[b, 2, past, 4] past_b, float[b, past, 4] past_c, int64[b, s] ids) => () { }"
+    )
+    values = cache_values(source, 2, 5, "cpu", seed=0)
+    assert values["past_a"] is values["past_b"]
+    assert [value.shape() for value in values.values()] == [[2, 2, 5, 4]] * 2 + [[2, 5, 4]]
+    assert list(step_values(source, (2, 1, 5), "cpu", seed=0)) == ["ids"]
+
+
+def test_every_batch_meets_every_length():
+    report = run(model(cached=True), model(cached=True), batch=[1, 2], prefill=[3, 5], tokens=2)
+    shapes = [(p.batch, p.seq, p.past) for p in report.phases]
+    decodes = [(1, 1, 3), (1, 1, 5), (2, 1, 3), (2, 1, 5)]
+    assert shapes[::2] == [(1, 3, 0), (1, 5, 0), (2, 3, 0), (2, 5, 0)]
+    assert shapes[1::2] == decodes
+
+
+def test_a_cache_of_fixed_length_does_not_grow():
+    source = ir.from_onnx_text(
+        '<ir_version: 9, opset_import: ["": 18]> m (float[b, s, 4] x, float[b, 6, 4] past_key)'
+        " => (float[b, s, 4] y, float[b, 6, 4] present_key)"
+        " { y = Neg(x) present_key = Identity(past_key) }"
+    )
+    report = run(source, source)
+    assert any("its length is fixed" in note for note in report.notes)
+    assert [p.past for p in report.phases] == [6, 6]
+
+
+def test_a_cache_that_outgrows_the_model_is_said():
+    source = ir.from_onnx_text(
+        '<ir_version: 9, opset_import: ["": 18]> m (int64[b, s] ids, float[b, past, 4] past_key)'
+        " => (float[b, t, 4] present_key)"
+        " { past = Shape<start=1, end=2>(past_key) zeros = Sub(ids, ids) n = Add(past, zeros)"
+        "   e = Gather(table, n) present_key = Concat<axis=1>(past_key, e) }",
+        initializers=[ir.tensor(np.zeros((8, 4), np.float32), name="table")],
+    )
+    report = run(source, source, prefill=6, tokens=4)
+    assert [p.name for p in report.phases] == ["prefill"]
+    assert any("decode of 4 tokens was left out" in note for note in report.notes)
+
+
+def test_tables_that_are_looked_up_by_row_are_not_read():
+    lookup = "m (int64[n] i) => (float[n, 4] y) { e = Gather(t, i)  y = MatMul(e, w) }"
+    model_ = named(lookup, t=np.zeros((9, 4), np.float32), w=np.zeros((4, 4), np.float32))
+    assert bytes_read(model_) == 64
 
 
 def test_ratio_and_spread_of_known_times():
     times = np.array([2.0, 4.0, 9.0, 2.0]) * 1e-3, np.array([1.0, 2.0, 3.0, 1.0]) * 1e-3
-    phase = _phase("decode", (1, 1, 0), times, seed=0)
+    phase = _phase("decode", (3, 1, 0), times, seed=0)
     assert phase.speedup == pytest.approx(2)
     assert phase.original.median_ms == pytest.approx(3)
+    assert phase.original.tokens_per_second == pytest.approx(12 / 17e-3)
     assert phase.low == pytest.approx(2)
     assert phase.high == pytest.approx(3)
-    assert phase == _phase("decode", (1, 1, 0), times, seed=0)
+    assert phase == _phase("decode", (3, 1, 0), times, seed=0)
 
 
 @pytest.mark.parametrize(
-    "bad", [{"repeats": 0}, {"batch": 0}, {"prefill": 0}, {"past": -1}, {"warmup": -1}]
+    "bad",
+    [
+        {"repeats": 0},
+        {"tokens": 0},
+        {"batch": 0},
+        {"prefill": [8, 0]},
+        {"past": -1},
+        {"warmup": -1},
+    ],
 )
 def test_numbers_that_make_no_sense(bad):
     with pytest.raises(UsageError, match="at least"):
@@ -117,3 +219,21 @@ def test_the_report_is_json_and_reads_well():
         console.print(report)
     for word in ("prefill", "decode", "speed-up", "bytes ratio 2.000x"):
         assert word in capture.get()
+
+
+@pytest.mark.parametrize("batch", [1, [1, 2]])
+@pytest.mark.parametrize("suffix", [".svg", ".png"])
+def test_a_picture(tmp_path, batch, suffix):
+    pytest.importorskip("matplotlib")
+    report = run(model(cached=True), model(cached=True), batch=batch, prefill=[3, 5])
+    for name in ("a", "b"):
+        plot(report, tmp_path / f"{name}{suffix}")
+    assert (tmp_path / f"a{suffix}").read_bytes() == (tmp_path / f"b{suffix}").read_bytes()
+    with pytest.raises(CannotWriteError, match="ends in"):
+        plot(report, tmp_path / "a.txt")
+
+
+def test_a_picture_without_matplotlib(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(MissingExtraError, match="bench"):
+        plot(run(model(), model()), Path("a.svg"))
