@@ -79,6 +79,12 @@ def _planning(command: Callable[..., None]) -> Callable[..., None]:
                 " with what its layers read.",
             ),
             click.option(
+                "--target",
+                type=click.Choice(["cpu", "cuda"]),
+                help="Leave folds that take longer on this provider than what they save."
+                " [default: fold whatever saves weights, and say so]",
+            ),
+            click.option(
                 "--device",
                 default="cpu",
                 show_default=True,
