@@ -242,6 +242,7 @@ def _parse_shape(context: click.Context, option: click.Parameter, values: tuple[
 )
 @click.option("--inputs", type=ModelPath, metavar="FILE.npz", help="Inputs to run, by name.")
 @click.option("--tolerance", type=float, help="Relative error that always passes.")
+@click.option("--greedy", type=int, metavar="N", help="Let both models write N tokens, too.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def verify(original: Path, folded: Path, as_json: bool, **options: Any) -> None:
     """Check that ORIGINAL and FOLDED compute the same function: exit code 0 if so, 1 if not."""
