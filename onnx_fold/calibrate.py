@@ -10,8 +10,8 @@ import numpy as np
 import onnx_ir as ir
 
 from onnx_fold.device import Array
+from onnx_fold.inputs import given_inputs
 from onnx_fold.linear import Linear, find_linears
-from onnx_fold.parity import given_inputs
 from onnx_fold.runtime import run, session
 from onnx_fold.widen import SIXTEEN_BITS, precision, widen
 

@@ -79,6 +79,12 @@ def _planning(command: Callable[..., None]) -> Callable[..., None]:
                 " with what its layers read.",
             ),
             click.option(
+                "--target",
+                type=click.Choice(["cpu", "cuda"]),
+                help="Leave folds that take longer on this provider than what they save."
+                " [default: fold whatever saves weights, and say so]",
+            ),
+            click.option(
                 "--device",
                 default="cpu",
                 show_default=True,
@@ -236,6 +242,7 @@ def _parse_shape(context: click.Context, option: click.Parameter, values: tuple[
 )
 @click.option("--inputs", type=ModelPath, metavar="FILE.npz", help="Inputs to run, by name.")
 @click.option("--tolerance", type=float, help="Relative error that always passes.")
+@click.option("--greedy", type=int, metavar="N", help="Let both models write N tokens, too.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def verify(original: Path, folded: Path, as_json: bool, **options: Any) -> None:
     """Check that ORIGINAL and FOLDED compute the same function: exit code 0 if so, 1 if not."""

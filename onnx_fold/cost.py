@@ -72,6 +72,59 @@ def cost(model: ir.Model) -> Cost:
     )
 
 
+@dataclass(frozen=True)
+class Target:
+    """What the operators that a fold adds take on one provider, counted in work it saves.
+
+    Measured by ``benchmarks/operators.py``.
+
+    Attributes:
+        bytes_per_node: Weight bytes that are read in the time that one more operator takes.
+        macs_per_copied: Multiplications done in the time in which one value is copied.
+        macs_per_gathered: The same for a value that is picked from the last axis by an index.
+    """
+
+    bytes_per_node: int
+    macs_per_copied: int
+    macs_per_gathered: int
+
+    def loses(self, work: Work, weights: int, itemsize: float) -> str:
+        """Say where a fold that saves so many weights, and adds ``work``, takes longer.
+
+        Decode at batch 1 reads the weights; prefill multiplies by each of them for every token.
+
+        Returns:
+            ``"decode"`` or ``"prefill"``, the first of them that gets slower, or an empty string.
+        """
+        if work.nodes > 0 and weights * itemsize < work.nodes * self.bytes_per_node:
+            return "decode"
+        moved = work.copied * self.macs_per_copied + work.gathered * self.macs_per_gathered
+        return "prefill" if weights < moved else ""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a fold adds for one token.
+
+    Attributes:
+        nodes: Operators, less those that go.
+        copied: Values that these copy.
+        gathered: Values that these pick by index.
+    """
+
+    nodes: int
+    copied: int = 0
+    gathered: int = 0
+
+
+TARGETS = {
+    "cpu": Target(bytes_per_node=2**16, macs_per_copied=8, macs_per_gathered=400),
+    "cuda": Target(bytes_per_node=2**23, macs_per_copied=350, macs_per_gathered=500),
+}
+"""By provider. CPU: measured. CUDA: from the data sheet of an H200 (4.8 TB/s, 800 TFLOP/s in
+bfloat16) and 2 µs a kernel, not measured."""
+
+
 def bytes_read(model: ir.Model) -> int:
     """Bytes of the initializers that decoding one token reads: all but tables looked up by row."""
     return sum(

@@ -26,6 +26,7 @@ from onnx_fold.basis import (
     probe,
     product_dtype,
 )
+from onnx_fold.cost import TARGETS
 from onnx_fold.device import HOST, Device
 from onnx_fold.expression import Expression, FoldedTensor, ImpliedTensor
 from onnx_fold.report import CandidateReport, StreamReport
@@ -54,12 +55,15 @@ class Options:
         tolerance: Largest predicted relative error. None takes the default of the storage type,
             and at most :data:`onnx_fold.basis.MAX_STREAM_RATIO` times the error of the original.
         device: Where weights are evaluated.
+        target: The provider on which no fold may take longer than what it saves; None folds
+            whatever saves weights.
     """
 
     pivot: str = "auto"
     protect: frozenset[str] = frozenset()
     tolerance: float | None = None
     device: Device = HOST
+    target: str | None = None
 
 
 Memo = dict[tuple[object, ...], tuple[CandidateReport, tuple[ir.TensorProtocol, ...]]]
@@ -105,6 +109,20 @@ class Candidate:
             return "no weights would be saved"
         return f"weights would grow by {-self.weights_removed:,}"
 
+    def slower_on(self, itemsize: float) -> dict[str, str]:
+        """The providers on which it costs time, and where: in decode or in prefill."""
+        work, weights = self.rewrite.work(), self.weights_removed
+        lost = {name: each.loses(work, weights, itemsize) for name, each in TARGETS.items()}
+        return {name: phase for name, phase in lost.items() if phase}
+
+    def _price(self, slower_on: Mapping[str, str], target: str) -> str:
+        work = self.rewrite.work()
+        values = work.copied + work.gathered
+        return (
+            f"{slower_on[target]} would be slower on {target}: {work.nodes:+} operators and"
+            f" {values:,} values to move a token, for {self.weights_removed:,} weights"
+        )
+
     def judged(self, stream: Stream, options: Options, memo: Memo) -> CandidateReport:
         """Weigh it: cheap checks first, the weights are evaluated last, and once."""
         report = CandidateReport(
@@ -112,6 +130,7 @@ class Candidate:
             text=self.text,
             weights_removed=self.weights_removed,
             nodes_added=self.nodes,
+            slower_on=self.slower_on(stream.dtype.itemsize),
         )
         if self.weights_removed < 0 or (
             self.weights_removed == 0 and not self.rewrite.drops_implied
@@ -119,6 +138,8 @@ class Candidate:
             return replace(report, refused=self._growth())
         if protected := sorted(self.rewrite.names() & options.protect):
             return replace(report, refused=f"'{protected[0]}' is protected")
+        if options.target is not None and options.target in report.slower_on:
+            return replace(report, refused=self._price(report.slower_on, options.target))
         tensors = tuple(member.weight.tensor for member in stream.members)
         key = (self.strategy, self.text, self.weights_removed, self.nodes, *map(id, tensors))
         if key not in memo:

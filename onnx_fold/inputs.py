@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import zipfile
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import TypeAlias
 
 import numpy as np
 import onnx_ir as ir
@@ -12,10 +15,13 @@ from onnx_ir.passes.common import InlinePass
 
 from onnx_fold.errors import UsageError
 from onnx_fold.runtime import Array
+from onnx_fold.widen import is_float
 
 __all__ = [
+    "Arrays",
     "cache_inputs",
     "cache_links",
+    "given_inputs",
     "has_cache",
     "index_limits",
     "input_shapes",
@@ -23,6 +29,9 @@ __all__ = [
     "model_inputs",
     "token_counts",
 ]
+
+Arrays: TypeAlias = dict[str, Array]
+"""Inputs or outputs of a model by their names."""
 
 
 def model_inputs(model: ir.Model) -> list[ir.Value]:
@@ -75,7 +84,8 @@ def make_inputs(
     seed: int = 0,
     sizes: Mapping[str, int] | None = None,
     without: Collection[str] = (),
-) -> dict[str, Array]:
+    given: Mapping[str, Array] | None = None,
+) -> Arrays:
     """Return random inputs that fit the signature of ``model``.
 
     Symbolic dimensions get their size from their name (``batch``, ``past``, ``seq``, the sum of two
@@ -96,22 +106,84 @@ def make_inputs(
         seed: Seed of all random numbers.
         sizes: Sizes of further symbolic dimensions by their name, such as ``{"height": 224}``.
         without: Names of inputs to leave out.
+        given: Inputs that are known already; their symbolic dimensions have the sizes seen there.
 
     Raises:
         UsageError: An input is not a tensor, has an unknown rank, or a dimension is impossible.
     """
-    inputs = model_inputs(model)
-    shapes = input_shapes(model, batch=batch, seq=seq, past=past, sizes=sizes)
+    inputs, given = model_inputs(model), given or {}
+    seen = {**_seen_sizes(inputs, given), **(sizes or {})}
+    shapes = input_shapes(model, batch=batch, seq=seq, past=past, sizes=seen)
     _, tokens, past = token_counts(model, shapes)
     seq = tokens or seq
     limits = index_limits(model)
     rng = np.random.default_rng(seed)
-    return {
+    made = {
         name: _fill(value, shapes[name], (seq, past), limits.get(name), rng)
         for value in inputs
-        for name in [_name(value)]
-        if name not in without
+        if (name := _name(value)) not in given and name not in without
     }
+    return {**made, **given}
+
+
+def _seen_sizes(inputs: Sequence[ir.Value], given: Mapping[str, Array]) -> dict[str, int]:
+    """Return the sizes that the given arrays show for symbolic dimensions."""
+    known = [value for value in inputs if value.name in given]
+    return {
+        dim.value: given[_name(value)].shape[axis]
+        for value, axis, dim in _symbols(known)
+        if dim.value is not None and _is_plain(dim.value)
+    }
+
+
+def given_inputs(
+    model: ir.Model,
+    inputs: str | os.PathLike[str] | Mapping[str, Array],
+    needed: Iterable[str] | None = None,
+) -> Arrays:
+    """Read the inputs of ``model`` from arrays or an ``.npz`` file, in the types it takes.
+
+    Args:
+        model: The model.
+        inputs: Arrays by name, or an ``.npz`` file.
+        needed: Names that must be given; None for all inputs without a default.
+
+    Raises:
+        UsageError: An input is unknown, missing, or does not fit.
+    """
+    arrays = dict(inputs) if isinstance(inputs, Mapping) else _read_npz(inputs)
+    known = {str(value.name): value for value in model.graph.inputs}
+    names = [_name(value) for value in model_inputs(model)] if needed is None else needed
+    if unknown := sorted(set(arrays) - set(known)):
+        raise UsageError(
+            f"unknown input '{unknown[0]}': the model takes {', '.join(known) or 'none'}"
+        )
+    if missing := sorted(set(names) - set(arrays)):
+        raise UsageError(f"input '{missing[0]}' is missing from the given inputs")
+    return {name: _fitted(known[name], array) for name, array in arrays.items()}
+
+
+def _read_npz(path: str | os.PathLike[str]) -> Arrays:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except (OSError, ValueError, AttributeError, TypeError, zipfile.BadZipFile) as error:
+        raise UsageError(f"cannot read inputs from {os.fspath(path)}: {error}") from error
+
+
+def _fitted(value: ir.Value, array: Array) -> Array:
+    """Return ``array`` in the type of ``value``; npz files know no bfloat16 and hold raw bytes."""
+    array = np.asarray(array)
+    if value.dtype is None or value.dtype == ir.DataType.STRING:
+        return array
+    wanted = value.dtype.numpy()
+    if array.dtype.kind == "V" and array.itemsize == wanted.itemsize:
+        array = array.view(wanted)
+    if value.shape is not None and array.ndim != len(value.shape):
+        raise UsageError(f"input '{value.name}' has rank {len(value.shape)}, not {array.ndim}")
+    if is_float(array) != value.dtype.is_floating_point():
+        raise UsageError(f"input '{value.name}' is {value.dtype.name}, not {array.dtype}")
+    return array.astype(wanted)
 
 
 def input_shapes(
@@ -157,7 +229,9 @@ def token_counts(
 ) -> tuple[int | None, int | None, int]:
     """Return rows, new tokens and cached tokens of inputs with these shapes; None where unknown."""
     values = model_inputs(model)
-    past = next((shapes[_name(v)][-2] for v in values if _is_cache(v)), 0)
+    # The cache of an encoder, which has no link, does not count the tokens of a decoder.
+    caches = [*cache_links(model), *cache_inputs(model)]
+    past = shapes[caches[0]][-2] if caches else 0
     tokens = next((shapes[_name(v)] for v in values if _is_tokens(v)), None)
     return (None, None, past) if tokens is None else (tokens[0], tokens[1], past)
 

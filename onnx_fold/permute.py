@@ -2,17 +2,22 @@
 
 A permutation commutes with more than a change of basis does: with every operator that treats each
 channel alike. So the hidden value of an FFN can be reordered by the columns of its input layers
-(gate and up alike), through the activation between.
+(gate and up alike), through the activation between. Where a Concat joined it, or a Split cuts it,
+only the channels of one layer are free: the others are the basis of another stream.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import onnx_ir as ir
 
-from onnx_fold.commute import Port, ports
+from onnx_fold.commute import OpensStreamError, Port, ports
 from onnx_fold.expression import Expression, FoldedTensor, take
 from onnx_fold.linear import Linear
 from onnx_fold.rewrite import Rewrite
+from onnx_fold.selection import RowSelection
 from onnx_fold.shapes import Shapes
 from onnx_fold.stream import ConstantWriter, Stream
 
@@ -39,10 +44,35 @@ _ELEMENTWISE = frozenset(
 _DOMAINS = ("", "ai.onnx", "com.microsoft")
 
 
+@dataclass(frozen=True)
+class Hidden:
+    """A value whose channels can be reordered at no cost.
+
+    Attributes:
+        stream: All that shares its channels.
+        free: The channels that can be reordered.
+        end: Where these are not all: the layer that writes (reads) them and no others, and the axis
+            of its weight.
+    """
+
+    stream: Stream
+    free: slice
+    end: tuple[Linear, int] | None = None
+
+
 def permutable(node: ir.Node, known: Port, width: int, shapes: Shapes) -> list[Port] | None:
-    """The ports of ``node`` that a permutation of the channels of ``known`` reorders alike."""
+    """The ports of ``node`` that a permutation of the channels of ``known`` reorders alike.
+
+    What a Concat has made of parts, and a Split cuts into parts, ends there: :func:`hidden_stream`
+    looks at the parts.
+    """
     if node.op_type not in _ELEMENTWISE or node.domain not in _DOMAINS:
-        return ports(node, known, width, shapes)
+        try:
+            return ports(node, known, width, shapes)
+        except OpensStreamError:
+            if _is_joint(node, known):
+                return [known]
+            raise
     found = [Port(True, 0, known.axis)]
     for index, value in enumerate(node.inputs):
         size = 1 if value is None else shapes.dim(value, known.axis)
@@ -53,7 +83,11 @@ def permutable(node: ir.Node, known: Port, width: int, shapes: Shapes) -> list[P
     return found if known in found else None
 
 
-def hidden_stream(stream: Stream, layer: Linear) -> Stream | None:
+def _is_joint(node: ir.Node, known: Port) -> bool:
+    return (node.op_type, known.is_output) in (("Concat", True), ("Split", False))
+
+
+def hidden_stream(stream: Stream, layer: Linear) -> Hidden | None:
     """The other side of a layer of ``stream``, if its channels can be reordered at no cost."""
     is_reader = layer in stream.writers  # a writer of the stream reads the hidden value
     value, axis, width = (
@@ -64,26 +98,66 @@ def hidden_stream(stream: Stream, layer: Linear) -> Stream | None:
     if axis is None:
         return None
     hidden = stream.search.stream(value, axis, width, permutable)
-    return hidden if hidden.is_closed and hidden.writers and hidden.readers else None
+    joints = list(_joints(hidden))
+    if not hidden.is_closed or len(joints) > 1:
+        return None
+    if joints:
+        return _free_part(hidden, *joints[0])
+    is_between = hidden.writers and hidden.readers
+    return Hidden(hidden, slice(0, width)) if is_between else None
 
 
-def permute(hidden: Stream, pivot: Linear, order: Expression, rewrite: Rewrite) -> None:
+def _joints(hidden: Stream) -> Iterator[tuple[ir.Node, int]]:
+    """The nodes at which it ends, and the axis of its channels there."""
+    for value, axis in hidden.values.items():
+        maker = value.producer()
+        if maker is not None and maker.op_type == "Concat" and maker.inputs[0] not in hidden.values:
+            yield maker, axis
+        for user, _ in value.uses():
+            if user.op_type == "Split" and user.outputs[0] not in hidden.values:
+                yield user, axis
+
+
+def _free_part(hidden: Stream, joint: ir.Node, axis: int) -> Hidden | None:
+    """The only part that a layer of its own writes (reads), if there is one."""
+    linears, found, start = hidden.search.linears, [], 0
+    is_made = joint.op_type == "Concat"
+    for part in joint.inputs if is_made else joint.outputs:
+        size = None if part is None else hidden.shapes.dim(part, axis)
+        if part is None or not isinstance(size, int):
+            return None
+        users = [node for node, _ in part.uses()]
+        node = part.producer() if is_made else users[0] if users else None
+        layer = linears.get(node) if node is not None else None
+        is_alone = len(users) == 1 and not part.is_graph_output()
+        if layer is not None and is_alone and layer.is_plain and layer.bias is None:
+            side = (layer.y, layer.out_axes) if is_made else (layer.x, layer.in_axes)
+            if side[0] is part:
+                found.append(Hidden(hidden, slice(start, start + size), (layer, side[1][0])))
+        start += size
+    return found[0] if len(found) == 1 else None
+
+
+def permute(hidden: Hidden, pivot: Linear, rows: RowSelection, rewrite: Rewrite) -> None:
     """Plan to reorder the channels of ``hidden``; the weight of ``pivot`` is left to the caller.
 
     Args:
         hidden: What :func:`hidden_stream` gave.
         pivot: The layer for whose sake it is done.
-        order: Which old channel stands at each new place.
+        rows: The order, in which those that are not free stay in their places.
         rewrite: Receives the reordered weights.
     """
-    rewrite.reordered.extend(hidden.values)
-    for layer in (*hidden.writers, *hidden.readers):
+    stream = hidden.stream
+    rewrite.reordered.extend(stream.values)
+    for layer in (*stream.writers, *stream.readers):
         if layer.node is not pivot.node:
-            axes = layer.out_axes if layer in hidden.writers else layer.in_axes
-            _reorder(layer, axes[0], order, rewrite)
-    for writer in hidden.constants:
+            axes = layer.out_axes if layer in stream.writers else layer.in_axes
+            _reorder(layer, axes[0], rows.placed, rewrite)
+    for writer in stream.constants:
         if writer.weight.size > 1:
-            _reorder(writer, writer.axis, order, rewrite)
+            _reorder(writer, writer.axis, rows.placed, rewrite)
+    if hidden.end is not None:
+        _reorder(*hidden.end, rows.placed_free, rewrite)
 
 
 def _reorder(

@@ -17,7 +17,7 @@ from rich.console import Group, RenderableType
 
 from onnx_fold.attention import Attention, find_attention
 from onnx_fold.calibrate import record
-from onnx_fold.cost import Saving, cost
+from onnx_fold.cost import TARGETS, Saving, cost
 from onnx_fold.device import Array, find_device
 from onnx_fold.errors import CannotWriteError, CheckFailedError, NotFiniteError, UsageError
 from onnx_fold.files import ModelSource, check, external_tensors, load
@@ -121,6 +121,7 @@ def fold(
     tolerance: float | None = None,
     calibrate: str | os.PathLike[str] | Mapping[str, Array] | None = None,
     device: str = "cpu",
+    target: str | None = None,
     verify: bool | str = True,
     provider: str = "auto",
     executor: Executor | None = None,
@@ -154,6 +155,8 @@ def fold(
             weights the rows that interpolation picks.
         device: Where to evaluate weights: ``"cpu"``, or a device of torch such as ``"cuda"``; the
             processor does it, with a logged warning, where torch or the device is missing.
+        target: Leave folds that take longer on this provider, ``"cpu"`` or ``"cuda"``, than what
+            they save; None folds whatever saves weights, and reports which these are.
         verify: Compare the models in ONNX Runtime: ``"full"`` runs both, ``"sampled"`` a few of the
             folded streams, ``"auto"`` or True the latter where both models do not fit in memory.
         provider: Where to verify: ``"cpu"``, ``"cuda"`` or ``"auto"``.
@@ -175,14 +178,14 @@ def fold(
     """
     mode = "auto" if verify is True else verify
     source = Path(model) if isinstance(model, str | os.PathLike) else None
-    target = _target(source, output, in_place)
+    destination = _target(source, output, in_place)
     if mode and mode not in CHECKS:
         raise UsageError(f"unknown check '{mode}'; there are {', '.join(CHECKS)}")
     if mode or calibrate is not None:
         onnxruntime()  # say at once that it is missing, not after the work
     if strategy is not None and tolerance is None:
         tolerance = float("inf")
-    options = Options(pivot, frozenset(protect), tolerance, find_device(device))
+    options = Options(pivot, frozenset(protect), tolerance, find_device(device), target)
     passes = _passes(options, strategy, only, skip)
     progress("reading", 0, 0)
     original = load(model)
@@ -202,17 +205,17 @@ def fold(
     result = FoldResult(folded, report, original, source)
     verified = partial(_verified, result, mode if report.folded else False, provider, progress)
     try:
-        if target is None or (in_place and not report.folded):
+        if destination is None or (in_place and not report.folded):
             if mode and report.folded:
                 evaluate(folded, executor, progress)
             return verified(folded)
         with result._written(
-            target, shard_size, in_place=in_place, executor=executor, report=progress
+            destination, shard_size, in_place=in_place, executor=executor, report=progress
         ) as path:
             result = verified(path)
     except NotFiniteError as error:
         raise CheckFailedError(str(error), report) from error
-    return replace(result, model=load(target))
+    return replace(result, model=load(destination))
 
 
 def _target(
@@ -290,6 +293,8 @@ def _passes(
             raise UsageError(f"unknown pass '{name}'; there are {', '.join(names)}")
     if options.pivot not in PIVOTS:
         raise UsageError(f"unknown pivot '{options.pivot}'; there are {', '.join(PIVOTS)}")
+    if options.target not in (None, *TARGETS):
+        raise UsageError(f"unknown target '{options.target}'; there are {', '.join(TARGETS)}")
     wanted = [each for each in PASSES if (not only or each.name in only) and each.name not in skip]
     if strategy is not None:
         wanted = [each for each in wanted if each.name == strategy or not each.is_basis_change]
@@ -343,6 +348,7 @@ def inspect(
     tolerance: float | None = None,
     calibrate: str | os.PathLike[str] | Mapping[str, Array] | None = None,
     device: str = "cpu",
+    target: str | None = None,
 ) -> InspectReport:
     """Show the streams of a model, what would fold, and why the rest would not.
 
@@ -363,6 +369,7 @@ def inspect(
         tolerance=tolerance,
         calibrate=calibrate,
         device=device,
+        target=target,
         verify=False,
     )
     metadata = {

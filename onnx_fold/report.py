@@ -37,6 +37,8 @@ class CandidateReport:
         condition: Condition number of the matrix that is inverted; None if none is.
         error: Predicted relative error; None if it was refused before that was known.
         error_original: What rounding alone does to the same rows in the original.
+        slower_on: Where it costs more time than it saves: the provider, and ``"decode"`` or
+            ``"prefill"``.
         refused: Why it was not taken; None if it could be.
     """
 
@@ -47,6 +49,7 @@ class CandidateReport:
     condition: float | None = None
     error: float | None = None
     error_original: float | None = None
+    slower_on: Mapping[str, str] = field(default_factory=dict)
     refused: str | None = None
 
 
@@ -147,6 +150,13 @@ class FoldReport:
         return [stream for stream in self.streams if stream.is_foldable and not stream.folded]
 
     @property
+    def slower_on(self) -> dict[str, list[CandidateReport]]:
+        """The folds that cost more time than they save, by provider."""
+        taken = [stream.folded for stream in self.folded if stream.folded is not None]
+        names = dict.fromkeys(name for fold in taken for name in fold.slower_on)
+        return {name: [fold for fold in taken if name in fold.slower_on] for name in names}
+
+    @property
     def endings(self) -> dict[str, int]:
         """How many further streams end in attention cores, activations, graph outputs."""
         return Counter(stream.ending for stream in self.streams if stream.ending is not None)
@@ -169,6 +179,8 @@ class FoldReport:
             parts.append(reasons_table(self.left_alone))
         if self.quantised:
             parts.append(quantised_text(self.quantised))
+        if self.slower_on:
+            parts.append(slower_text(self.slower_on))
         if self.endings:
             parts.append(endings_text(self.endings))
         parts.append(saving_text(self.saving))
@@ -237,6 +249,15 @@ def quantised_text(layers: Sequence[str]) -> Text:
     shown = [*layers[:MAX_REASONS], *([f"{more} more"] if more > 0 else [])]
     count = counted(len(layers), "layer")
     return Text(f"Left alone because their weights are quantised: {count} ({', '.join(shown)}).")
+
+
+def slower_text(folds: Mapping[str, Sequence[CandidateReport]]) -> Text:
+    """The folds that save weights but no time."""
+    counts = " and ".join(f"{len(each)} on {provider}" for provider, each in folds.items())
+    return Text(
+        f"Folds too small to save time: {counts}. They add operators that take longer than reading"
+        f" the weights did; --target {next(iter(folds))} leaves them."
+    )
 
 
 def endings_text(endings: Mapping[str, int]) -> Text:

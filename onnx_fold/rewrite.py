@@ -13,6 +13,7 @@ import onnx_ir as ir
 from onnx_ir.convenience import replace_all_uses_with
 
 from onnx_fold.constants import FLOATS, Constant, constant
+from onnx_fold.cost import Work
 from onnx_fold.device import Device
 from onnx_fold.expression import Expression, FoldedTensor, ImpliedTensor, evaluate, sampled
 from onnx_fold.linear import Edge
@@ -40,6 +41,8 @@ class Rewrite:
         dropped: Further inputs that nothing reads once ``replaced`` is applied.
         reordered: Values whose channels come in another order.
         nodes_added: Operators that ``rewired`` and ``replaced`` build.
+        copied: Values that these copy for one token.
+        gathered: Values that these pick by index for one token.
     """
 
     stored: dict[Edge, ir.TensorProtocol] = field(default_factory=dict)
@@ -52,6 +55,8 @@ class Rewrite:
     dropped: set[Edge] = field(default_factory=set)
     reordered: list[ir.Value] = field(default_factory=list)
     nodes_added: int = 0
+    copied: int = 0
+    gathered: int = 0
 
     @property
     def nodes(self) -> set[ir.Node]:
@@ -81,6 +86,10 @@ class Rewrite:
     def _gone(self) -> Iterable[ir.TensorProtocol]:
         gone = {held.leaf: held.tensor for held in self._dropped() if self._dies(held.leaf)}
         return gone.values()
+
+    def work(self) -> Work:
+        """What it adds for one token."""
+        return Work(self.nodes_change(), self.copied, self.gathered)
 
     def nodes_change(self) -> int:
         """Operators that come, less those that go."""

@@ -25,7 +25,10 @@ class RowSelection:
 
     Attributes:
         matrix: The matrix.
+        free: The rows that were selected among.
         order: All rows, the basis first, ``[f]``.
+        placed: All rows as they are to stand, the basis first or last, ``[f]``.
+        placed_free: Those of ``placed`` that are free, counted from the first free one.
         basis: The rows of the basis, ``[d, d]``.
         rest: ``B``, ``[f - d, d]``: the other rows in terms of the basis, as it is stored.
     """
@@ -37,6 +40,9 @@ class RowSelection:
         seen: Array | None = None,
         spool: Spool | None = None,
         device: Device = HOST,
+        *,
+        free: slice | None = None,
+        is_last: bool = False,
     ) -> None:
         """Select among the rows of ``matrix``.
 
@@ -46,14 +52,21 @@ class RowSelection:
             seen: Activations ``[n, f]``: rows count as much as they are used by these.
             spool: Where to keep ``B`` until it is written.
             device: Where to select.
+            free: The rows to select among, more than ``d``, all if None: the last ones if the basis
+                is to stand last, else the first ones. The others stay where they are.
+            is_last: Whether the basis is to stand last.
         """
         self.matrix = matrix
-        self.order: Expression = _Order(self)
+        self.free = slice(0, matrix.shape[0]) if free is None else free
+        self.order: Expression = _Order(self, "order")
+        self.placed: Expression = _Order(self, "placed")
+        self.placed_free: Expression = _Order(self, "placed_free")
         self.rest: Expression = _Rest(self, dtype.numpy())
         self.basis = take(matrix, take(self.order, slice(matrix.shape[1]), 0), 0)
         self._seen = seen
         self._spool = spool or Spool()
         self._device = device
+        self._is_last = is_last
 
     @cached_property
     def selected(self) -> tuple[Indices, Expression]:
@@ -64,13 +77,37 @@ class RowSelection:
     def _select(self) -> tuple[Indices, Array]:
         matrix = evaluate(self.matrix, self._device)
         if self._seen is None:
-            return select_rows(matrix, device=self._device)
+            return self._select_free(matrix)
         scale = np.sqrt(np.mean(self._seen**2, axis=0))
         scale = np.maximum(scale, 1e-3 * scale.max(initial=1e-30))[:, None]
-        order, rest = select_rows((matrix * scale).astype(matrix.dtype), device=self._device)
+        order, rest = self._select_free((matrix * scale).astype(matrix.dtype))
         ordered = scale[order]
         width = matrix.shape[1]
         return order, rest / ordered[width:] * ordered[:width].T
+
+    def _select_free(self, matrix: Array) -> tuple[Indices, Array]:
+        """Select among the free rows, and express the others by these."""
+        order, rest = select_rows(matrix[self.free], device=self._device)
+        if len(order) == len(matrix):
+            return order, rest
+        width = matrix.shape[1]
+        order += self.free.start
+        kept = np.delete(np.arange(len(matrix)), self.free)
+        factors = self._device.lu_factor(self._device.load(matrix[order[:width]]))
+        others = self._device.load(np.ascontiguousarray(matrix[kept].T))
+        ours = self._device.fetch(self._device.lu_solve(factors, others, transposed=True)).T
+        first, last = (kept, order[width:]), (ours, rest)
+        ends = 1 if self._is_last else -1
+        places = np.concatenate((order[:width], *first[::ends]))
+        return places, np.concatenate(last[::ends])
+
+    @cached_property
+    def orders(self) -> dict[str, Indices]:
+        """``order``, ``placed`` and ``placed_free`` by their names."""
+        order = self.selected[0]
+        placed = np.roll(order, -self.matrix.shape[1]) if self._is_last else order
+        free = placed[self.free] - self.free.start
+        return {"order": order, "placed": placed, "placed_free": free}
 
     def rebuilt(self, rest: Expression) -> Expression:
         """``[I; B]`` with its rows where they were, ``[f, d]``."""
@@ -80,20 +117,26 @@ class RowSelection:
 @dataclass(frozen=True, eq=False)
 class _Order(Expression):
     selection: RowSelection
+    name: str
 
     @property
     def shape(self) -> Shape:
-        return self.selection.matrix.shape[:1]
+        free = self.selection.free
+        return (
+            free.stop - free.start
+            if self.name == "placed_free"
+            else self.selection.matrix.shape[0],
+        )
 
     @property
     def dtype(self) -> np.dtype[Any]:
         return np.dtype(np.intp)
 
     def compute(self, device: Device, *operands: Any) -> Any:
-        return device.load(self.selection.selected[0])
+        return device.load(self.selection.orders[self.name])
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Held, (self.selection.selected[0],)
+        return Held, (self.selection.orders[self.name],)
 
 
 @dataclass(frozen=True, eq=False)

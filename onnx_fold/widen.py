@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass, ShapeInferencePass
 
-__all__ = ["SIXTEEN_BITS", "precision", "unit_roundoff", "widen"]
+__all__ = ["SIXTEEN_BITS", "is_float", "precision", "unit_roundoff", "widen"]
 
 SIXTEEN_BITS = frozenset({ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 """The float types that are widened to float32."""
@@ -48,6 +50,11 @@ _EXACT = frozenset({
 def unit_roundoff(dtype: ir.DataType | None) -> float:
     """Return the largest relative error of one rounding to ``dtype``, or to float32 if unknown."""
     return _UNIT_ROUNDOFF.get(dtype or ir.DataType.FLOAT, _UNIT_ROUNDOFF[ir.DataType.FLOAT])
+
+
+def is_float(array: np.ndarray[Any, np.dtype[Any]]) -> bool:
+    """Whether ``array`` holds floats, bfloat16 included."""
+    return array.dtype.kind == "f" or array.dtype in (t.numpy() for t in SIXTEEN_BITS)
 
 
 def precision(model: ir.Model) -> ir.DataType:

@@ -23,7 +23,7 @@ from onnx_fold.expression import FoldedTensor, Spool, cast, evaluate, transpose
 from onnx_fold.folding import Candidate, FoldPass, Options, attempt
 from onnx_fold.heads import role
 from onnx_fold.linear import Linear, compact
-from onnx_fold.permute import hidden_stream, permute
+from onnx_fold.permute import Hidden, hidden_stream, permute
 from onnx_fold.rebase import Rebased, rebase, weights_of
 from onnx_fold.report import CandidateReport
 from onnx_fold.rewrite import Rewrite, new_constant, new_integers, new_node, new_split
@@ -47,29 +47,52 @@ class InterpolatePass(FoldPass):
         tall = [w for w in stream.writers if w.is_plain and w.in_features > stream.width]
         if tall and not stream.tables:
             writer = max(tall, key=lambda layer: layer.in_features)
-            rows = self._selection(writer, stream.rows_of(writer), is_reader=False)
-            yield from _rows_of(stream, writer, rows)
+            hidden = _hidden(stream, writer)
+            rows = self._selection(writer, stream.rows_of(writer), hidden, is_reader=False)
+            yield from _rows_of(stream, writer, hidden, rows)
         wide = [r for r in stream.readers if _can_be_joined(r) and r.out_features > stream.width]
-        hidden = {reader: hidden_stream(stream, reader) for reader in wide}
-        free = [reader for reader in wide if hidden[reader] is not None]
+        found = {reader: _hidden(stream, reader) for reader in wide}
+        free = [reader for reader in wide if found[reader] is not None]
         if not free and not tall:  # the columns have to be put back in order: a last resort
             free = [reader for reader in wide if role(reader.y) is None and _pays(reader)]
         if free:
             reader = max(free, key=lambda layer: layer.out_features)
-            columns = self._selection(reader, None, is_reader=True)
-            yield _columns_of(stream, reader, hidden[reader], columns)
+            columns = self._selection(reader, None, found[reader], is_reader=True)
+            yield _columns_of(stream, reader, found[reader], columns)
 
-    def _selection(self, layer: Linear, seen: Array | None, *, is_reader: bool) -> RowSelection:
+    def _selection(
+        self, layer: Linear, seen: Array | None, hidden: Hidden | None, *, is_reader: bool
+    ) -> RowSelection:
         """The rows (columns) of ``layer``; the same weights are selected among only once."""
         weight = layer.weight
+        free = None if hidden is None else hidden.free
         axes = weight.permutation, layer.in_axes, layer.out_axes
-        key = weight.tensor, *axes, layer.alpha, is_reader, id(seen)
+        key = weight.tensor, *axes, layer.alpha, is_reader, id(seen), str(free)
         if key not in self._selections:
-            matrix = transpose(weights_of(layer)) if is_reader else weights_of(layer)
             self._selections[key] = RowSelection(
-                matrix, weight.dtype, seen, self._spool, self.options.device
+                transpose(weights_of(layer)) if is_reader else weights_of(layer),
+                weight.dtype,
+                seen,
+                self._spool,
+                self.options.device,
+                free=free,
+                is_last=not is_reader,
             )
         return self._selections[key]
+
+
+def _hidden(stream: Stream, layer: Linear) -> Hidden | None:
+    """The hidden value, if the basis can stand first in it (of a reader) or last (of a writer).
+
+    So both layers of an FFN find a place: the columns that its first layer copies to the front stay
+    there when rows of its last layer are moved to the end.
+    """
+    hidden = hidden_stream(stream, layer)
+    if hidden is None or hidden.free.stop - hidden.free.start <= stream.width:
+        return None
+    is_writer = layer in stream.writers
+    at_the_end = hidden.free.stop == layer.in_features if is_writer else hidden.free.start == 0
+    return hidden if at_the_end else None
 
 
 def _pays(reader: Linear) -> bool:
@@ -85,7 +108,7 @@ def _can_be_joined(reader: Linear) -> bool:
 
 
 def _rows_of(
-    stream: Stream, writer: Linear, rows: RowSelection
+    stream: Stream, writer: Linear, hidden: Hidden | None, rows: RowSelection
 ) -> Iterator[Candidate | CandidateReport]:
     """Biases are expressed in the new basis, or else carried through the readers."""
     text = f"{stream.width} rows of {writer.label} into {compact(stream.read_by)}"
@@ -93,7 +116,7 @@ def _rows_of(
     rebased = rebase(stream, basis, stream.width, pivot=writer)
     if writer.bias is None:  # its bias would need an Add of its own
         rewrite = Rewrite(stored=rebased.stored)
-        candidate = _split(stream, writer, rows, rewrite, rebased, text)
+        candidate = _split(stream, writer, hidden, rows, rewrite, rebased, text)
         yield replace(candidate, basis=basis if len(rebased.writers) > 1 else None)
 
     def plan() -> Candidate:
@@ -101,7 +124,7 @@ def _rows_of(
         carried = Rewrite(stored=readers)
         carry_biases(stream, writer, carried)
         without = replace(rebased, writers=[s for s in rebased.writers if isinstance(s, Side)])
-        return _split(stream, writer, rows, carried, without, text)
+        return _split(stream, writer, hidden, rows, carried, without, text)
 
     if len(stream.writers) == 1 and stream.constants:
         yield attempt(InterpolatePass.name, text, plan)
@@ -110,28 +133,30 @@ def _rows_of(
 def _split(
     stream: Stream,
     writer: Linear,
+    hidden: Hidden | None,
     rows: RowSelection,
     rewrite: Rewrite,
     rebased: Rebased,
     text: str,
 ) -> Candidate:
-    """``x' = h₁ + h₂ B`` in the place of ``h O``."""
+    """``x' = h₂ B + h₁`` in the place of ``h O``, with ``h = [h₂, h₁]``."""
     width, depth = stream.width, writer.in_features
     rest = FoldedTensor(rows.rest, writer.weight.dtype)
     rewrite.added.append(rest)
-    hidden = hidden_stream(stream, writer)
     if hidden is not None:
-        permute(hidden, writer, rows.order, rewrite)
+        permute(hidden, writer, rows, rewrite)
     rewrite.nodes_added += 4 if hidden is None else 3
+    rewrite.copied, rewrite.gathered = depth + width, 0 if hidden else depth
 
     def build(graph: ir.Graph) -> ir.Value:
         value, node, name = writer.x, writer.node, writer.weight.leaf.name
         if hidden is None:
-            indices = new_integers(graph, evaluate(rows.order), f"{name}_order")
+            indices = new_integers(graph, evaluate(rows.placed), f"{name}_order")
             value = new_node(graph, node, "Gather", [value, indices], axis=-1).outputs[0]
-        head, tail = new_split(graph, node, value, [width, depth - width])
-        product = new_node(graph, node, "MatMul", [tail, new_constant(graph, rest, f"{name}_rest")])
-        return new_node(graph, node, "Add", [head, product.outputs[0]]).outputs[0]
+        others, own = new_split(graph, node, value, [depth - width, width])
+        weight = new_constant(graph, rest, f"{name}_rest")
+        product = new_node(graph, node, "MatMul", [others, weight])
+        return new_node(graph, node, "Add", [product.outputs[0], own]).outputs[0]
 
     rewrite.replaced[writer.y] = build
     sides = list(rebased.writers)
@@ -143,7 +168,7 @@ def _split(
 
 
 def _columns_of(
-    stream: Stream, reader: Linear, hidden: Stream | None, columns: RowSelection
+    stream: Stream, reader: Linear, hidden: Hidden | None, columns: RowSelection
 ) -> Candidate:
     """``[x', x' C]`` in the place of ``x M``."""
     width = stream.width
@@ -152,8 +177,10 @@ def _columns_of(
     rebased = rebase(stream, basis, width, pivot=reader)
     rest = FoldedTensor(transpose(columns.rest), reader.weight.dtype)
     rewrite = Rewrite(stored=rebased.stored, added=[rest], nodes_added=2 if hidden else 3)
+    rewrite.copied = reader.out_features
+    rewrite.gathered = 0 if hidden else reader.out_features
     if hidden is not None:
-        permute(hidden, reader, columns.order, rewrite)
+        permute(hidden, reader, columns, rewrite)
 
     def build(graph: ir.Graph) -> ir.Value:
         node = reader.node
@@ -162,7 +189,7 @@ def _columns_of(
         value = new_node(graph, node, "Concat", [reader.x, product], axis=-1).outputs[0]
         if hidden is not None:
             return value
-        places = np.argsort(evaluate(columns.order))
+        places = np.argsort(evaluate(columns.placed))
         indices = new_integers(graph, places, f"{reader.weight.leaf.name}_order")
         return new_node(graph, node, "Gather", [value, indices], axis=-1).outputs[0]
 

@@ -136,6 +136,7 @@ def _assemble(stream: Stream, share: _Share, basis: Basis, rewrite: Rewrite) -> 
     runs = _runs(share)
     is_whole = len(runs) == 1 and len(share.chosen) == stream.width
     rewrite.nodes_added += (0 if is_whole else len(runs)) + (len(runs) > 1) + (len(others) > 0)
+    rewrite.copied += 0 if is_whole else reader.out_features * min(len(runs), 2)
     if len(others):
         rewrite.added.append(rest)
 

@@ -9,13 +9,14 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onnx_fold.basis import Basis
 from onnx_fold.expression import Held, evaluate
-from onnx_fold.selection import select_rows
+from onnx_fold.selection import RowSelection, select_rows
 
 ROOT = Path(__file__).parents[1]
 DTYPES = ("fp32", "fp16", "bf16")
@@ -137,6 +138,23 @@ def test_selected_rows_give_all_rows(matrix: np.ndarray) -> None:
     # column by column, so that a small channel is not hidden by a large one
     limit = 1e-12 * width * np.abs(matrix).max(axis=0)
     assert (np.abs(others - b @ basis) <= limit).all()
+
+
+@given(st.integers(1, 8), st.integers(1, 9), st.integers(0, 9), st.booleans(), st.integers(0, 99))
+def test_rows_that_are_not_free_stay_where_they_are(width, more, kept, is_last, seed) -> None:
+    rows = width + more + kept
+    matrix = np.random.default_rng(seed).standard_normal((rows, width))
+    free = slice(kept, rows) if is_last else slice(0, rows - kept)
+    selection = RowSelection(Held(matrix), ir.DataType.DOUBLE, free=free, is_last=is_last)
+    placed, rest = evaluate(selection.placed), evaluate(selection.rest)
+    fixed = np.delete(np.arange(rows), free)
+    np.testing.assert_array_equal(placed[fixed], fixed)
+    np.testing.assert_array_equal(placed[free] - free.start, evaluate(selection.placed_free))
+    ends = slice(-width, None) if is_last else slice(width)
+    others = np.delete(placed, ends)
+    np.testing.assert_allclose(rest @ matrix[placed[ends]], matrix[others], atol=1e-9)
+    rebuilt = evaluate(selection.rebuilt(selection.rest)) @ evaluate(selection.basis)
+    np.testing.assert_allclose(rebuilt, matrix, atol=1e-9)
 
 
 def test_swaps_undo_the_growth_of_pivoting() -> None:

@@ -8,7 +8,7 @@ import pytest
 from helpers import graph, normal
 from rich.console import Console
 
-from onnx_fold.cost import Cost, Saving, closed_streams, cost, predicted
+from onnx_fold.cost import Cost, Saving, Target, Work, closed_streams, cost, predicted
 from onnx_fold.models.presets import config
 from onnx_fold.report import presets_table
 
@@ -68,3 +68,20 @@ def test_nothing_weighs_nothing():
         '<ir_version: 10, opset_import: ["": 18]> g (float[n] x) => (float[n] y) { y = Neg(x) }'
     )))  # fmt: skip
     assert (saving.share, saving.speedup) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("work", "phase"),
+    [
+        (Work(-1, copied=0), ""),
+        (Work(2), ""),
+        (Work(3), "decode"),
+        (Work(0, copied=125), ""),
+        (Work(0, copied=126), "prefill"),
+        (Work(0, gathered=20), ""),
+        (Work(0, copied=5, gathered=20), "prefill"),
+    ],
+)
+def test_operators_must_be_worth_the_weights(work, phase):
+    target = Target(bytes_per_node=1000, macs_per_copied=4, macs_per_gathered=25)
+    assert target.loses(work, weights=500, itemsize=4) == phase

@@ -140,6 +140,19 @@ def test_inputs_are_seeded_and_defaults_are_not_fed():
     assert not np.array_equal(first["x"], other["x"])
 
 
+def test_what_is_given_stays_and_shows_its_sizes():
+    source = model(
+        "m (int64[b, s] input_ids, float[b, frames, 2] encoder_states, float[frames] weights,"
+        ' float[b, 2, p, 4] past_k, int64[b, "p + s"] attention_mask) => () { }'
+    )
+    given = {"encoder_states": np.ones((1, 7, 2)), "past_k": np.ones((1, 2, 5, 4), BFLOAT16)}
+    inputs = make_inputs(source, seq=2, past=5, given=given)
+    assert inputs["weights"].shape == (7,)
+    assert inputs["attention_mask"].shape == (1, 7)
+    for name, array in given.items():
+        assert inputs[name] is array
+
+
 def test_inputs_that_cannot_be_made():
     with pytest.raises(UsageError, match="not a tensor"):
         make_inputs(model("m (seq(float[n]) x) => () { }"))

@@ -4,6 +4,10 @@ import numpy as np
 import pytest
 from helpers import fold, folded, graph, normal, operators, refused
 
+from onnx_fold.errors import UsageError
+from onnx_fold.passes import InterpolatePass
+from onnx_fold.stream import find_streams
+
 D, F, N = 6, 16, 9
 FFN = {"M": normal(N, F, seed=1), "O": normal(F, D, seed=2), "R": normal(D, 64, seed=3)}
 HEAD = "(float[b, n, 9] x) => (float[b, n, 64] y)"
@@ -169,3 +173,67 @@ def test_scales_do_not_matter(scale):
 def test_rows_of_very_different_size():
     sizes = np.logspace(-6, 6, F).astype(np.float32)[:, None]
     interpolated(model(O=FFN["O"] * sizes))
+
+
+def ffn_behind_a_table(kind: str):
+    """An FFN of which the first layer can only give columns, the last one only rows."""
+    inner = {
+        "mlp": "a = MatMul(s, M) h = Relu(a)",
+        "glu": "g = MatMul(s, M) a = Sigmoid(g) u = MatMul(s, U) h = Mul(a, u)",
+    }[kind]
+    text = f"{{ s = Gather(E, x) {inner} t = MatMul(h, O) y = MatMul(t, R) }}"
+    held = {"M": normal(D, F, seed=1), "O": FFN["O"], "R": FFN["R"]}
+    more = {"U": normal(D, F, seed=5)} if kind == "glu" else {}
+    head = "(int64[b, n] x) => (float[b, n, 64] y)"
+    return graph(f"{head} {text}", E=normal(50, D, seed=4), **held, **more)
+
+
+@pytest.mark.parametrize("kind", ["mlp", "glu"])
+@pytest.mark.parametrize("first", ["M", "O"])
+def test_columns_and_rows_of_one_hidden_value_need_no_gather(kind, first):
+    """The columns stand first, the rows last, whichever stream is folded first."""
+    source = ffn_behind_a_table(kind)
+    half = fold(source, only=["interpolate"], protect=["R" if first == "M" else "E"])
+    assert [stream.folded.strategy for stream in half.report.folded] == ["interpolate"]
+    result = interpolated(half.model)
+    assert operators(result.model).count("Gather") == 1  # the table
+    assert operators(result.model)[-4:] == ["Split", "MatMul", "Add", "MatMul"]
+    interpolated(source, 2 * D * D)
+
+
+def test_rows_that_columns_leave_no_room_for_are_put_in_order():
+    """Of ``F = 16`` rows ten may move, not enough for a basis of twelve."""
+    wide = 12
+    source = graph(
+        "(int64[b, n] x) => (float[b, n, 64] y)"
+        " { s = Gather(E, x) a = MatMul(s, M) h = Relu(a) t = MatMul(h, O) y = MatMul(t, R) }",
+        E=normal(50, D, seed=4),
+        M=normal(D, F, seed=1),
+        O=normal(F, wide, seed=2),
+        R=normal(wide, 64, seed=3),
+    )
+    half = fold(source, only=["interpolate"], protect=["R"])
+    result = interpolated(half.model, wide * wide)
+    assert operators(result.model).count("Gather") == 2
+
+
+def test_what_costs_more_time_than_it_saves_is_said_and_left_to_a_target():
+    source = model()
+    report = fold(source, only=["interpolate"]).report
+    assert report.folded[0].folded.slower_on == {"cpu": "decode", "cuda": "decode"}
+    assert [len(folds) for folds in report.slower_on.values()] == [1, 1]
+    assert "+2 operators" in refused(source, only=["interpolate"], target="cpu")
+    with pytest.raises(UsageError, match="unknown target"):
+        fold(source, target="tpu")
+
+
+@pytest.mark.parametrize(("width", "slower"), [(1024, "prefill"), (2048, None)])
+def test_an_order_put_right_by_a_gather_pays_in_wide_models_only(width, slower):
+    """A softmax keeps the order of the hidden value: the Gather moves 3 values a channel."""
+    shapes = {"M": (1, 3 * width), "O": (3 * width, width), "R": (width, 4 * width)}
+    held = {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
+    body = "{ a = MatMul(x, M) h = Softmax(a) s = MatMul(h, O) y = MatMul(s, R) }"
+    source = graph(f"(float[b, 1] x) => (float[b, {4 * width}] y) {body}", **held)
+    (stream,) = (s for s in find_streams(source) if s.width == width and s.is_closed)
+    (candidate,) = InterpolatePass().candidates(stream)
+    assert candidate.slower_on(4).get("cpu") == slower

@@ -7,7 +7,7 @@ import onnx_ir as ir
 import pytest
 from rich.console import Console
 
-from onnx_fold import parity, runtime
+from onnx_fold import judge, parity, runtime
 from onnx_fold.errors import InvalidModelError, UsageError
 from onnx_fold.parity import verify
 
@@ -158,7 +158,7 @@ def test_without_a_reference_the_tolerance_decides(monkeypatch):
     report = verify(chain(), chain(folded=True), reference=False)
     assert report.ok
     assert report.outputs[0].error_original is None
-    assert report.outputs[0].limit == parity.TOLERANCE[ir.DataType.FLOAT]
+    assert report.outputs[0].limit == judge.TOLERANCE[ir.DataType.FLOAT]
     monkeypatch.setattr(parity, "REFERENCE_LIMIT", 100)
     report = verify(chain(), chain(folded=True))
     assert report.ok
@@ -178,7 +178,7 @@ def test_a_reference_that_is_far_off_is_no_yardstick():
     report = verify(source, source)
     assert report.ok
     assert any("which is no yardstick" in note for note in report.notes)
-    assert report.outputs[0].limit == parity.TOLERANCE[ir.DataType.FLOAT]
+    assert report.outputs[0].limit == judge.TOLERANCE[ir.DataType.FLOAT]
 
 
 def test_worst_over_samples_and_shapes():
