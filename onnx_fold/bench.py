@@ -29,6 +29,7 @@ from rich.text import Text
 
 from onnx_fold import runtime
 from onnx_fold.cost import bytes_read
+from onnx_fold.environment import environment
 from onnx_fold.errors import UsageError
 from onnx_fold.files import ModelSource, load, weight_bytes
 from onnx_fold.inputs import cache_links, has_cache, input_shapes, token_counts
@@ -70,6 +71,7 @@ class Phase:
         batch: Rows.
         seq: New tokens of a row in one run.
         past: Tokens in the cache, in decode before its first step.
+        pairs: Runs of each model.
         original: Times of the original model.
         folded: Times of the folded model.
         speedup: Median of ``time(original) / time(folded)`` over the pairs.
@@ -81,6 +83,7 @@ class Phase:
     batch: int
     seq: int
     past: int
+    pairs: int
     original: Timing
     folded: Timing
     speedup: float
@@ -105,6 +108,8 @@ class BenchReport:
             decode at batch 1.
         phases: The measurements.
         notes: What a reader must know to judge the numbers.
+        environment: Machine, versions, and the state of the GPU right after the runs, see
+            :func:`onnx_fold.environment.environment`.
     """
 
     provider: str
@@ -118,10 +123,26 @@ class BenchReport:
     read_ratio: float
     phases: list[Phase] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    environment: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report for JSON."""
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> BenchReport:
+        """Return the report that :meth:`to_dict` made ``data`` of."""
+        phases = [
+            Phase(
+                **{
+                    **phase,
+                    "original": Timing(**phase["original"]),
+                    "folded": Timing(**phase["folded"]),
+                }
+            )
+            for phase in data["phases"]
+        ]
+        return cls(**{**data, "phases": phases})
 
     def __rich__(self) -> RenderableType:
         """Return a table of the phases, the bytes, and the notes."""
@@ -143,6 +164,7 @@ def bench(
     tokens: int = 64,
     repeats: int = 30,
     warmup: int = 5,
+    seconds: float | None = None,
     threads: int | None = None,
     cuda_graph: bool = False,
     seed: int = 0,
@@ -164,6 +186,7 @@ def bench(
         tokens: Pairs of decode steps; the cache grows by one token with each.
         repeats: Pairs of prefill runs.
         warmup: Pairs before these.
+        seconds: Stop a phase after this time, with at least three pairs; None runs all of them.
         threads: Threads of one operator; None lets ONNX Runtime decide.
         cuda_graph: Capture each phase as a CUDA graph, which takes launch overhead out of decode. A
             graph has fixed shapes, so the cache does not grow.
@@ -198,12 +221,13 @@ def bench(
         )
         for source in (original, folded)
     ]
-    bed = _TestBed(models[0], sessions, report, warmup, seed)
+    bed = _TestBed(models[0], sessions, report, warmup, seconds or np.inf, seed)
     for rows in batches:
         for length in lengths:
             progress(f"batch {rows}, {length} tokens")
             bed.measure("prefill", rows, length, 0)
             bed.measure("decode", rows, 1, length if past is None else past)
+    report.environment = environment(provider)
     report.notes = list(dict.fromkeys(report.notes))
     if not report.phases:
         raise UsageError("; ".join(report.notes))
@@ -222,6 +246,7 @@ class _TestBed:
     sessions: Sequence[Any]
     report: BenchReport
     warmup: int
+    seconds: float
     seed: int
 
     def measure(self, name: str, batch: int, seq: int, past: int) -> None:
@@ -243,7 +268,7 @@ class _TestBed:
             return
         second = make(self.sessions[1])
         try:
-            times = _paired(first, second, pairs, self.warmup)
+            times = _paired(first, second, pairs, self.warmup, self.seconds)
         except RunFailedError as error:  # a cache that outgrows the model
             report.notes.append(f"{name} of {pairs} tokens was left out: {error}")
             return
@@ -290,29 +315,46 @@ class _TestBed:
 
 
 def _paired(
-    first: Step, second: Step, repeats: int, warmup: int
+    first: Step, second: Step, repeats: int, warmup: int, seconds: float = np.inf
 ) -> tuple[np.ndarray[Any, np.dtype[np.float64]], np.ndarray[Any, np.dtype[np.float64]]]:
-    """Return the seconds of ``repeats`` runs of both, taken in the order AB, BA, AB, ..."""
-    times = np.empty((2, repeats))
-    for i in range(-warmup, repeats):
-        if i == 0:
-            first.reset()
-            second.reset()
-        for which in (0, 1) if i % 2 == 0 else (1, 0):
-            step = (first, second)[which]
-            step.prepare()
-            start = time.perf_counter()
-            step.run()
-            if i >= 0:
-                times[which, i] = time.perf_counter() - start
-    return times[0], times[1]
+    """Return the seconds of ``repeats`` runs of both, taken in the order AB, BA, AB, ...
+
+    After ``seconds`` the warm-up ends, and the runs do after three pairs.
+    """
+    end = time.perf_counter() + seconds
+    for i in range(-warmup, 0):
+        _pair(first, second, i)
+        if time.perf_counter() > end:
+            break
+    first.reset()
+    second.reset()
+    times = []
+    for i in range(repeats):
+        if len(times) >= 3 and time.perf_counter() > end:
+            break
+        times.append(_pair(first, second, i))
+    original, folded = np.array(times).T
+    return original, folded
+
+
+def _pair(first: Step, second: Step, i: int) -> tuple[float, float]:
+    """Run both, the second one first if ``i`` is odd; return the seconds of each."""
+    times = {}
+    for step in (first, second) if i % 2 == 0 else (second, first):
+        step.prepare()
+        start = time.perf_counter()
+        step.run()
+        times[step] = time.perf_counter() - start
+    return times[first], times[second]
 
 
 def _phase(name: str, shape: tuple[int, int, int], times: Any, seed: int) -> Phase:
     ratios = times[0] / times[1]
     low, high = _spread(ratios, seed)
     timings = [_timing(each, shape[0] * shape[1]) for each in times]
-    return Phase(name, *shape, timings[0], timings[1], float(np.median(ratios)), low, high)
+    return Phase(
+        name, *shape, len(ratios), timings[0], timings[1], float(np.median(ratios)), low, high
+    )
 
 
 def _timing(times: Any, tokens: int) -> Timing:

@@ -274,6 +274,7 @@ _SEVERAL = "; give it several times to time them all"
 @click.option("--tokens", default=64, show_default=True, help="Steps of decode, in pairs.")
 @click.option("--repeats", default=30, show_default=True, help="Runs of prefill, in pairs.")
 @click.option("--warmup", default=5, show_default=True, help="Pairs before these.")
+@click.option("--seconds", type=float, help="End a phase after this time. [default: never]")
 @click.option("--threads", type=int, help="Threads of one operator.")
 @click.option("--cuda-graph", is_flag=True, help="Capture each phase as a CUDA graph.")
 @click.option("--plot", type=ModelPath, metavar="FILE.svg", help="Draw latency and speed-up.")

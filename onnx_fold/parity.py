@@ -25,6 +25,7 @@ from rich.text import Text
 
 from onnx_fold import runtime
 from onnx_fold.basis import MAX_RATIO
+from onnx_fold.environment import environment
 from onnx_fold.errors import InvalidModelError, UsageError
 from onnx_fold.files import ModelSource, load, weight_bytes
 from onnx_fold.generate import Decoder, Function, GreedyCheck, GreedyParity
@@ -58,6 +59,7 @@ class ParityReport:
         notes: What a reader must know to judge the numbers.
         scope: What was run; empty if it was both models whole.
         greedy: Whether both models write the same tokens, if that was asked.
+        environment: Machine and versions, see :func:`onnx_fold.environment.environment`.
     """
 
     ok: bool
@@ -69,6 +71,7 @@ class ParityReport:
     notes: list[str] = field(default_factory=list)
     scope: str = ""
     greedy: GreedyParity | None = None
+    environment: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report for JSON; infinity and NaN become None."""
@@ -137,6 +140,7 @@ def verify(
     before, after = load(original), load(folded)
     provider = runtime.resolve_provider(provider)
     report = ParityReport(False, provider=provider, dtype=precision(before).name)
+    report.environment = environment(provider)
     report.reason = _signature_difference(before, after)
     if report.reason:
         return report
@@ -354,12 +358,14 @@ class _Runner:
     def _wide_outputs(
         self, wide: ir.Model, feeds: list[Arrays], to: ir.DataType, size: float
     ) -> list[Arrays]:
-        try:
-            return [*map(_widening(self._session(wide), to), feeds)]
-        except (InvalidModelError, RunFailedError) as error:
-            if size > EVALUATOR_LIMIT:
-                raise
-            logger.debug("reference by onnx.reference: %s", error)
+        for provider in dict.fromkeys((self.provider, "cpu")):
+            try:
+                function = functools.partial(runtime.run, runtime.session(wide, provider))
+                return [*map(_widening(function, to), feeds)]
+            except (InvalidModelError, RunFailedError) as error:
+                if provider == "cpu" and size > EVALUATOR_LIMIT:
+                    raise
+                logger.debug("no reference on %s: %s", provider, error)
         outputs = [*map(_widening(_evaluator(wide), to), feeds)]
         self.notes.append("the reference was computed by onnx.reference")
         return outputs

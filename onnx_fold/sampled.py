@@ -17,6 +17,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
 from onnx_fold.constants import FLOATS
+from onnx_fold.environment import environment
 from onnx_fold.errors import InvalidModelError, UsageError
 from onnx_fold.parity import ParityReport, verify
 from onnx_fold.report import StreamReport
@@ -77,7 +78,7 @@ def verify_sampled(
         MissingExtraError: onnxruntime is not installed.
     """
     models = _typed(original), _typed(folded)
-    report = ParityReport(True, provider=provider)
+    report = ParityReport(True, provider=provider, environment=environment(provider))
     changed = frozenset[str]().union(*(stream.changed for stream in streams))
     checked: list[StreamReport] = []
     for stream in random.Random(seed).sample(streams, len(streams)):

@@ -11,7 +11,7 @@ from helpers import model as named
 from rich.console import Console
 
 from onnx_fold import runtime
-from onnx_fold.bench import _paired, _phase, bench
+from onnx_fold.bench import BenchReport, _paired, _phase, bench
 from onnx_fold.cost import bytes_read
 from onnx_fold.errors import CannotWriteError, MissingExtraError, UsageError
 from onnx_fold.inputs import cache_links
@@ -108,6 +108,14 @@ def test_pairs_alternate_and_warm_up_is_not_counted():
     assert order[4:6] == ["reset A", "reset B"]
     assert [order[i - 1] for i, entry in enumerate(order) if entry == "A"] == ["prepare A"] * 4
     assert len(first) == len(second) == 3
+
+
+@pytest.mark.parametrize(("seconds", "pairs"), [(-1.0, 3), (1e9, 8)])
+def test_a_phase_ends_in_time(seconds, pairs):
+    order = []
+    times = _paired(Written("A", order), Written("B", order), 8, 2, seconds)
+    assert [len(each) for each in times] == [pairs, pairs]
+    assert order.count("A") == pairs + (1 if seconds < 0 else 2)
 
 
 def test_decode_feeds_each_step_what_the_last_one_left():
@@ -213,7 +221,10 @@ def test_providers():
 
 def test_the_report_is_json_and_reads_well():
     report = run(model(cached=True), model(cached=True, folded=True))
-    assert json.loads(json.dumps(report.to_dict()))["phases"][1]["name"] == "decode"
+    data = json.loads(json.dumps(report.to_dict()))
+    assert data["phases"][1]["name"] == "decode"
+    assert data["environment"]["provider"] == "cpu"
+    assert BenchReport.from_dict(data) == report
     console = Console(width=140, color_system=None)
     with console.capture() as capture:
         console.print(report)

@@ -17,7 +17,7 @@ from onnx_fold.models.presets import PRESETS
 pytest.importorskip("torch")
 from onnx_fold.models.export import export
 
-TINY = sorted(name for name in PRESETS if name.startswith("tiny"))
+TINY = sorted(name for name in PRESETS if name.startswith("tiny-"))
 EXPORTERS = [("dynamo", 20), ("torchscript", 17)]
 
 

@@ -1,16 +1,16 @@
-"""Check a GPU from end to end: export, fold, verify and time models on CUDA.
+"""Check a machine from end to end: export, fold, verify and time models on CUDA, or on the CPU.
 
 From a bare machine with an NVIDIA driver::
 
-    pip install '.[cuda,torch]'
-    python benchmarks/gpu.py --output docs/gpu.json --minutes 25
+    pip install '.[cuda,torch,bench]'
+    python benchmarks/speed.py --minutes 25
 
-Each model is exported with a KV cache, folded on the GPU, verified and timed there, with and
-without CUDA graphs. Every step runs in a process beside this one: a step that fails, hangs or
-brings its process down is noted with its error, and the next one goes on. The file is written after
-every step, with a table of all that it holds (``docs/gpu.md``), so that a run that is killed keeps
-what it has; steps for which no time is left are noted as skipped. ``--provider cpu`` does the same
-on the processor.
+and on the processor, with ``.[cpu,torch,bench]`` and ``--provider cpu``. Each model is exported
+with a KV cache, folded, verified and timed there, on CUDA with and without CUDA graphs. Every step
+runs in a process beside this one: a step that fails, hangs or brings its process down is noted with
+its error, and the next one goes on. ``docs/speed-cuda.json`` is written after every step, with tables
+of all that it holds (``.md``) and pictures (``.svg``), so that a run that is killed keeps what it
+has; steps for which no time is left are noted as skipped.
 """
 
 from __future__ import annotations
@@ -30,26 +30,38 @@ from pathlib import Path
 from typing import Any
 
 import onnx_fold
-from onnx_fold import runtime
+from onnx_fold import BenchReport, runtime
 from onnx_fold.device import HOST, find_device
 from onnx_fold.environment import environment, gpu_memory_used
-from onnx_fold.errors import UsageError
+from onnx_fold.errors import MissingExtraError, UsageError
 from onnx_fold.models import presets
 from onnx_fold.models.export import export
+from onnx_fold.plot import plot
 
 TRAINED = "char-gqa"
 """The model that the package brings along, trained, in float32."""
 
-PRESETS = ("mistral-7b", "pythia-6.9b", "tinyllama-1.1b", "small-gqa", "tiny-mha", TRAINED)
+LARGE = ("mistral-7b", "pythia-6.9b", "tinyllama-1.1b", "pythia-1.4b")
+"""The models that are drawn, and run with each length; the others with the first one."""
 
 ALSO_ON_CPU = ("tinyllama-1.1b", "float16")
 """The model that is also folded by the processor, to compare the time."""
 
-HEAD = """# On a GPU
+DEFAULTS: dict[str, dict[str, list[Any]]] = {
+    "dtypes": {"cuda": ["float32", "float16", "bfloat16"], "cpu": ["float32"]},
+    "batch": {"cuda": [1, 8, 64], "cpu": [1, 4]},
+    "prefill": {"cuda": [128, 2048], "cpu": [128, 512]},
+}
 
-`pip install '.[cuda,torch]'`, then `python benchmarks/gpu.py --output docs/gpu.json`: models are
-exported with a KV cache, folded on the GPU, verified and timed there. [gpu.json](gpu.json) has the
-whole reports.
+ROOT = Path(__file__).parents[1]
+
+HEAD = """# How fast folded models are on {title}
+
+`python benchmarks/speed.py --provider {provider}` exports models with a KV cache, folds them (with
+`--target {provider}`), verifies them and times them in pairs with `onnx-fold bench`: a prefill, and
+a loop of decode steps from a cache of that length, which stays on the device.
+[{name}.json]({name}.json) has the whole reports. The limit is the ratio of the bytes that a token
+reads; in brackets the 95 % interval of the speed-up.
 
 """
 
@@ -108,11 +120,13 @@ def export_model(case: Case) -> dict[str, Any]:
     return {"bytes": sum(path.stat().st_size for path in case.folder.glob(f"{case.source.name}*"))}
 
 
-def fold_model(case: Case, device: str) -> dict[str, Any]:
+def fold_model(case: Case, device: str, target: str) -> dict[str, Any]:
     """Fold the model on ``device`` and write it; ``seconds`` leave out what starts the device."""
     find_device(device)
     started = time.perf_counter()
-    result = onnx_fold.fold(case.source, output=case.target, device=device, verify=False)
+    result = onnx_fold.fold(
+        case.source, output=case.target, device=device, target=target, verify=False
+    )
     seconds = time.perf_counter() - started
     if device.startswith("cuda"):
         import torch
@@ -154,11 +168,11 @@ def plan(case: Case, given: argparse.Namespace) -> Iterator[tuple[str, tuple[Any
     """The steps of one model, with their arguments; what is most telling comes first."""
     yield "export", ()
     if given.device != "cpu" and (case.preset, case.dtype) == ALSO_ON_CPU:
-        yield "fold on cpu", ("cpu",)
-    yield "fold", (given.device,)
+        yield "fold on cpu", ("cpu", given.provider)
+    yield "fold", (given.device, given.provider)
     yield "placement", (given.provider,)
     yield "verify", (given.provider,)
-    for length in given.prefill:
+    for length in given.prefill if case.preset in LARGE else given.prefill[:1]:
         for rows in given.batch:
             options = {
                 "provider": given.provider,
@@ -166,6 +180,7 @@ def plan(case: Case, given: argparse.Namespace) -> Iterator[tuple[str, tuple[Any
                 "prefill": length,
                 "tokens": given.tokens,
                 "repeats": given.repeats,
+                "seconds": given.seconds,
             }
             yield "bench", (options,)
             if given.provider == "cuda" and length == min(given.prefill):
@@ -312,8 +327,7 @@ def run_case(
         result = {**name, **outcome}
         data["results"].append(result)
         print(describe(result), flush=True)
-        if given.output is not None:
-            save(given.output, data)
+        save(given.output, data)
 
 
 def attempt(
@@ -337,9 +351,27 @@ def attempt(
 def save(path: Path, data: dict[str, Any]) -> None:
     """Write ``data`` to ``path`` at once, and its table beside it."""
     new = path.with_suffix(".tmp")
-    new.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    new.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     new.replace(path)
-    path.with_suffix(".md").write_text(page(data), encoding="utf-8")
+    path.with_suffix(".md").write_text(page(data, path.stem, draw(data, path)), encoding="utf-8")
+
+
+def draw(data: Mapping[str, Any], path: Path) -> list[str]:
+    """Draw the large models beside ``path``, and return the names of the pictures."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for each in data["results"]:
+        if each["step"] == "bench" and "result" in each and each["preset"] in LARGE:
+            graph = "-graph" if each["asked"].get("cuda_graph") else ""
+            name = f"{path.stem}-{each['preset']}-{each['dtype']}{graph}.svg"
+            groups.setdefault(name, []).append(each["result"])
+    try:
+        for name, reports in groups.items():
+            phases = [phase for report in reports for phase in report["phases"]]
+            plot(BenchReport.from_dict({**reports[0], "phases": phases}), path.with_name(name))
+    except MissingExtraError as error:
+        print(f"no pictures: {error}")
+        return []
+    return list(groups)
 
 
 # --- The page -------------------------------------------------------------------------------------
@@ -357,11 +389,14 @@ def describe(result: Mapping[str, Any]) -> str:
     return f"{', '.join(which)}: {result['step_seconds']:.1f} s"
 
 
-def page(data: Mapping[str, Any]) -> str:
+def page(data: Mapping[str, Any], name: str, pictures: Sequence[str]) -> str:
     """All results as Markdown."""
-    results = data["results"]
+    results, provider = data["results"], data["environment"]["provider"]
+    title = {"cpu": "a CPU", "cuda": "a GPU"}[provider]
+    head = HEAD.format(title=title, provider=provider, name=name)
     left = [f"- {describe(each)}" for each in results if "error" in each or "skipped" in each]
-    parts = [HEAD, machine(data["environment"]), folds(results), speeds(results)]
+    parts = [head, machine(data["environment"]), folds(results), speeds(results)]
+    parts += [f"\n![{picture}]({picture})\n" for picture in pictures]
     parts += ["\nWhat did not work:\n\n" + "\n".join(left) + "\n"] if left else []
     return "".join(parts)
 
@@ -437,20 +472,26 @@ def main() -> None:
     )
     known = [*presets.PRESETS, TRAINED]
     parser.add_argument("--provider", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--presets", nargs="+", choices=known, default=PRESETS, metavar="PRESET")
+    parser.add_argument("--presets", nargs="+", choices=known, metavar="PRESET", help="[all]")
     parser.add_argument("--layers", type=int, default=2, help="blocks of each model, at most")
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "float16", "bfloat16"])
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 64])
-    parser.add_argument("--prefill", type=int, nargs="+", default=[128, 2048])
+    parser.add_argument("--dtypes", nargs="+", help="[float32 float16 bfloat16; on cpu float32]")
+    parser.add_argument("--batch", type=int, nargs="+", help="[1 8 64; on cpu 1 4]")
+    parser.add_argument("--prefill", type=int, nargs="+", help="[128 2048; on cpu 128 512]")
     parser.add_argument("--tokens", type=int, default=64, help="decode steps")
     parser.add_argument("--repeats", type=int, default=30, help="prefill runs")
+    parser.add_argument("--seconds", type=float, default=30, help="for one phase, at most")
     parser.add_argument("--minutes", type=float, default=25, help="for everything")
     parser.add_argument("--step-minutes", type=float, default=5, help="for one step, at most")
     parser.add_argument("--folder", help="where the models of the moment are kept")
-    parser.add_argument("--output", type=Path, help="JSON file to write")
+    parser.add_argument("--output", type=Path, help="JSON file [docs/speed-PROVIDER.json]")
     parser.add_argument("--device", help="where models are folded, as torch calls it")
     given = parser.parse_args()
+    for name, by_provider in DEFAULTS.items():
+        if getattr(given, name) is None:
+            setattr(given, name, by_provider[given.provider])
+    given.presets = given.presets or [*LARGE, *(name for name in known if name not in LARGE)]
     given.device = given.device or given.provider
+    given.output = given.output or ROOT / "docs" / f"speed-{given.provider}.json"
     data = check(given)
     sys.exit(any("error" in result for result in data["results"]))
 
