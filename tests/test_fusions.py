@@ -28,6 +28,9 @@ from onnx_fold.models.export import export
 PRODUCTS = ("FusedGemm", "FusedMatMul", "Gemm")
 """Operators that hold a linear layer, or else multiply what the graph computes."""
 
+MOVES = ("Concat", "Gather", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze")
+"""Operators that compute nothing; how many an optimiser needs depends on the layout of Q, K, V."""
+
 Operators = Counter[tuple[str, bool]]
 """How often there is an operator, apart by whether it is a product that holds a weight."""
 
@@ -37,6 +40,7 @@ def operators(model: onnx.ModelProto) -> Operators:
     return Counter(
         (node.op_type, node.op_type in PRODUCTS and not weights.isdisjoint(node.input))
         for node in model.graph.node
+        if node.op_type not in MOVES
     )
 
 
@@ -83,9 +87,7 @@ def assert_no_fusion_is_lost(source: Path, folder: Path, **options: object) -> s
     assert result.report.folded
     folded = folder / "folded.onnx"
     result.save(folded)
-    layers_gone = len(find_linears(ir.load(source).graph)) - len(
-        find_linears(ir.load(folded).graph)
-    )
+    layers, kept = (len(find_linears(ir.load(path).graph)) for path in (source, folded))
     fused = set()
     for name, optimise in OPTIMISERS.items():
         before, after = fusions(source, optimise), operators(optimise(folded))
@@ -96,7 +98,10 @@ def assert_no_fusion_is_lost(source: Path, folder: Path, **options: object) -> s
     return fused
 
 
-EXPORTERS = ["dynamo", "torchscript"]
+CASES = [
+    *((name, "torchscript") for name in PRESETS if name.startswith("tiny-")),
+    *((name, "dynamo") for name in ("tiny-fused", "tiny-gqa", "tiny-parallel-glu")),  # the slower
+]
 FUSED_BY_ACTIVATION = {
     "gelu": {"BiasGelu"},
     "silu": {"QuickGelu"},
@@ -105,8 +110,7 @@ FUSED_BY_ACTIVATION = {
 }
 
 
-@pytest.mark.parametrize("exporter", EXPORTERS)
-@pytest.mark.parametrize("preset", sorted(name for name in PRESETS if name.startswith("tiny")))
+@pytest.mark.parametrize(("preset", "exporter"), CASES)
 @pytest.mark.filterwarnings("ignore")  # the optimizer's own
 def test_presets(tmp_path, preset, exporter):
     source = export(preset, tmp_path / "model.onnx", exporter=exporter, kv_cache=True)
@@ -129,7 +133,7 @@ FAMILIES = {
     "gpt-neox": "FusedMatMul",
     "falcon-gqa": "BiasGelu",
     "bert": "BiasGelu",
-    "vit": "Conv",
+    "vit": "ReorderOutput",  # of a convolution in ONNX Runtime's own layout
     "whisper": "BiasGelu",
     "timm": "BiasGelu",
 }
