@@ -8,9 +8,9 @@ From a bare machine with an NVIDIA driver::
 and on the processor, with ``.[cpu,torch,bench]`` and ``--provider cpu``. Each model is exported
 with a KV cache, folded, verified and timed there, on CUDA with and without CUDA graphs. Every step
 runs in a process beside this one: a step that fails, hangs or brings its process down is noted with
-its error, and the next one goes on. ``docs/speed-cuda.json`` is written after every step, with tables
-of all that it holds (``.md``) and pictures (``.svg``), so that a run that is killed keeps what it
-has; steps for which no time is left are noted as skipped.
+its error, and the next one goes on. ``docs/speed-cuda.json`` is written after every step, with
+tables of all that it holds (``.md``) and pictures (``.svg``), so that a run that is killed keeps
+what it has; steps for which no time is left are noted as skipped.
 """
 
 from __future__ import annotations
