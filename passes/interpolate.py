@@ -19,7 +19,7 @@ import onnx_ir as ir
 from onnx_fold.basis import Basis, Side
 from onnx_fold.bias import carry_biases
 from onnx_fold.device import Array
-from onnx_fold.expression import FoldedTensor, Spool, cast, evaluate, transpose
+from onnx_fold.expression import FoldedTensor, Spool, cast, evaluate, scale, transpose
 from onnx_fold.folding import Candidate, FoldPass, Options, attempt
 from onnx_fold.heads import role
 from onnx_fold.linear import Linear, compact
@@ -110,13 +110,14 @@ def _can_be_joined(reader: Linear) -> bool:
 def _rows_of(
     stream: Stream, writer: Linear, hidden: Hidden | None, rows: RowSelection
 ) -> Iterator[Candidate | CandidateReport]:
-    """Biases are expressed in the new basis, or else carried through the readers."""
+    """Biases are expressed in the new basis, or carried through the readers."""
     text = f"{stream.width} rows of {writer.label} into {compact(stream.read_by)}"
     basis = Basis(rows.basis, inverted=True)
     rebased = rebase(stream, basis, stream.width, pivot=writer)
-    if writer.bias is None:  # its bias would need an Add of its own
+    own = None if writer.bias is None else rebased.stored.pop(writer.bias, None)
+    if writer.bias is None or isinstance(own, FoldedTensor):
         rewrite = Rewrite(stored=rebased.stored)
-        candidate = _split(stream, writer, hidden, rows, rewrite, rebased, text)
+        candidate = _split(stream, writer, hidden, rows, rewrite, rebased, text, own)
         yield replace(candidate, basis=basis if len(rebased.writers) > 1 else None)
 
     def plan() -> Candidate:
@@ -138,11 +139,16 @@ def _split(
     rewrite: Rewrite,
     rebased: Rebased,
     text: str,
+    own: FoldedTensor | None = None,
 ) -> Candidate:
-    """``x' = h₂ B + h₁`` in the place of ``h O``, with ``h = [h₂, h₁]``."""
+    """``x' = h₂ B + h₁`` in the place of ``h O``, ``h = [h₂, h₁]``; ``own`` is its bias."""
     width, depth = stream.width, writer.in_features
     rest = FoldedTensor(rows.rest, writer.weight.dtype)
     rewrite.added.append(rest)
+    bias = None if own is None else FoldedTensor(scale(own.expression, writer.beta), own.dtype)
+    if bias is not None:
+        rewrite.added.append(bias)
+        rewrite.nodes_added += 1
     if hidden is not None:
         permute(hidden, writer, rows, rewrite)
     rewrite.nodes_added += 4 if hidden is None else 3
@@ -153,10 +159,14 @@ def _split(
         if hidden is None:
             indices = new_integers(graph, evaluate(rows.placed), f"{name}_order")
             value = new_node(graph, node, "Gather", [value, indices], axis=-1).outputs[0]
-        others, own = new_split(graph, node, value, [depth - width, width])
+        others, chosen = new_split(graph, node, value, [depth - width, width])
         weight = new_constant(graph, rest, f"{name}_rest")
         product = new_node(graph, node, "MatMul", [others, weight])
-        return new_node(graph, node, "Add", [product.outputs[0], own]).outputs[0]
+        total = new_node(graph, node, "Add", [product.outputs[0], chosen]).outputs[0]
+        if bias is not None:
+            held = new_constant(graph, bias, f"{name}_bias")
+            total = new_node(graph, node, "Add", [total, held]).outputs[0]
+        return total
 
     rewrite.replaced[writer.y] = build
     sides = list(rebased.writers)

@@ -95,6 +95,25 @@ def test_a_bias_of_a_rank_deficient_writer_is_carried_through_the_reader():
     interpolated(source, D * D + D)
 
 
+@pytest.mark.parametrize("beta", [1.0, 0.5])
+def test_a_bias_of_a_gemm_stays_narrow_where_its_reader_has_none(beta):
+    gemm = f"p = Gemm<beta = {beta}>(h, O, c)"
+    head = "(float[n, 9] x) => (float[n, 64] y)"
+    held = FFN | {"c": normal(D, seed=9)}
+    source = graph(f"{head} {{ {MLP} {gemm} y = MatMul(p, R) }}", **held)
+    result = interpolated(source)
+    assert operators(result.model)[-4:] == ["MatMul", "Add", "Add", "MatMul"]
+    biased = graph(
+        f"{head} {{ {MLP} {gemm} y0 = MatMul(p, R) y = Add(y0, r) }}", **held, r=FFN["R"][0]
+    )
+    assert operators(interpolated(biased, D * D + D).model)[-4:] == [
+        "MatMul",
+        "Add",
+        "MatMul",
+        "Add",
+    ]
+
+
 def test_a_parallel_branch_is_expressed_in_the_same_basis():
     body = f"{MLP} s1 = MatMul(h, O) s2 = MatMul(x, P) s = Add(s1, s2) y = MatMul(s, R)"
     interpolated(model(body, P=normal(N, D, seed=11)))
