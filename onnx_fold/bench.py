@@ -33,6 +33,7 @@ from onnx_fold.environment import environment
 from onnx_fold.errors import UsageError
 from onnx_fold.files import ModelSource, load, weight_bytes
 from onnx_fold.inputs import cache_links, has_cache, input_shapes, token_counts
+from onnx_fold.profile import OperatorTime, operator_times, side_by_side
 from onnx_fold.runtime import RunFailedError
 from onnx_fold.steps import Decode, Fixed, Step, cache_values, step_values
 
@@ -107,6 +108,7 @@ class BenchReport:
         read_ratio: The same without tables that are looked up by row: the limit of the speed-up of
             decode at batch 1.
         phases: The measurements.
+        operators: Where the time goes, in the first prefill and decode, if that was asked.
         notes: What a reader must know to judge the numbers.
         environment: Machine, versions, and the state of the GPU right after the runs, see
             :func:`onnx_fold.environment.environment`.
@@ -122,6 +124,7 @@ class BenchReport:
     bytes_ratio: float
     read_ratio: float
     phases: list[Phase] = field(default_factory=list)
+    operators: list[OperatorTime] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     environment: dict[str, Any] = field(default_factory=dict)
 
@@ -142,7 +145,8 @@ class BenchReport:
             )
             for phase in data["phases"]
         ]
-        return cls(**{**data, "phases": phases})
+        operators = [OperatorTime(**each) for each in data["operators"]]
+        return cls(**{**data, "phases": phases, "operators": operators})
 
     def __rich__(self) -> RenderableType:
         """Return a table of the phases, the bytes, and the notes."""
@@ -150,7 +154,10 @@ class BenchReport:
             f"weights {decimal(self.bytes_original)} → {decimal(self.bytes_folded)}, bytes ratio"
             f" {self.bytes_ratio:.3f}x; of those that a token reads {self.read_ratio:.3f}x"
         )
-        return Group(_table(self), size, *(Text(f"- {note}", "dim") for note in self.notes))
+        parts: list[RenderableType] = [_table(self), size]
+        names = dict.fromkeys(each.phase for each in self.operators)
+        parts += [_operators(n, [op for op in self.operators if op.phase == n]) for n in names]
+        return Group(*parts, *(Text(f"- {note}", "dim") for note in self.notes))
 
 
 def bench(
@@ -167,6 +174,7 @@ def bench(
     seconds: float | None = None,
     threads: int | None = None,
     cuda_graph: bool = False,
+    profile: bool = False,
     seed: int = 0,
     progress: Callable[[str], None] = lambda text: None,
 ) -> BenchReport:
@@ -190,6 +198,7 @@ def bench(
         threads: Threads of one operator; None lets ONNX Runtime decide.
         cuda_graph: Capture each phase as a CUDA graph, which takes launch overhead out of decode. A
             graph has fixed shapes, so the cache does not grow.
+        profile: Also say where the time goes, by operator, see :mod:`onnx_fold.profile`.
         seed: Seed of the inputs and of the bootstrap.
         progress: Is told what is being timed.
 
@@ -228,6 +237,16 @@ def bench(
             bed.measure("prefill", rows, length, 0)
             bed.measure("decode", rows, 1, length if past is None else past)
     report.environment = environment(provider)
+    if profile:
+        for phase in {each.name: each for each in reversed(report.phases)}.values():
+            progress(f"where the time of {phase.name} goes")
+            shape = phase.batch, phase.seq, phase.past
+            values = bed.values(shape)
+            times = [
+                operator_times(source, provider, values, threads=threads)
+                for source in (original, folded)
+            ]
+            report.operators += side_by_side(phase.name, *times)
     report.notes = list(dict.fromkeys(report.notes))
     if not report.phases:
         raise UsageError("; ".join(report.notes))
@@ -280,8 +299,12 @@ class _TestBed:
         rows, tokens, cached = token_counts(self.model, shapes)
         return batch if rows is None else rows, seq if tokens is None else tokens, cached
 
+    def values(self, shape: tuple[int, int, int]) -> dict[str, Any]:
+        """All inputs on the device, for a batch, new tokens and past."""
+        return self._cache(shape) | self._step(shape)
+
     def _fixed(self, shape: tuple[int, int, int]) -> Callable[[Any], Step]:
-        values = self._cache(shape) | self._step(shape)
+        values = self.values(shape)
         provider, cuda_graph = self.report.provider, self.report.cuda_graph
         return lambda session: Fixed(session, values, provider, cuda_graph=cuda_graph)
 
@@ -407,3 +430,33 @@ def _quantiles(timing: Timing) -> str:
     times = timing.median_ms, timing.p90_ms, timing.p99_ms
     digits = max(0, 3 - len(str(int(timing.median_ms)))) if timing.median_ms >= 1 else 3
     return " / ".join(f"{each:.{digits}f}" for each in times)
+
+
+_SHOWN = 10
+"""Operators shown; all of them are in the JSON report."""
+
+
+def _operators(phase: str, operators: Sequence[OperatorTime]) -> Table:
+    shown, rest = operators[:_SHOWN], operators[_SHOWN:]
+    if rest:
+        sums = [sum(getattr(each, name) for each in rest) for name in _COLUMNS]
+        shown = [*shown, OperatorTime(phase, f"{len(rest)} others", *sums)]
+    table = Table(
+        title=f"Where the time of {phase} goes",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
+    table.add_column("operator", no_wrap=True)
+    for heading in ("nodes", "folded", "µs", "folded", "saved"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for each in shown:
+        saved = each.original_us - each.folded_us
+        times = (f"{time:,.0f}" for time in (each.original_us, each.folded_us))
+        counts = str(each.original_nodes), str(each.folded_nodes)
+        table.add_row(each.operator, *counts, *times, f"{saved:+,.0f}")
+    return table
+
+
+_COLUMNS = "original_nodes", "folded_nodes", "original_us", "folded_us"

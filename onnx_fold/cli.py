@@ -277,6 +277,7 @@ _SEVERAL = "; give it several times to time them all"
 @click.option("--seconds", type=float, help="End a phase after this time. [default: never]")
 @click.option("--threads", type=int, help="Threads of one operator.")
 @click.option("--cuda-graph", is_flag=True, help="Capture each phase as a CUDA graph.")
+@click.option("--profile", is_flag=True, help="Say where the time goes, by operator.")
 @click.option("--plot", type=ModelPath, metavar="FILE.svg", help="Draw latency and speed-up.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def bench(original: Path, folded: Path, plot: Path | None, as_json: bool, **options: Any) -> None:

@@ -62,6 +62,7 @@ def session(
     optimize: bool = True,
     provider_options: Mapping[str, object] | None = None,
     config: Mapping[str, str] | None = None,
+    profile: Path | None = None,
 ) -> Any:
     """Return an ``onnxruntime.InferenceSession`` of ``model`` that runs on ``provider``.
 
@@ -77,6 +78,7 @@ def session(
         optimize: Let ONNX Runtime rewrite the graph.
         provider_options: Further options of the CUDA provider, such as ``enable_cuda_graph``.
         config: Session configuration entries of ONNX Runtime.
+        profile: How the name of the file begins to which ``end_profiling`` writes; None for none.
 
     Raises:
         MissingExtraError: onnxruntime is not installed.
@@ -93,6 +95,8 @@ def session(
     options.log_severity_level = _FATAL_ONLY
     for key, entry in {RECORD: "1", **(config or {})}.items():
         options.add_session_config_entry(key, entry)
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, os.fspath(profile)
     if threads is not None:
         options.intra_op_num_threads = threads
     if not optimize:

@@ -16,6 +16,7 @@ from onnx_fold.cost import bytes_read
 from onnx_fold.errors import CannotWriteError, MissingExtraError, UsageError
 from onnx_fold.inputs import cache_links
 from onnx_fold.plot import plot
+from onnx_fold.profile import side_by_side
 from onnx_fold.runtime import MissingKernelError
 from onnx_fold.steps import Decode, cache_values, step_values
 
@@ -248,3 +249,22 @@ def test_a_picture_without_matplotlib(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(MissingExtraError, match="bench"):
         plot(run(model(), model()), Path("a.svg"))
+
+
+def test_where_the_time_goes():
+    report = run(model(cached=True), model(cached=True, folded=True), profile=True)
+    nodes = {(o.phase, o.operator): (o.original_nodes, o.folded_nodes) for o in report.operators}
+    assert nodes["prefill", "MatMul"] == nodes["decode", "MatMul"] == (2, 1)
+    assert nodes["decode", "Concat"] == (1, 1)
+    assert BenchReport.from_dict(json.loads(json.dumps(report.to_dict()))) == report
+    console = Console(width=140, color_system=None)
+    with console.capture() as capture:
+        console.print(report)
+    assert "Where the time of decode goes" in capture.get()
+
+
+def test_operators_side_by_side_the_dearest_first():
+    first, second, third = side_by_side("decode", {"A": (1, 2.0), "B": (2, 5.0)}, {"C": (1, 9.0)})
+    assert [first.operator, second.operator, third.operator] == ["C", "B", "A"]
+    assert (second.original_nodes, second.folded_nodes) == (2, 0)
+    assert (second.original_us, second.folded_us) == (5.0, 0.0)

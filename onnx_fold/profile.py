@@ -1,0 +1,88 @@
+"""Where the time goes: the operators of two models side by side, by ONNX Runtime's profiler.
+
+Per node the median over the runs, summed over the nodes of each operator. Profiling costs time of
+its own, so the sums are larger than the times of a bench. On CUDA they are the times of the
+launches, not of the kernels.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from onnx_fold import runtime
+from onnx_fold.files import ModelSource
+from onnx_fold.steps import Fixed, Values
+
+__all__ = ["OperatorTime", "Times", "operator_times", "side_by_side"]
+
+Times = dict[str, tuple[int, float]]
+"""Number of nodes and microseconds a run, by operator."""
+
+
+@dataclass
+class OperatorTime:
+    """All nodes of one operator in one phase.
+
+    Attributes:
+        phase: ``prefill`` or ``decode``.
+        operator: Its name.
+        original_nodes: Nodes of the original model, after ONNX Runtime's optimisations.
+        folded_nodes: Nodes of the folded model.
+        original_us: Microseconds that these take in one run of the original.
+        folded_us: The same of the folded model.
+    """
+
+    phase: str
+    operator: str
+    original_nodes: int
+    folded_nodes: int
+    original_us: float
+    folded_us: float
+
+
+def operator_times(source: ModelSource, provider: str, values: Values, **options: Any) -> Times:
+    """Run a model on ``values`` with the profiler on.
+
+    Args:
+        source: The model.
+        provider: ``"cpu"`` or ``"cuda"``.
+        values: Its inputs, on the device.
+        options: Further options of :func:`onnx_fold.runtime.session`, and ``runs``.
+
+    Raises:
+        InvalidModelError: The model cannot be loaded.
+        RunFailedError: It cannot run on these values.
+    """
+    runs = options.pop("runs", 20)
+    with TemporaryDirectory(prefix="onnx-fold-") as folder:
+        session = runtime.session(source, provider, profile=Path(folder) / "profile", **options)
+        step = Fixed(session, values, provider, cuda_graph=False)
+        for _ in range(runs):
+            step.run()
+        events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+    nodes: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
+    for event in events:
+        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+            nodes[event["args"]["op_name"], event["name"]].append(event["dur"])
+    times: Times = {}
+    for (operator, _), seen in nodes.items():
+        count, total = times.get(operator, (0, 0.0))
+        times[operator] = count + 1, total + median(seen)
+    return times
+
+
+def side_by_side(phase: str, original: Times, folded: Times) -> list[OperatorTime]:
+    """Join the times of both models, what takes longest first."""
+    none = 0, 0.0
+    joined = [
+        OperatorTime(phase, name, *nodes, *times)
+        for name in dict.fromkeys((*original, *folded))
+        for nodes, times in [zip(original.get(name, none), folded.get(name, none), strict=True)]
+    ]
+    return sorted(joined, key=lambda each: -max(each.original_us, each.folded_us))
