@@ -238,7 +238,8 @@ def bench(
             bed.measure("decode", rows, 1, length if past is None else past)
     report.environment = environment(provider)
     if profile:
-        for phase in {each.name: each for each in reversed(report.phases)}.values():
+        firsts = {each.name: each for each in reversed(report.phases)}
+        for phase in sorted(firsts.values(), key=report.phases.index):
             progress(f"where the time of {phase.name} goes")
             shape = phase.batch, phase.seq, phase.past
             values = bed.values(shape)
@@ -351,7 +352,7 @@ def _paired(
             break
     first.reset()
     second.reset()
-    times = []
+    times: list[tuple[float, float]] = []
     for i in range(repeats):
         if len(times) >= 3 and time.perf_counter() > end:
             break

@@ -79,10 +79,10 @@ def operator_times(source: ModelSource, provider: str, values: Values, **options
 
 def side_by_side(phase: str, original: Times, folded: Times) -> list[OperatorTime]:
     """Join the times of both models, what takes longest first."""
-    none = 0, 0.0
-    joined = [
-        OperatorTime(phase, name, *nodes, *times)
-        for name in dict.fromkeys((*original, *folded))
-        for nodes, times in [zip(original.get(name, none), folded.get(name, none), strict=True)]
-    ]
+    joined = []
+    for name in dict.fromkeys((*original, *folded)):
+        (nodes, time), (folded_nodes, folded_time) = (
+            times.get(name, (0, 0.0)) for times in (original, folded)
+        )
+        joined.append(OperatorTime(phase, name, nodes, folded_nodes, time, folded_time))
     return sorted(joined, key=lambda each: -max(each.original_us, each.folded_us))

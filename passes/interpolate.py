@@ -114,8 +114,9 @@ def _rows_of(
     text = f"{stream.width} rows of {writer.label} into {compact(stream.read_by)}"
     basis = Basis(rows.basis, inverted=True)
     rebased = rebase(stream, basis, stream.width, pivot=writer)
-    own = None if writer.bias is None else rebased.stored.pop(writer.bias, None)
-    if writer.bias is None or isinstance(own, FoldedTensor):
+    held = None if writer.bias is None else rebased.stored.pop(writer.bias, None)
+    own = held if isinstance(held, FoldedTensor) else None
+    if writer.bias is None or own is not None:
         rewrite = Rewrite(stored=rebased.stored)
         candidate = _split(stream, writer, hidden, rows, rewrite, rebased, text, own)
         yield replace(candidate, basis=basis if len(rebased.writers) > 1 else None)
