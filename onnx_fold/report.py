@@ -255,8 +255,8 @@ def slower_text(folds: Mapping[str, Sequence[CandidateReport]]) -> Text:
     """The folds that save weights but no time."""
     counts = " and ".join(f"{len(each)} on {provider}" for provider, each in folds.items())
     return Text(
-        f"Folds too small to save time: {counts}. They add operators that take longer than reading"
-        f" the weights did; --target {next(iter(folds))} leaves them."
+        f"Folds that are likely to cost time: {counts}. The operators they add take longer than"
+        f" reading the weights did; --target {next(iter(folds))} leaves them."
     )
 
 
