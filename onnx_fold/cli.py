@@ -255,20 +255,19 @@ def verify(original: Path, folded: Path, as_json: bool, **options: Any) -> None:
         sys.exit(errors.OnnxFoldError.exit_code)
 
 
-_SEVERAL = "; give it several times to time them all"
+_SEVERAL = "; may be given several times"
 
 
 @cli.command()
 @click.argument("original", type=ModelPath)
 @click.argument("folded", type=ModelPath)
 @_PROVIDER
-@click.option("--batch", multiple=True, default=[1], show_default="1", help=f"Rows{_SEVERAL}.")
+@click.option("--batch", multiple=True, default=[1], help=f"Rows{_SEVERAL}. [default: 1]")
 @click.option(
     "--prefill",
     multiple=True,
     default=[128],
-    show_default="128",
-    help=f"Tokens of a prompt{_SEVERAL}.",
+    help=f"Tokens of a prompt{_SEVERAL}. [default: 128]",
 )
 @click.option("--past", type=int, help="Tokens in the cache in decode. [default: as --prefill]")
 @click.option("--tokens", default=64, show_default=True, help="Steps of decode, in pairs.")
