@@ -10,7 +10,7 @@ written back.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -58,20 +58,38 @@ class Layout:
 
     @property
     def num_nodes(self) -> int:
-        """Operators that :meth:`build` makes."""
+        """Operators that :meth:`build` makes, but for those that compute a shape."""
         cut = self.reshape is not None or self.columns.ndim != 1
-        return cut + (not self._is_in_order) + 2 * (cut and self.computes_shape)
+        return cut + (not self._is_in_order)
 
     @property
-    def computes_shape(self) -> bool:
-        """Whether :meth:`build` reads a shape that the graph computes."""
-        return self.reshape is not None and integers(self.reshape.inputs[1]) is None
+    def computed_shape(self) -> ComputedShape | None:
+        """What two more operators compute, once for all layouts that need the same."""
+        if self.reshape is None or integers(self.reshape.inputs[1]) is not None:
+            return None
+        source = self.reshape.inputs[1]
+        assert source is not None
+        return source, self.num_leading, self.columns.shape
 
-    def build(self, graph: ir.Graph, before: ir.Node, value: ir.Value) -> ir.Value:
-        """Lay out ``value`` (``[leading axes of the layer..., columns.size]``) in this way."""
+    def build(
+        self,
+        graph: ir.Graph,
+        before: ir.Node,
+        value: ir.Value,
+        shapes: Mapping[ComputedShape, ir.Value],
+    ) -> ir.Value:
+        """Lay out ``value`` (``[leading axes of the layer..., columns.size]``) in this way.
+
+        Args:
+            graph: Where to put new nodes.
+            before: The node in front of which they come.
+            value: What to lay out.
+            shapes: What :func:`compute_shapes` made, for this layout among others.
+        """
         leading = self.num_leading
         if self.reshape is not None or self.columns.ndim != 1:
-            shape = self._shape(graph, before)
+            computed = self.computed_shape
+            shape = self._held_shape(graph, before) if computed is None else shapes[computed]
             value = new_node(graph, before, "Reshape", [value, shape]).outputs[0]
         if not self._is_in_order:
             channel = iter(range(leading, len(self.axes)))
@@ -79,21 +97,38 @@ class Layout:
             value = new_node(graph, before, "Transpose", [value], perm=perm).outputs[0]
         return value
 
-    def _shape(self, graph: ir.Graph, before: ir.Node) -> ir.Value:
-        leading = self.num_leading
+    def _held_shape(self, graph: ir.Graph, before: ir.Node) -> ir.Value:
+        given = None if self.reshape is None else integers(self.reshape.inputs[1])
+        leading = (0,) * self.num_leading if given is None else given[: self.num_leading]
+        name = f"{before.name or before.op_type}_shape"
+        return new_integers(graph, [*leading, *self.columns.shape], name)
 
-        def held(numbers: Sequence[int], suffix: str) -> ir.Value:
-            return new_integers(graph, numbers, f"{before.name or before.op_type}_{suffix}")
 
-        if self.reshape is None:
-            return held([*(0,) * leading, *self.columns.shape], "shape")
-        given = integers(self.reshape.inputs[1])
-        if given is not None:
-            return held([*given[:leading], *self.columns.shape], "shape")
-        start, stop = held([0], "start"), held([leading], "stop")
-        part = new_node(graph, before, "Slice", [self.reshape.inputs[1], start, stop]).outputs[0]
-        tail = held(self.columns.shape, "heads")
-        return new_node(graph, before, "Concat", [part, tail], axis=0).outputs[0]
+ComputedShape = tuple[ir.Value, int, tuple[int, ...]]
+"""A shape that the graph computes, how many leading axes are taken from it, and the other ones."""
+
+
+def compute_shapes(graph: ir.Graph, layouts: Sequence[Layout]) -> dict[ComputedShape, ir.Value]:
+    """Make the shapes that ``layouts`` need and the graph computes, each once.
+
+    Args:
+        graph: Where to put the nodes that compute them.
+        layouts: The layouts; those whose Reshape comes first in the graph come first.
+    """
+    made: dict[ComputedShape, ir.Value] = {}
+    for layout in layouts:
+        needed, before = layout.computed_shape, layout.reshape
+        if needed is None or before is None or needed in made:
+            continue
+        source, leading, tail = needed
+        name = before.name or before.op_type
+        start, stop, heads = (
+            new_integers(graph, numbers, f"{name}_{suffix}")
+            for numbers, suffix in (([0], "start"), ([leading], "stop"), (tail, "heads"))
+        )
+        part = new_node(graph, before, "Slice", [source, start, stop]).outputs[0]
+        made[needed] = new_node(graph, before, "Concat", [part, heads], axis=0).outputs[0]
+    return made
 
 
 @dataclass(frozen=True)
@@ -165,7 +200,7 @@ def fused(linear: Linear, shapes: Shapes) -> Fused | None:
     start = Layout((*range(rank - 1), CHANNELS), np.arange(linear.out_features))
     if not _follow(linear.y, start, linear.out_features, trace) or len(trace.parts) < 2:
         return None
-    if trace.measures and any(part.layout.computes_shape for part in trace.parts):
+    if trace.measures and any(part.layout.computed_shape for part in trace.parts):
         return None  # a shape that is still needed may be read from what goes
     used = np.concatenate([part.columns for part in trace.parts])
     if len(np.unique(used)) != len(used):

@@ -18,7 +18,7 @@ from onnx_fold.basis import Basis, Side
 from onnx_fold.constants import constant
 from onnx_fold.expression import FoldedTensor, reshape, scale, take
 from onnx_fold.folding import Candidate, FoldPass, attempt
-from onnx_fold.fused import Columns, Fused, Part, fused
+from onnx_fold.fused import Columns, ComputedShape, Fused, Part, compute_shapes, fused
 from onnx_fold.heads import role
 from onnx_fold.linear import Edge, Linear, compact
 from onnx_fold.rebase import become_identity, rebase, stored_matrix, weights_of
@@ -107,10 +107,14 @@ def _lay_out(stream: Stream, fused: Fused, part: Part, rewrite: Rewrite) -> None
     rewrite.added.extend([*own, *left.values()])
     ends = {part.value.producer() for part in fused.parts}
     rewrite.nodes_added += len(own) + len(left) + (len(others) > 1)
-    rewrite.nodes_added += sum(each.layout.num_nodes for each in fused.parts)
+    layouts = [each.layout for each in fused.parts]
+    layouts.sort(key=lambda each: stream.search.position(each.reshape) if each.reshape else 0)
+    rewrite.nodes_added += sum(layout.num_nodes for layout in layouts)
+    rewrite.nodes_added += 2 * len({layout.computed_shape for layout in layouts} - {None})
     rewrite.nodes_added -= sum(node not in ends for node in fused.nodes)
     first = min((node for node in fused.nodes if node in ends), key=stream.search.position)
     made: list[ir.Value] = []
+    shapes: dict[ComputedShape, ir.Value] = {}
 
     def biased(graph: ir.Graph, value: ir.Value, biases: Iterable[FoldedTensor]) -> ir.Value:
         for tensor in biases:
@@ -121,7 +125,8 @@ def _lay_out(stream: Stream, fused: Fused, part: Part, rewrite: Rewrite) -> None
     def laid_out(graph: ir.Graph, each: Part, value: ir.Value) -> ir.Value:
         end = each.value.producer()
         assert end is not None
-        return each.layout.build(graph, end, value)
+        shapes.update({} if shapes else compute_shapes(graph, layouts))
+        return each.layout.build(graph, end, value, shapes)
 
     def build_part(graph: ir.Graph) -> ir.Value:
         return laid_out(graph, part, biased(graph, linear.x, own))

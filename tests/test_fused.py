@@ -125,6 +125,10 @@ def test_a_part_goes(name, pivot):
     result = folded(source, D * D, only=["absorb"], pivot=pivot)
     assert result.model.graph.initializers["W"].shape == (D, 2 * D)
     assert operators(result.model).count("Split") == 1
+    (stream,) = result.report.folded
+    assert stream.folded.nodes_added >= len(operators(result.model)) - len(operators(source))
+    if name == "timm, Gemm":  # the shape that it computed, and that of all parts
+        assert operators(result.model).count("Concat") == 2
     (attention,) = find_attention(find_streams(source))
     assert (attention.num_heads, attention.num_kv_heads, attention.head_dim) == (H, H, S)
 
