@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 RUNTIME := $(shell nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test fuzz lint check clean
+.PHONY: demo test fuzz lint speed check clean
 
 demo: $(VENV)/.user
 	$(BIN)/onnx-fold demo
@@ -24,6 +24,9 @@ lint: $(VENV)/.dev
 	rm -rf build/types && $(PIP) --no-deps --target build/types .
 	cd build/types && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml --strict -p onnx_fold
 
+speed: $(VENV)/.bench
+	$(BIN)/python benchmarks/speed.py --provider $(RUNTIME)
+
 check: test lint
 
 clean:
@@ -38,4 +41,8 @@ $(VENV)/.user: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) -e '.[$(RUNTIME),torch,dev]'
+	touch $@ $(VENV)/.user
+
+$(VENV)/.bench: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) -e '.[$(RUNTIME),torch,bench]'
 	touch $@ $(VENV)/.user
