@@ -282,16 +282,16 @@ _SEVERAL = "; may be given several times"
 def bench(original: Path, folded: Path, plot: Path | None, as_json: bool, **options: Any) -> None:
     """Time ORIGINAL and FOLDED side by side, prefill and decode, beside the bytes ratio."""
     import onnx_fold
+    from onnx_fold import plot as drawing
 
     if plot is not None:
         _check_folder(plot)
+        drawing.check(plot)
     with _status("timing both models") as tell:
         report = onnx_fold.bench(original, folded, progress=tell, **options)
     _show(report, as_json)
     if plot is not None:
-        from onnx_fold.plot import plot as draw
-
-        draw(report, plot)
+        drawing.plot(report, plot)
         click.echo(f"Wrote {plot}.", err=as_json)
 
 

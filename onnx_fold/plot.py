@@ -16,6 +16,21 @@ ROWS = {"prefill": "time to first token, ms", "decode": "time between tokens, ms
 COLOURS = "#1f6f8b", "#c1440e", "#3a7d44", "#b08900", "#6a4c93", "#444444"
 
 
+def check(path: Path) -> None:
+    """Refuse what could not be drawn, before the measurement.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+        CannotWriteError: Nothing is known of such a suffix.
+    """
+    try:
+        import matplotlib.figure
+    except ImportError as error:
+        raise MissingExtraError("matplotlib", "bench") from error
+    if path.suffix.lstrip(".") not in matplotlib.figure.Figure().canvas.get_supported_filetypes():
+        raise CannotWriteError(f"cannot draw {path}: use a name that ends in .svg or .png")
+
+
 def plot(report: BenchReport, path: Path) -> None:
     """Draw ``report`` to ``path``: a row for each phase, left the latency, right the speed-up.
 
@@ -29,14 +44,11 @@ def plot(report: BenchReport, path: Path) -> None:
         MissingExtraError: matplotlib is not installed.
         CannotWriteError: The file cannot be written, or nothing is known of such a suffix.
     """
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtraError("matplotlib", "bench") from error
+    check(path)
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
     figure = Figure(layout="constrained")
-    if path.suffix.lstrip(".") not in figure.canvas.get_supported_filetypes():
-        raise CannotWriteError(f"cannot draw {path}: use a name that ends in .svg or .png")
     names = [name for name in ROWS if any(phase.name == name for phase in report.phases)]
     figure.set_size_inches(9.5, 3.1 * len(names) + 0.4)
     with rc_context({"font.size": 9, "svg.hashsalt": "onnx-fold", "axes.axisbelow": True}):
@@ -74,7 +86,8 @@ def _draw(left: Any, right: Any, name: str, phases: Sequence[Phase], limit: floa
     label = ("tokens" if name == "prefill" else "tokens in the cache") if by_length else "batch"
     ticks = sorted({_length(p) if by_length else p.batch for p in phases})
     for axis, title in ((left, ROWS[name]), (right, "speed-up")):
-        axis.set(xscale="log", xlabel=label, title=f"{name}: {title}")
+        scale = "log" if min(ticks) > 0 else "linear"
+        axis.set(xscale=scale, xlabel=label, title=f"{name}: {title}")
         axis.set_xticks(ticks, [str(tick) for tick in ticks])
         axis.minorticks_off()
         axis.grid(visible=True, color="#dddddd", linewidth=0.6)

@@ -236,7 +236,6 @@ def test_the_report_is_json_and_reads_well():
 @pytest.mark.parametrize("batch", [1, [1, 2]])
 @pytest.mark.parametrize("suffix", [".svg", ".png"])
 def test_a_picture(tmp_path, batch, suffix):
-    pytest.importorskip("matplotlib")
     report = run(model(cached=True), model(cached=True), batch=batch, prefill=[3, 5])
     for name in ("a", "b"):
         plot(report, tmp_path / f"{name}{suffix}")

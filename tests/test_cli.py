@@ -240,6 +240,27 @@ def test_verify(run):
     assert (code, json.loads(out)["ok"]) == (0, True)
 
 
+def test_bench(run):
+    save()
+    run("fold", "m.onnx", "-o", "f.onnx")
+    short = ["--repeats", "2", "--tokens", "2", "--warmup", "0", "--prefill", "3", "--prefill", "5"]
+    code, out, _ = run("bench", "m.onnx", "f.onnx", *short, "--plot", "speed.svg", "--profile")
+    assert code == 0
+    assert "Wrote speed.svg" in out
+    assert "Where the time of" in out
+    code, out, _ = run("bench", "m.onnx", "f.onnx", *short, "--json")
+    assert (code, json.loads(out)["bytes_ratio"] > 1) == (0, True)
+
+
+def test_a_picture_that_cannot_be_drawn_is_refused_before_the_measurement(run, monkeypatch):
+    save()
+    monkeypatch.setattr(onnx_fold, "bench", None)
+    for path, message in (("speed.txt", "ends in .svg or .png"), ("no/speed.svg", "no folder no")):
+        code, _, err = run("bench", "m.onnx", "m.onnx", "--plot", path)
+        assert code == 4
+        assert message in err
+
+
 def test_help_version_and_presets(run):
     assert "fold" in run("--help")[1]
     assert onnx_fold.__version__ in run("--version")[1]
