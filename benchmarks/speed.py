@@ -419,8 +419,8 @@ def machine(found: Mapping[str, Any]) -> str:
 def folds(results: Sequence[Mapping[str, Any]]) -> str:
     """A table of what was folded, with its time, and the errors at the worst output."""
     lines = [
-        "| shape | blocks | type | weights | removed | fold | on the CPU | difference | error before |"
-        " after |",
+        "| shape | blocks | type | weights | removed | fold | on the CPU | difference |"
+        " error before | after |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     models: dict[tuple[Any, ...], dict[str, Any]] = {}
