@@ -10,7 +10,8 @@ with a KV cache, folded, verified and timed there, on CUDA with and without CUDA
 runs in a process beside this one: a step that fails, hangs or brings its process down is noted with
 its error, and the next one goes on. ``docs/speed-cuda.json`` is written after every step, with
 tables of all that it holds (``.md``) and pictures (``.svg``), so that a run that is killed keeps
-what it has; steps for which no time is left are noted as skipped.
+what it has; steps for which no time is left are noted as skipped. What the file has of other models
+and types stays, so that a check can be made in parts.
 """
 
 from __future__ import annotations
@@ -46,6 +47,9 @@ LARGE = ("mistral-7b", "pythia-6.9b", "tinyllama-1.1b", "pythia-1.4b")
 
 ALSO_ON_CPU = ("tinyllama-1.1b", "float16")
 """The model that is also folded by the processor, to compare the time."""
+
+KNOWN = (*LARGE, *(name for name in presets.PRESETS if name not in LARGE), TRAINED)
+"""All models, in the order in which they are measured and listed."""
 
 DEFAULTS: dict[str, dict[str, list[Any]]] = {
     "dtypes": {"cuda": ["float32", "float16", "bfloat16"], "cpu": ["float32"]},
@@ -174,7 +178,8 @@ def plan(case: Case, given: argparse.Namespace) -> Iterator[tuple[str, tuple[Any
     yield "fold", (given.device, given.provider)
     yield "placement", (given.provider,)
     yield "verify", (given.provider,)
-    for length in given.prefill if case.preset in LARGE else given.prefill[:1]:
+    lengths = lengths_of(case.preset, given)
+    for length in lengths:
         for rows in given.batch:
             options = {
                 "provider": given.provider,
@@ -185,8 +190,18 @@ def plan(case: Case, given: argparse.Namespace) -> Iterator[tuple[str, tuple[Any
                 "seconds": given.seconds,
             }
             yield "bench", (options,)
-            if given.provider == "cuda" and length == min(given.prefill):
+            if given.provider == "cuda" and length == min(lengths):
                 yield "bench", ({**options, "cuda_graph": True},)
+
+
+def lengths_of(preset: str, given: argparse.Namespace) -> list[int]:
+    """The prompts to time; a table of positions must have room for them and what is decoded."""
+    wanted = given.prefill if preset in LARGE else given.prefill[:1]
+    shape = None if preset == TRAINED else presets.config(preset)
+    if shape is not None and shape.positions == "learned":
+        room = max(1, shape.max_position_embeddings - given.tokens)
+        wanted = [min(length, room) for length in wanted]
+    return list(dict.fromkeys(wanted))
 
 
 # --- The process that runs them -------------------------------------------------------------------
@@ -268,7 +283,7 @@ def check(given: argparse.Namespace) -> dict[str, Any]:
     Where CUDA does not start at all, nothing else is tried.
 
     Returns:
-        What was written: the environment, the options, and a list of results.
+        The environment, the options, and a list of results.
     """
     deadline = time.monotonic() + 60 * given.minutes
     options = {
@@ -279,6 +294,7 @@ def check(given: argparse.Namespace) -> dict[str, Any]:
         "options": options,
         "results": [],
     }
+    kept = others(given)
     worker = Worker()
     try:
         with tempfile.TemporaryDirectory(dir=given.folder) as folder:
@@ -286,7 +302,9 @@ def check(given: argparse.Namespace) -> dict[str, Any]:
             plans = [(trained, [("start", (given.provider, given.device))])]
             plans += [(case, [*plan(case, given)]) for case in cases(given, Path(folder))]
             for case, steps in plans:
-                run_case(case, steps, given, worker, deadline, data)
+                for result in run_case(case, steps, given, worker, deadline):
+                    data["results"].append(result)
+                    save(given.output, {**data, "results": [*data["results"], *kept]})
                 case.remove()
                 if "error" in data["results"][0]:
                     break
@@ -312,8 +330,7 @@ def run_case(
     given: argparse.Namespace,
     worker: Worker,
     deadline: float,
-    data: dict[str, Any],
-) -> None:
+) -> Iterator[dict[str, Any]]:
     """Run ``steps`` of one model; without an export or a fold the rest is skipped."""
     missing = ""
     for step, arguments in steps:
@@ -327,9 +344,8 @@ def run_case(
         if step in ("export", "fold") and "result" not in outcome:
             missing = missing or f"there is no {step}"
         result = {**name, **outcome}
-        data["results"].append(result)
         print(describe(result), flush=True)
-        save(given.output, data)
+        yield result
 
 
 def attempt(
@@ -350,8 +366,22 @@ def attempt(
     return {**outcome, "step_seconds": took, "gpu_memory_used_mib": gpu_memory_used()}
 
 
-def save(path: Path, data: dict[str, Any]) -> None:
+def others(given: argparse.Namespace) -> list[dict[str, Any]]:
+    """What the file has of models that are not measured now."""
+    if not given.output.exists():
+        return []
+    results = json.loads(given.output.read_text(encoding="utf-8"))["results"]
+    return [
+        each
+        for each in results
+        if each["step"] != "start"
+        and (each["preset"] not in given.presets or each["dtype"] not in given.dtypes)
+    ]
+
+
+def save(path: Path, data: Mapping[str, Any]) -> None:
     """Write ``data`` to ``path`` at once, and its table beside it."""
+    data["results"].sort(key=lambda each: (each["step"] != "start", KNOWN.index(each["preset"])))
     new = path.with_suffix(".tmp")
     new.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     new.replace(path)
@@ -482,9 +512,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    known = [*presets.PRESETS, TRAINED]
     parser.add_argument("--provider", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--presets", nargs="+", choices=known, metavar="PRESET", help="[all]")
+    parser.add_argument("--presets", nargs="+", choices=KNOWN, metavar="PRESET", help="[all]")
     parser.add_argument("--layers", type=int, default=2, help="blocks of each model, at most")
     parser.add_argument("--dtypes", nargs="+", help="[float32 float16 bfloat16; on cpu float32]")
     parser.add_argument("--batch", type=int, nargs="+", help="[1 8 64; on cpu 1 4]")
@@ -501,7 +530,7 @@ def main() -> None:
     for name, by_provider in DEFAULTS.items():
         if getattr(given, name) is None:
             setattr(given, name, by_provider[given.provider])
-    given.presets = given.presets or [*LARGE, *(name for name in known if name not in LARGE)]
+    given.presets = given.presets or KNOWN
     given.device = given.device or given.provider
     given.output = given.output or ROOT / "docs" / f"speed-{given.provider}.json"
     data = check(given)

@@ -185,7 +185,8 @@ def test_a_failed_step_does_not_end_the_run(
     case = speed.Case("mistral-7b", 2, "float16", tmp_path)
     worker = Fails(export={"bytes": 1}, fold=saving, verify=differs)
     steps = list(speed.plan(case, given))
-    speed.run_case(case, steps, given, worker, time.monotonic() + 60, data)
+    data["results"] += speed.run_case(case, steps, given, worker, time.monotonic() + 60)
+    speed.save(given.output, data)
     errors = {each["step"]: each.get("error") for each in data["results"]}
     assert errors == {
         "export": None,
@@ -195,6 +196,24 @@ def test_a_failed_step_does_not_end_the_run(
         "bench": "no\nbench",
     }
     page = given.output.with_suffix(".md").read_text(encoding="utf-8")
-    assert "| mistral-7b | 2 | float16 | 2.0 M | 15% | 1.2 s |  |  |  |" in page
+    assert "| mistral-7b | 2 | float16 | 2.0 M | 15% | 1.2 s |  |  |  |  |" in page
     assert "- mistral-7b, float16, verify: error: output 'y': inf" in page
     assert "- mistral-7b, float16, bench, batch 1, prefill 128, CUDA graph: error: no bench" in page
+
+
+def test_a_check_can_be_made_in_parts(tmp_path: Path) -> None:
+    output = tmp_path / "speed.json"
+    none = ["--minutes", "0", "--dtypes", "float32"]
+    run(output, "--presets", "tiny-mha", "char-gqa", *none)
+    _, data = run(output, "--presets", "small-gqa", "tiny-mha", *none)
+    found = [each["preset"] for each in data["results"] if each["step"] == "export"]
+    assert found == ["tiny-mha", "small-gqa", "char-gqa"]
+    assert [each["step"] for each in data["results"]].count("start") == 1
+
+
+def test_prompts_leave_room_in_a_table_of_positions(
+    speed: ModuleType, given: argparse.Namespace
+) -> None:
+    assert speed.lengths_of("mistral-7b", given) == [128, 2048]
+    assert speed.lengths_of("tiny-gqa", given) == [128]
+    assert speed.lengths_of("tiny-mha", given) == [128 - given.tokens]
