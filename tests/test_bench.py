@@ -111,7 +111,23 @@ def test_pairs_alternate_and_warm_up_is_not_counted():
     assert len(first) == len(second) == 3
 
 
-@pytest.mark.parametrize(("seconds", "pairs"), [(-1.0, 3), (1e9, 8)])
+def test_both_models_are_loaded_again_in_the_other_order(monkeypatch):
+    names, loaded = {}, []
+    session = runtime.session
+
+    def written(source, *arguments, **options):
+        loaded.append(names[id(source)])
+        return session(source, *arguments, **options)
+
+    original, folded = model(cached=True), model(cached=True, folded=True)
+    names.update({id(original): "original", id(folded): "folded"})
+    monkeypatch.setattr(runtime, "session", written)
+    report = run(original, folded, repeats=3, tokens=4)
+    assert loaded == ["original", "folded", "folded", "original"]
+    assert [(p.name, p.pairs) for p in report.phases] == [("prefill", 4), ("decode", 4)]
+
+
+@pytest.mark.parametrize(("seconds", "pairs"), [(-1.0, 2), (1e9, 8)])
 def test_a_phase_ends_in_time(seconds, pairs):
     order = []
     times = _paired(Written("A", order), Written("B", order), 8, 2, seconds)
@@ -173,7 +189,7 @@ def test_a_cache_that_outgrows_the_model_is_said():
         "   e = Gather(table, n) present_key = Concat<axis=1>(past_key, e) }",
         initializers=[ir.tensor(np.zeros((8, 4), np.float32), name="table")],
     )
-    report = run(source, source, prefill=6, tokens=4)
+    report = run(source, source, prefill=6, tokens=8)
     assert [p.name for p in report.phases] == ["prefill"]
     assert any("decode of 4 tokens was left out" in note for note in report.notes)
 
