@@ -54,7 +54,7 @@ KNOWN = (*LARGE, *(name for name in presets.PRESETS if name not in LARGE), TRAIN
 DEFAULTS: dict[str, dict[str, list[Any]]] = {
     "dtypes": {"cuda": ["float32", "float16", "bfloat16"], "cpu": ["float32"]},
     "batch": {"cuda": [1, 8, 64], "cpu": [1, 4]},
-    "prefill": {"cuda": [128, 2048], "cpu": [128, 512]},
+    "prefill": {"cuda": [128, 2048], "cpu": [128, 256]},
 }
 
 ROOT = Path(__file__).parents[1]
@@ -517,10 +517,10 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=2, help="blocks of each model, at most")
     parser.add_argument("--dtypes", nargs="+", help="[float32 float16 bfloat16; on cpu float32]")
     parser.add_argument("--batch", type=int, nargs="+", help="[1 8 64; on cpu 1 4]")
-    parser.add_argument("--prefill", type=int, nargs="+", help="[128 2048; on cpu 128 512]")
+    parser.add_argument("--prefill", type=int, nargs="+", help="[128 2048; on cpu 128 256]")
     parser.add_argument("--tokens", type=int, default=64, help="decode steps")
     parser.add_argument("--repeats", type=int, default=30, help="prefill runs")
-    parser.add_argument("--seconds", type=float, default=30, help="for one phase, at most")
+    parser.add_argument("--seconds", type=float, default=10, help="for one phase, at most")
     parser.add_argument("--minutes", type=float, default=25, help="for everything")
     parser.add_argument("--step-minutes", type=float, default=5, help="for one step, at most")
     parser.add_argument("--folder", help="where the models of the moment are kept")
