@@ -371,11 +371,11 @@ def others(given: argparse.Namespace) -> list[dict[str, Any]]:
     if not given.output.exists():
         return []
     results = json.loads(given.output.read_text(encoding="utf-8"))["results"]
+    now = {(case.preset, case.layers, case.dtype) for case in cases(given, Path())}
     return [
         each
         for each in results
-        if each["step"] != "start"
-        and (each["preset"] not in given.presets or each["dtype"] not in given.dtypes)
+        if each["step"] != "start" and (each["preset"], each["layers"], each["dtype"]) not in now
     ]
 
 
@@ -394,7 +394,7 @@ def draw(data: Mapping[str, Any], path: Path) -> list[str]:
     for each in data["results"]:
         if each["step"] == "bench" and "result" in each and each["preset"] in LARGE:
             graph = "-graph" if each["asked"].get("cuda_graph") else ""
-            name = f"{path.stem}-{each['preset']}-{each['dtype']}{graph}.svg"
+            name = f"{path.stem}-{each['preset']}-{each['layers']}-{each['dtype']}{graph}.svg"
             groups.setdefault(name, []).append(each["result"])
     try:
         for name, reports in groups.items():
@@ -481,7 +481,15 @@ def speeds(results: Sequence[Mapping[str, Any]]) -> str:
     """A table of all times."""
     timed = [each for each in results if each["step"] == "bench" and "result" in each]
     has_graphs = any(each["asked"].get("cuda_graph") for each in timed)
-    heads = ["shape", "type", *(["graph"] if has_graphs else []), "phase", "batch", "tokens"]
+    heads = [
+        "shape",
+        "blocks",
+        "type",
+        *(["graph"] if has_graphs else []),
+        "phase",
+        "batch",
+        "tokens",
+    ]
     heads += ["past", "original", "folded", "speed-up", "bytes", "read"]
     lines = [heads, ["---"] * len(heads)]
     for each in timed:
@@ -492,7 +500,8 @@ def speeds(results: Sequence[Mapping[str, Any]]) -> str:
             is_decode = phase["name"] == "decode"
             lines.append(
                 [
-                    *(each["preset"], each["dtype"], *graph, phase["name"]),
+                    *(each["preset"], str(each["layers"] or "all"), each["dtype"], *graph),
+                    phase["name"],
                     *(str(phase[name]) for name in ("batch", "seq", "past")),
                     *(milliseconds(phase[name]["median_ms"]) for name in ("original", "folded")),
                     f"{phase['speedup']:.2f}x ({phase['low']:.2f}-{phase['high']:.2f})",
@@ -525,6 +534,7 @@ def main() -> None:
     parser.add_argument("--step-minutes", type=float, default=5, help="for one step, at most")
     parser.add_argument("--folder", help="where the models of the moment are kept")
     parser.add_argument("--output", type=Path, help="JSON file [docs/speed-PROVIDER.json]")
+    parser.add_argument("--render", action="store_true", help="only write the page anew")
     parser.add_argument("--device", help="where models are folded, as torch calls it")
     given = parser.parse_args()
     for name, by_provider in DEFAULTS.items():
@@ -533,6 +543,9 @@ def main() -> None:
     given.presets = given.presets or KNOWN
     given.device = given.device or given.provider
     given.output = given.output or ROOT / "docs" / f"speed-{given.provider}.json"
+    if given.render:
+        save(given.output, json.loads(given.output.read_text(encoding="utf-8")))
+        return
     data = check(given)
     sys.exit(any("error" in result for result in data["results"]))
 
