@@ -454,7 +454,7 @@ def folds(results: Sequence[Mapping[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     models: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for each in results:
+    for each in (each for each in results if each["step"] != "start"):
         done = models.setdefault((each["preset"], each["layers"], each["dtype"]), {})
         done[each["step"]] = each.get("result")
     for (preset, layers, dtype), done in models.items():
