@@ -21,6 +21,7 @@ import onnx_ir as ir
 
 import onnx_fold
 from onnx_fold.cost import TARGETS, Work
+from onnx_fold.environment import environment
 
 WIDTHS = 64, 128, 256, 512, 1024, 2048, 4096
 TOKENS = 128
@@ -166,6 +167,12 @@ def render(data: dict[str, Any]) -> str:
     return "".join(lines)
 
 
+def machine(provider: str) -> str:
+    """What ran the layers, as people say it."""
+    found = environment(provider)
+    return (found["gpu"] or {}).get("name") or f"{found['machine']['threads']} CPU cores"
+
+
 def main() -> None:
     """Measure, and write what was measured."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -185,7 +192,7 @@ def main() -> None:
             print(render_row(results[-1]), flush=True)
     names = list(dict.fromkeys(row["name"] for row in results))
     results.sort(key=lambda row: names.index(row["name"]))
-    data = {"provider": provider, "machine": "2 CPU cores", "results": results}
+    data = {"provider": provider, "machine": machine(provider), "results": results}
     output.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     output.with_suffix(".md").write_text(render(data), encoding="utf-8")
 
