@@ -292,7 +292,7 @@ def document(data: dict[str, Any]) -> str:
 
 
 def _from_json(each: dict[str, Any]) -> PeerResult:
-    phases = [Phase(**phase) for phase in each["phases"]]
+    phases = [Phase.from_dict(phase) for phase in each["phases"]]
     return PeerResult(**each | {"tools": tuple(each["tools"]), "phases": phases})
 
 

@@ -32,6 +32,7 @@ from typing import Any
 
 import onnx_fold
 from onnx_fold import BenchReport, runtime
+from onnx_fold.bench import decimals
 from onnx_fold.device import HOST, find_device
 from onnx_fold.environment import environment, gpu_memory_used
 from onnx_fold.errors import MissingExtraError, UsageError
@@ -497,23 +498,19 @@ def speeds(results: Sequence[Mapping[str, Any]]) -> str:
         graph = ["yes" if each["asked"].get("cuda_graph") else "no"] if has_graphs else []
         for phase in report["phases"]:
             ratios = report["bytes_ratio"], report["read_ratio"]
+            times = [phase[name]["median_ms"] for name in ("original", "folded")]
             is_decode = phase["name"] == "decode"
             lines.append(
                 [
                     *(each["preset"], str(each["layers"] or "all"), each["dtype"], *graph),
                     phase["name"],
                     *(str(phase[name]) for name in ("batch", "seq", "past")),
-                    *(milliseconds(phase[name]["median_ms"]) for name in ("original", "folded")),
+                    *(f"{time:.{decimals(time)}f} ms" for time in times),
                     f"{phase['speedup']:.2f}x ({phase['low']:.2f}-{phase['high']:.2f})",
                     *(f"{ratio:.2f}x" if is_decode else "" for ratio in ratios),
                 ]
             )
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def milliseconds(time: float) -> str:
-    """Four digits."""
-    return f"{time:.{max(0, 3 - len(str(int(time))))}f} ms" if time >= 1 else f"{time:.3f} ms"
 
 
 def main() -> None:

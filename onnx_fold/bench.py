@@ -24,7 +24,6 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import onnx_ir as ir
-from rich import box
 from rich.console import Group, RenderableType
 from rich.filesize import decimal
 from rich.table import Table
@@ -36,7 +35,8 @@ from onnx_fold.environment import environment
 from onnx_fold.errors import UsageError
 from onnx_fold.files import ModelSource, load, weight_bytes
 from onnx_fold.inputs import cache_links, has_cache, input_shapes, token_counts
-from onnx_fold.profile import OperatorTime, operator_times, side_by_side
+from onnx_fold.profile import OperatorTime, operator_times, operators_table, side_by_side
+from onnx_fold.report import figures_table
 from onnx_fold.runtime import RunFailedError
 from onnx_fold.steps import Decode, Fixed, Step, cache_values, step_values
 
@@ -94,6 +94,12 @@ class Phase:
     low: float
     high: float
 
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Phase:
+        """Return the phase that ``dataclasses.asdict`` made ``data`` of."""
+        timings = {name: Timing(**data[name]) for name in ("original", "folded")}
+        return cls(**{**data, **timings})
+
 
 @dataclass
 class BenchReport:
@@ -138,16 +144,7 @@ class BenchReport:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> BenchReport:
         """Return the report that :meth:`to_dict` made ``data`` of."""
-        phases = [
-            Phase(
-                **{
-                    **phase,
-                    "original": Timing(**phase["original"]),
-                    "folded": Timing(**phase["folded"]),
-                }
-            )
-            for phase in data["phases"]
-        ]
+        phases = [Phase.from_dict(phase) for phase in data["phases"]]
         operators = [OperatorTime(**each) for each in data["operators"]]
         return cls(**{**data, "phases": phases, "operators": operators})
 
@@ -159,7 +156,7 @@ class BenchReport:
         )
         parts: list[RenderableType] = [_table(self), size]
         names = dict.fromkeys(each.phase for each in self.operators)
-        parts += [_operators(n, [op for op in self.operators if op.phase == n]) for n in names]
+        parts += [operators_table(n, [op for op in self.operators if op.phase == n]) for n in names]
         return Group(*parts, *(Text(f"- {note}", "dim") for note in self.notes))
 
 
@@ -239,17 +236,7 @@ def bench(
     report.phases = bed.phases()
     report.environment = environment(provider)
     if profile:
-        firsts = {each.name: each for each in reversed(report.phases)}
-        for phase in sorted(firsts.values(), key=report.phases.index):
-            progress(f"where the time of {phase.name} goes")
-            shape = phase.batch, phase.seq, phase.past
-            values = bed.values(shape)
-            bed.sessions.clear()
-            times = [
-                operator_times(source, provider, values, threads=threads)
-                for source in (original, folded)
-            ]
-            report.operators += side_by_side(phase.name, *times)
+        report.operators = bed.operators(progress)
     report.notes = list(dict.fromkeys(report.notes))
     if not report.phases:
         raise UsageError("; ".join(report.notes))
@@ -302,6 +289,18 @@ class _TestBed:
             _phase(name, shape, np.concatenate(times, axis=1), self.seed)
             for (name, shape), times in self.times.items()
         ]
+
+    def operators(self, progress: Callable[[str], None]) -> list[OperatorTime]:
+        """Profile the first prefill and the first decode of both models, one after the other."""
+        self.sessions.clear()
+        found = []
+        for name in dict.fromkeys(name for name, _ in self.times):
+            progress(f"where the time of {name} goes")
+            values = self.values(next(shape for each, shape in self.times if each == name))
+            provider, threads = self.report.provider, self.report.threads
+            times = [operator_times(s, provider, values, threads=threads) for s in self.sources]
+            found += side_by_side(name, *times)
+        return found
 
     def measure(self, name: str, batch: int, seq: int, past: int) -> None:
         """Time half of the runs of one phase of both models, or note why not."""
@@ -438,15 +437,10 @@ def _table(report: BenchReport) -> Table:
         details.append(f"{report.threads} threads")
     if report.cuda_graph:
         details.append("CUDA graphs")
-    table = Table(
-        title=f"Speed on {report.provider}: {', '.join(details)}",
-        caption="median / 90th / 99th percentile in ms, to the first token (prefill) or between"
-        " two (decode);\nspeed-up with its 95 % interval; tokens a second of the folded model",
-        title_justify="left",
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
+    table = figures_table(
+        f"Speed on {report.provider}: {', '.join(details)}",
+        "median / 90th / 99th percentile in ms, to the first token (prefill) or between two"
+        " (decode);\nspeed-up with its 95 % interval; tokens a second of the folded model",
     )
     table.add_column("phase", no_wrap=True)
     headings = "batch", "tokens", "past", "original", "folded", "tokens/s", "speed-up", "95 %"
@@ -465,37 +459,10 @@ def _table(report: BenchReport) -> Table:
 
 
 def _quantiles(timing: Timing) -> str:
-    """Return the times in milliseconds, with four digits."""
     times = timing.median_ms, timing.p90_ms, timing.p99_ms
-    digits = max(0, 3 - len(str(int(timing.median_ms)))) if timing.median_ms >= 1 else 3
-    return " / ".join(f"{each:.{digits}f}" for each in times)
+    return " / ".join(f"{each:.{decimals(timing.median_ms)}f}" for each in times)
 
 
-_SHOWN = 10
-"""Operators shown; all of them are in the JSON report."""
-
-
-def _operators(phase: str, operators: Sequence[OperatorTime]) -> Table:
-    shown, rest = operators[:_SHOWN], operators[_SHOWN:]
-    if rest:
-        sums = [sum(getattr(each, name) for each in rest) for name in _COLUMNS]
-        shown = [*shown, OperatorTime(phase, f"{len(rest)} others", *sums)]
-    table = Table(
-        title=f"Where the time of {phase} goes",
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-    )
-    table.add_column("operator", no_wrap=True)
-    for heading in ("nodes", "folded", "µs", "folded", "saved"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for each in shown:
-        saved = each.original_us - each.folded_us
-        times = (f"{time:,.0f}" for time in (each.original_us, each.folded_us))
-        counts = str(each.original_nodes), str(each.folded_nodes)
-        table.add_row(each.operator, *counts, *times, f"{saved:+,.0f}")
-    return table
-
-
-_COLUMNS = "original_nodes", "folded_nodes", "original_us", "folded_us"
+def decimals(milliseconds: float) -> int:
+    """Digits to show behind the point of a time: three in all, of less than 1 ms three behind."""
+    return max(0, 3 - len(str(int(milliseconds)))) if milliseconds >= 1 else 3

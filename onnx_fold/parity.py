@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
-from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -31,6 +30,7 @@ from onnx_fold.files import ModelSource, load, weight_bytes
 from onnx_fold.generate import Decoder, Function, GreedyCheck, GreedyParity
 from onnx_fold.inputs import Arrays, given_inputs, has_cache, make_inputs
 from onnx_fold.judge import Feed, Judge, OutputParity, Run
+from onnx_fold.report import figures_table
 from onnx_fold.runtime import Array, MissingKernelError, RunFailedError
 from onnx_fold.widen import SIXTEEN_BITS, is_float, precision, widen
 
@@ -441,14 +441,9 @@ def _table(report: ParityReport) -> Table:
     if len(rows) > _ROWS:
         captions.append(f"{len(rows) - _ROWS} further outputs lie deeper within their limits")
         rows = sorted(rows, key=_margin)[:_ROWS]
-    table = Table(
-        title=f"Parity in {report.dtype.lower()} on {report.provider}: {_inputs(report.shapes)}",
-        caption="; ".join(captions) or None,
-        title_justify="left",
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
+    table = figures_table(
+        f"Parity in {report.dtype.lower()} on {report.provider}: {_inputs(report.shapes)}",
+        "; ".join(captions) or None,
     )
     table.add_column("output", overflow="fold")
     for heading, _, _ in columns:

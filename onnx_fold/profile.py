@@ -9,17 +9,21 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from rich.table import Table
+
 from onnx_fold import runtime
 from onnx_fold.files import ModelSource
+from onnx_fold.report import figures_table
 from onnx_fold.steps import Fixed, Values
 
-__all__ = ["OperatorTime", "Times", "operator_times", "side_by_side"]
+__all__ = ["OperatorTime", "Times", "operator_times", "operators_table", "side_by_side"]
 
 Times = dict[str, tuple[int, float]]
 """Number of nodes and microseconds a run, by operator."""
@@ -86,3 +90,27 @@ def side_by_side(phase: str, original: Times, folded: Times) -> list[OperatorTim
         )
         joined.append(OperatorTime(phase, name, nodes, folded_nodes, time, folded_time))
     return sorted(joined, key=lambda each: -max(each.original_us, each.folded_us))
+
+
+_SHOWN = 10
+"""Operators shown; all of them are in the JSON report."""
+
+_COLUMNS = "original_nodes", "folded_nodes", "original_us", "folded_us"
+
+
+def operators_table(phase: str, operators: Sequence[OperatorTime]) -> Table:
+    """The operators of one phase; of many those that take longest, and the sum of the others."""
+    shown, rest = operators[:_SHOWN], operators[_SHOWN:]
+    if rest:
+        sums = [sum(getattr(each, name) for each in rest) for name in _COLUMNS]
+        shown = [*shown, OperatorTime(phase, f"{len(rest)} others", *sums)]
+    table = figures_table(f"Where the time of {phase} goes")
+    table.add_column("operator", no_wrap=True)
+    for heading in ("nodes", "folded", "µs", "folded", "saved"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for each in shown:
+        saved = each.original_us - each.folded_us
+        times = (f"{time:,.0f}" for time in (each.original_us, each.folded_us))
+        counts = str(each.original_nodes), str(each.folded_nodes)
+        table.add_row(each.operator, *counts, *times, f"{saved:+,.0f}")
+    return table
