@@ -96,10 +96,11 @@ class RowSelection:
         factors = self._device.lu_factor(self._device.load(matrix[order[:width]]))
         others = self._device.load(np.ascontiguousarray(matrix[kept].T))
         ours = self._device.fetch(self._device.lu_solve(factors, others, transposed=True)).T
-        first, last = (kept, order[width:]), (ours, rest)
-        ends = 1 if self._is_last else -1
-        places = np.concatenate((order[:width], *first[::ends]))
-        return places, np.concatenate(last[::ends])
+        parts = [(kept, ours), (order[width:], rest)]
+        if not self._is_last:
+            parts.reverse()  # those that stay come behind
+        places, coefficients = zip(*parts, strict=True)
+        return np.concatenate((order[:width], *places)), np.concatenate(coefficients)
 
     @cached_property
     def orders(self) -> dict[str, Indices]:

@@ -125,7 +125,8 @@ def _lay_out(stream: Stream, fused: Fused, part: Part, rewrite: Rewrite) -> None
     def laid_out(graph: ir.Graph, each: Part, value: ir.Value) -> ir.Value:
         end = each.value.producer()
         assert end is not None
-        shapes.update({} if shapes else compute_shapes(graph, layouts))
+        if not shapes:
+            shapes.update(compute_shapes(graph, layouts))
         return each.layout.build(graph, end, value, shapes)
 
     def build_part(graph: ir.Graph) -> ir.Value:
