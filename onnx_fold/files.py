@@ -8,8 +8,9 @@ import os
 import re
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -74,7 +75,8 @@ def _load_file(path: Path) -> ir.Model:
     except InvalidModelError as error:
         raise InvalidModelError(f"{path}: {error}") from None
     model = _from_proto(proto, str(path))
-    ir.external_data.set_base_dir(model.graph, folder)
+    for tensor in external_tensors(model):
+        tensor.base_dir = folder
     return model
 
 
@@ -124,11 +126,53 @@ def check(source: ModelSource, model: ir.Model, cause: Exception) -> None:
 
 
 def external_tensors(model: ir.Model) -> Iterator[ir.ExternalTensor]:
-    """Yield the initializers, of all graphs, whose data lies in another file."""
-    for graph in model.graphs():
-        for value in graph.initializers.values():
-            if isinstance(value.const_value, ir.ExternalTensor):
-                yield value.const_value
+    """Yield the tensors whose data lies in another file, wherever in ``model`` they are."""
+    for tensor, _ in stored_tensors(model):
+        if isinstance(tensor, ir.ExternalTensor):
+            yield tensor
+
+
+def stored_tensors(
+    model: ir.Model,
+) -> Iterator[tuple[ir.TensorProtocol, Callable[[ir.TensorProtocol], None]]]:
+    """Yield every tensor that ``model`` holds, and what puts another in its place.
+
+    They are initializers of graphs and bodies, and attributes of nodes, in functions too.
+    """
+    scopes: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
+    for scope in scopes:
+        graphs = [*scope.subgraphs()]
+        attributes = [node.attributes for node in scope.all_nodes()]
+        if isinstance(scope, ir.Graph):
+            graphs.append(scope)
+        else:
+            attributes.append(scope.attributes)
+        for value in (value for graph in graphs for value in graph.initializers.values()):
+            if value.const_value is not None:
+                yield value.const_value, partial(setattr, value, "const_value")
+        for each in attributes:
+            yield from _tensor_attributes(each)
+
+
+def _tensor_attributes(
+    attributes: MutableMapping[str, ir.Attr],
+) -> Iterator[tuple[ir.TensorProtocol, Callable[[ir.TensorProtocol], None]]]:
+    for name, attribute in list(attributes.items()):
+        if attribute.type == ir.AttributeType.TENSOR and attribute.value is not None:
+
+            def put(tensor: ir.TensorProtocol, name: str = name) -> None:
+                attributes[name] = ir.AttrTensor(name, tensor)
+
+            yield attribute.as_tensor(), put
+        elif attribute.type == ir.AttributeType.TENSORS and attribute.value is not None:
+            for i, one in enumerate(attribute.as_tensors()):
+
+                def put_one(tensor: ir.TensorProtocol, name: str = name, i: int = i) -> None:
+                    several = list(attributes[name].as_tensors())
+                    several[i] = tensor
+                    attributes[name] = ir.AttrTensors(name, several)
+
+                yield one, put_one
 
 
 @dataclass(frozen=True, order=True)

@@ -21,7 +21,7 @@ import onnx_ir as ir
 from onnx_fold.errors import InvalidModelError, MissingExtraError, UsageError
 from onnx_fold.files import PROTOBUF_LIMIT, ModelSource, load, weight_bytes
 from onnx_fold.placement import CPU, RECORD, misplaced, placement
-from onnx_fold.write import write
+from onnx_fold.write import read_in, write
 
 __all__ = [
     "Array",
@@ -224,7 +224,8 @@ def _as_file_or_bytes(source: ModelSource) -> Iterator[tuple[str | bytes, str]]:
     model = load(source)
     name = f"model '{model.graph.name}'"
     if weight_bytes(model) <= PROTOBUF_LIMIT // 2:
-        copy = ir.external_data.load_to_model(model.clone())
+        copy = model.clone()
+        read_in(copy)
         yield ir.to_proto(copy).SerializeToString(), name
         return
     with tempfile.TemporaryDirectory(prefix="onnx-fold-", ignore_cleanup_errors=True) as folder:

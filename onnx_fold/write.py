@@ -32,7 +32,7 @@ from onnx_fold import progress
 from onnx_fold.device import Array
 from onnx_fold.errors import CannotWriteError, InvalidModelError
 from onnx_fold.expression import FoldedTensor
-from onnx_fold.files import PROTOBUF_LIMIT, external_tensors, load, weight_bytes
+from onnx_fold.files import PROTOBUF_LIMIT, external_tensors, load, stored_tensors, weight_bytes
 from onnx_fold.output import check_space, data_names, old_data, replacing
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "Job",
     "Source",
     "evaluate",
+    "read_in",
     "run_jobs",
     "saving",
     "write",
@@ -307,10 +308,11 @@ def write(
     copy = model.clone()
     is_large = weight_bytes(model) > PROTOBUF_LIMIT // 2 or any(external_tensors(model))
     jobs: list[Job] = []
+    placed: set[ir.ExternalTensor] = set()
     if is_large or shard_size is not None:
-        jobs = _externalise(copy, path.absolute(), beside or path, shard_size)
+        jobs, placed = _externalise(copy, path.absolute(), beside or path, shard_size)
     evaluate(copy, executor, report)
-    _internalise_attributes(copy)
+    read_in(copy, lambda tensor: tensor not in placed)
     proto = ir.to_proto(copy)
     check_space(path.parent, proto.ByteSize() + sum(_sizes(jobs).values()))
     run_jobs(jobs, executor, report)
@@ -362,8 +364,14 @@ def _spooled(
     }
 
 
-def _externalise(model: ir.Model, path: Path, target: Path, shard_size: int | None) -> list[Job]:
-    """Give the large initializers of ``model`` a place in data files; return what fills these."""
+def _externalise(
+    model: ir.Model, path: Path, target: Path, shard_size: int | None
+) -> tuple[list[Job], set[ir.ExternalTensor]]:
+    """Give the large initializers of ``model`` a place in data files.
+
+    Returns:
+        What fills these files, and the tensors that lie in them now.
+    """
     values = _holding(model, _is_large)
     tensors = dict(values.values())
     places = _layout([tensor.nbytes for tensor in tensors.values()], shard_size)
@@ -371,8 +379,9 @@ def _externalise(model: ir.Model, path: Path, target: Path, shard_size: int | No
     located = {
         name: (files[shard], offset) for name, (shard, offset) in zip(tensors, places, strict=True)
     }
+    placed = set()
     for value, (name, tensor) in values.items():
-        value.const_value = ir.ExternalTensor(
+        value.const_value = moved = ir.ExternalTensor(
             *located[name],
             tensor.nbytes,
             tensor.dtype,
@@ -381,10 +390,11 @@ def _externalise(model: ir.Model, path: Path, target: Path, shard_size: int | No
             doc_string=tensor.doc_string,
             metadata_props=dict(tensor.metadata_props),
         )
+        placed.add(moved)
     return [
         Job(name, _data(tensor), tensor.nbytes, str(path.with_name(file)), offset)
         for (name, tensor), (file, offset) in zip(tensors.items(), located.values(), strict=True)
-    ]
+    ], placed
 
 
 def _holding(
@@ -440,11 +450,17 @@ def _sizes(jobs: Iterable[Job]) -> dict[str, int]:
     return sizes
 
 
-def _internalise_attributes(model: ir.Model) -> None:
-    """Read the tensors of Constant nodes that lie in a data file: only initializers stay there."""
-    for node in model.graph.all_nodes():
-        for name, attribute in list(node.attributes.items()):
-            if isinstance(attribute.value, ir.ExternalTensor):
-                tensor = attribute.value
-                held = ir.Tensor(tensor.numpy(), tensor.dtype, name=tensor.name)
-                node.attributes.add(ir.AttrTensor(name, held))
+def read_in(
+    model: ir.Model, wanted: Callable[[ir.ExternalTensor], bool] = lambda tensor: True
+) -> None:
+    """Read the wanted tensors that lie in files into memory, wherever in ``model`` they are."""
+    for tensor, put in stored_tensors(model):
+        if isinstance(tensor, ir.ExternalTensor) and wanted(tensor):
+            held = ir.Tensor(
+                tensor.numpy(),
+                tensor.dtype,
+                name=tensor.name,
+                doc_string=tensor.doc_string,
+                metadata_props=dict(tensor.metadata_props),
+            )
+            put(held)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
 import numpy as np
 import onnx
 import onnx_ir as ir
 import onnxruntime as ort
+from google.protobuf.message import Message
 
 import onnx_fold
+from onnx_fold.files import load
 from onnx_fold.pipeline import FoldResult
 from onnx_fold.stream import Stream, find_streams
 
@@ -72,13 +77,14 @@ def feeds(model: ir.Model, sizes: dict[str, int] | None = None) -> dict[str, np.
     return result
 
 
-def outputs(model: ir.Model, **inputs: np.ndarray) -> dict[str, np.ndarray]:
-    """Run ``model`` in ONNX Runtime, unoptimised."""
+def outputs(model: ir.Model | Path, **inputs: np.ndarray) -> dict[str, np.ndarray]:
+    """Run ``model``, or the one in a file, in ONNX Runtime, unoptimised."""
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.intra_op_num_threads = 1
     options.log_severity_level = 4
-    session = ort.InferenceSession(proto(model), options, providers=["CPUExecutionProvider"])
+    held = str(model) if isinstance(model, Path) else proto(model)
+    session = ort.InferenceSession(held, options, providers=["CPUExecutionProvider"])
     names = [value.name for value in session.get_outputs()]
     return dict(zip(names, session.run(names, inputs), strict=True))
 
@@ -160,3 +166,42 @@ def square(width: int, seed: int = 0, dtype=np.float32) -> np.ndarray:
 
 def operators(model: ir.Model) -> list[str]:
     return [node.op_type for node in model.graph]
+
+
+def externalise(model: ir.Model, path: str | Path, location: str = "w.bin") -> None:
+    """Save ``model`` with every tensor in a data file, however small, in attributes too."""
+    proto = ir.to_proto(model)
+    data = bytearray()
+    for tensor in _tensors(proto):
+        raw = ir.from_proto(tensor).tobytes()
+        place = {"location": location, "offset": str(len(data)), "length": str(len(raw))}
+        kept = tensor.name, tensor.data_type, list(tensor.dims)
+        tensor.Clear()
+        tensor.name, tensor.data_type, dims = kept
+        tensor.dims.extend(dims)
+        tensor.data_location = onnx.TensorProto.EXTERNAL
+        for key, value in place.items():
+            tensor.external_data.add(key=key, value=value)
+        data += raw
+    (Path(path).parent / location).write_bytes(data)
+    Path(path).write_bytes(proto.SerializeToString())
+
+
+def _tensors(message: Message) -> Iterator[onnx.TensorProto]:
+    """All tensors in a protobuf message, at any depth."""
+    for field, value in message.ListFields():
+        if field.message_type is not None:
+            for part in value if isinstance(value, Iterable) else (value,):
+                yield from ([part] if isinstance(part, onnx.TensorProto) else _tensors(part))
+
+
+def assert_whole(path: str | Path, *owned: str) -> None:
+    """Assert that all tensors of the model in ``path`` are in it or in the files ``owned``."""
+    names = {
+        entry.value
+        for tensor in _tensors(onnx.load(path, load_external_data=False))
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }
+    assert names <= set(owned), names
+    load(path)  # and they are in range

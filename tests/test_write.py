@@ -10,7 +10,14 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from helpers import assert_same_function, graph, normal
+from helpers import (
+    assert_same_function,
+    assert_whole,
+    externalise,
+    graph,
+    normal,
+    outputs,
+)
 
 import onnx_fold
 from onnx_fold import expression, files, pipeline, write
@@ -334,3 +341,68 @@ def test_bodies_and_constants_that_lie_in_files():
     Path("w.bin").unlink()
     assert Path("out.onnx.data").stat().st_size == 4 * D * D
     assert_same_function(original, ir.load("out.onnx"))
+
+
+# --- Whatever is written is whole by itself -------------------------------------------------------
+
+
+def everywhere(dtype=np.float32) -> ir.Model:
+    """Small and large tensors: initializers of graphs, bodies, functions; attributes of these."""
+    model = onnx.parser.parse_model(
+        f"""
+        <ir_version: 10, opset_import: ["": 18, "local": 1]>
+        g (float[n, {D}] x, bool c) => (float[n, {D}] y) {{
+          p = MatMul(x, P) m = MatMul(p, M) r = Relu(m) s = Mul(r, gain)
+          k = Constant<value = float[1] {{1}}>() t = Add(s, k)
+          h = If(c) <
+            then_branch = a () => (float[n, {D}] u) {{ v = Mul(t, inner) u = MatMul(v, W) }},
+            else_branch = b () => (float[n, {D}] u) {{ u = Neg(t) }}
+          >
+          y = local.shift(h)
+        }}
+        <domain: "local", opset_import: ["": 18]>
+        shift (z) => (q) {{
+          one = Constant<value = float[1] {{1}}>()
+          q = Add(z, one)
+        }}
+        """
+    )
+    held = {"P": normal(D, D), "M": normal(D, D, seed=1), "gain": np.float32(0.5)}
+    for name, array in held.items():
+        model.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+    (body,) = (node for node in model.graph.node if node.op_type == "If")
+    for name, array in {"W": normal(D, D, seed=2), "inner": np.full(1, 2, np.float32)}.items():
+        body.attribute[0].g.initializer.append(onnx.numpy_helper.from_array(array, name))
+    return ir.from_proto(model)
+
+
+@pytest.mark.parametrize("shard_size", [None, 4 * D * D])
+@pytest.mark.parametrize("place", ["here", "elsewhere", "in place"])
+def test_no_tensor_refers_to_a_file_of_the_input(place, shard_size):
+    original = everywhere()
+    externalise(original, "m.onnx")
+    Path("out").mkdir()
+    target = {"here": "f.onnx", "elsewhere": "out/f.onnx", "in place": "m.onnx"}[place]
+    options = {"in_place": True} if place == "in place" else {"output": target}
+    result = onnx_fold.fold("m.onnx", shard_size=shard_size, **options)
+    assert len(result.report.folded) == 1
+    Path("w.bin").unlink(missing_ok=True)
+    data = [".data"] if shard_size is None else [f"-0000{i}-of-00002.data" for i in (1, 2)]
+    assert_whole(target, *(Path(target).name + each for each in data))
+    inputs = {"x": normal(3, D), "c": np.array(True)}
+    expected, found = outputs(original, **inputs)["y"], outputs(Path(target), **inputs)["y"]
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("only", ["initializer", "attribute"])
+def test_a_small_tensor_in_a_file_where_nothing_folds(only):
+    signature = f"(float[n, {D}] x) => (float[n, {D}] y)"
+    if only == "initializer":
+        model = graph(f"{signature} {{ y = Mul(x, g) }}", g=np.float32(3))
+    else:
+        model = graph(f"{signature} {{ g = Constant<value = float[1] {{3}}>() y = Mul(x, g) }}")
+    externalise(model, "m.onnx")
+    Path("out").mkdir()
+    onnx_fold.fold("m.onnx", output="out/f.onnx")
+    assert_whole("out/f.onnx")
+    assert_same_function(model, files.load("out/f.onnx"))
