@@ -20,6 +20,7 @@ from google.protobuf import json_format, text_format
 from google.protobuf.message import DecodeError
 
 from onnx_fold.errors import InvalidModelError, UsageError
+from onnx_fold.order import UnsortableError, in_order
 
 if TYPE_CHECKING:
     import torch
@@ -39,13 +40,22 @@ def load(source: ModelSource) -> ir.Model:
     """Return ``source`` as an ``onnx_ir.Model``; weights of a file stay on disk until read.
 
     An ``onnx_ir.Model`` (and the one inside a ``torch.onnx.ONNXProgram``) is returned as it is, not
-    copied.
+    copied; but nodes that are read before they are written are sorted, in a copy.
 
     Raises:
         InvalidModelError: The file is missing, truncated, not ONNX, or its external data is
-            missing, too short, outside the model's folder, or said to be where nothing can be.
+            missing, too short, outside the model's folder, or said to be where nothing can be; or
+            a value is read that nothing writes.
         UsageError: ``source`` is of none of the supported types.
     """
+    name = str(source) if isinstance(source, str | os.PathLike) else "the given model"
+    try:
+        return in_order(_read(source))
+    except UnsortableError as error:
+        raise InvalidModelError(f"{name} is not a valid ONNX model: {error}") from error
+
+
+def _read(source: ModelSource) -> ir.Model:
     if isinstance(source, ir.Model):
         return source
     if isinstance(source, onnx.ModelProto):

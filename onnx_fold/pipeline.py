@@ -24,6 +24,7 @@ from onnx_fold.files import ModelSource, check, external_tensors, load
 from onnx_fold.folding import PIVOTS, FoldPass, Options, fold_streams
 from onnx_fold.inline import inline
 from onnx_fold.linear import find_linears, label
+from onnx_fold.order import put_back
 from onnx_fold.output import replacing
 from onnx_fold.parity import ParityReport
 from onnx_fold.parity import verify as parity_check
@@ -198,6 +199,7 @@ def fold(
         streams = fold_streams(folded, passes, options, seen)
         if not any(stream.folded for stream in streams):
             folded = original.clone()
+            put_back(folded)
     except Exception as error:
         check(model, original, error)
         raise

@@ -33,6 +33,7 @@ from onnx_fold.device import Array
 from onnx_fold.errors import CannotWriteError, InvalidModelError
 from onnx_fold.expression import FoldedTensor
 from onnx_fold.files import PROTOBUF_LIMIT, external_tensors, load, stored_tensors, weight_bytes
+from onnx_fold.order import copied
 from onnx_fold.output import check_space, data_names, old_data, replacing
 
 __all__ = [
@@ -305,7 +306,7 @@ def write(
         CannotWriteError: There is not enough space, or the graph by itself exceeds 2 GiB.
         OSError: What the operating system refused.
     """
-    copy = model.clone()
+    copy = copied(model)
     is_large = weight_bytes(model) > PROTOBUF_LIMIT // 2 or any(external_tensors(model))
     jobs: list[Job] = []
     placed: set[ir.ExternalTensor] = set()
