@@ -31,10 +31,10 @@ import onnx
 import onnx_ir as ir
 
 import onnx_fold
-from onnx_fold.bench import Phase
 from onnx_fold.cost import cost
 from onnx_fold.errors import OnnxFoldError
 from onnx_fold.models.export import export
+from onnx_fold.timing import Phase
 from onnx_fold.write import write
 
 MODELS = ("small-gqa", "tinyllama-1.1b:2")

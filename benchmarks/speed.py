@@ -32,13 +32,13 @@ from typing import Any
 
 import onnx_fold
 from onnx_fold import BenchReport, runtime
-from onnx_fold.bench import decimals
 from onnx_fold.device import HOST, find_device
 from onnx_fold.environment import environment, gpu_memory_used
 from onnx_fold.errors import MissingExtraError, UsageError
 from onnx_fold.models import presets
 from onnx_fold.models.export import export
 from onnx_fold.plot import plot
+from onnx_fold.timing import decimals
 
 TRAINED = "char-gqa"
 """The model that the package brings along, trained, in float32."""

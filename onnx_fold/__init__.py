@@ -9,19 +9,36 @@ The functions are those of the command line, with the same options::
     result.save("folded.onnx")
 """
 
-from onnx_fold.bench import BenchReport, bench
-from onnx_fold.errors import (
-    CannotWriteError,
-    CheckFailedError,
-    InvalidModelError,
-    MissingExtraError,
-    NotFiniteError,
-    OnnxFoldError,
-    UsageError,
-)
-from onnx_fold.parity import ParityReport, verify
-from onnx_fold.pipeline import FoldResult, InspectReport, fold, inspect
-from onnx_fold.report import FoldReport
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from onnx_fold.errors import (
+        CannotWriteError,
+        CheckFailedError,
+        InvalidModelError,
+        MissingExtraError,
+        NotFiniteError,
+        OnnxFoldError,
+        UsageError,
+    )
+    from onnx_fold.parity import ParityReport, verify
+    from onnx_fold.pipeline import FoldResult, InspectReport, fold, inspect
+    from onnx_fold.report import FoldReport
+    from onnx_fold.timing import BenchReport, bench
+else:
+
+    def __getattr__(name: str) -> object:
+        """Import what is asked for when it is asked for: onnx and scipy take their time."""
+        if name not in __all__:
+            raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+        module = import_module(f"{__name__}.{_MODULES.get(name, 'errors')}")
+        globals()[name] = value = getattr(module, name)
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})
+
 
 __all__ = [
     "BenchReport",
@@ -41,5 +58,18 @@ __all__ = [
     "inspect",
     "verify",
 ]
+
+_MODULES = {
+    "BenchReport": "timing",
+    "FoldReport": "report",
+    "FoldResult": "pipeline",
+    "InspectReport": "pipeline",
+    "ParityReport": "parity",
+    "bench": "timing",
+    "fold": "pipeline",
+    "inspect": "pipeline",
+    "verify": "parity",
+}
+"""Where the names of this module come from; those of errors from ``errors``."""
 
 __version__ = "0.1.0"

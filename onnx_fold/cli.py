@@ -12,14 +12,16 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console
 
 from onnx_fold import __version__, errors
-from onnx_fold.output import replacing
-from onnx_fold.progress import Report, shown
+
+if TYPE_CHECKING:  # else imported where needed: help and version come at once
+    from rich.console import Console
+
+    from onnx_fold.progress import Report
 
 ModelPath = click.Path(dir_okay=False, path_type=Path)
 
@@ -50,8 +52,8 @@ def _planning(command: Callable[..., None]) -> Callable[..., None]:
             click.option(
                 "--strategy",
                 metavar="PASS",
-                help="Force absorb, interpolate or select wherever a basis has to change."
-                " [default: by predicted error]",
+                show_default="by predicted error",
+                help="Force absorb, interpolate or select wherever a basis has to change.",
             ),
             click.option(
                 "--only",
@@ -69,7 +71,8 @@ def _planning(command: Callable[..., None]) -> Callable[..., None]:
             click.option(
                 "--tolerance",
                 type=float,
-                help="Largest predicted relative error of one fold. [default: by storage type]",
+                show_default="by storage type",
+                help="Largest predicted relative error of one fold.",
             ),
             click.option(
                 "--calibrate",
@@ -81,8 +84,8 @@ def _planning(command: Callable[..., None]) -> Callable[..., None]:
             click.option(
                 "--target",
                 type=click.Choice(["cpu", "cuda"]),
-                help="Leave folds that take longer on this provider than what they save."
-                " [default: fold whatever saves weights, and say so]",
+                show_default="fold whatever saves weights, and say so",
+                help="Leave folds that take longer on this provider than what they save.",
             ),
             click.option(
                 "--device",
@@ -96,23 +99,31 @@ def _planning(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+# \b is click's mark of a paragraph whose lines stay as they are.
+_EXAMPLES = """\b
+Examples:
+  onnx-fold demo                              the whole story on a small trained model
+  onnx-fold inspect model.onnx                what is in it, what would fold, what would not
+  onnx-fold fold model.onnx -o folded.onnx    fold, check, write
+  onnx-fold verify model.onnx folded.onnx     are they the same function?
+  onnx-fold bench model.onnx folded.onnx      how much faster is it?
+
+\b
+Exit codes:
+  0 done, 1 a check failed, 2 usage, 3 unreadable or invalid model, 4 cannot write
+"""
+
+
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog=_EXAMPLES,
+)
 @click.version_option(__version__, prog_name="onnx-fold")
 def cli() -> None:
-    r"""Fold consecutive linear projections of an ONNX model into single initializers.
+    """Fold consecutive linear projections of an ONNX model into single initializers.
 
     A skipless transformer loses 2·d² weights a block: P goes into the FFN, Q into the layer before
     (arXiv 2404.12362). Whatever cannot be proved equal stays as it was, and the report says why.
-
-    \b
-      onnx-fold demo                              the whole story on a small trained model
-      onnx-fold inspect model.onnx                what is in it, what would fold, what would not
-      onnx-fold fold model.onnx -o folded.onnx    fold, check, write
-      onnx-fold verify model.onnx folded.onnx     are they the same function?
-      onnx-fold bench model.onnx folded.onnx      how much faster is it?
-
-    \b
-    Exit codes: 0 done, 1 a check failed, 2 usage, 3 unreadable or invalid model, 4 cannot write.
     """
 
 
@@ -130,7 +141,7 @@ def _parse_size(context: click.Context, option: click.Parameter, value: str | No
     return size
 
 
-@cli.command()
+@cli.command(short_help="Fold MODEL: same function, fewer weights.")
 @click.argument("model", type=ModelPath)
 @click.option("-o", "--output", type=ModelPath, help="File to write; never the input.")
 @click.option(
@@ -142,7 +153,8 @@ def _parse_size(context: click.Context, option: click.Parameter, value: str | No
     "--shard-size",
     callback=_parse_size,
     metavar="4GB",
-    help="Split the weights into data files of this size. [default: one file]",
+    show_default="one file",
+    help="Split the weights into data files of this size.",
 )
 @_planning
 @click.option("--dry-run", is_flag=True, help="Fold and check, but write nothing.")
@@ -182,7 +194,7 @@ def fold(
         _check_writable(target, model)
     if in_place:
         _check_folder(model)
-    console = Console(quiet=True) if quiet else _console()
+    console = _console(quiet)
     if not dry_run:
         options |= {"output": output, "in_place": in_place}
     try:
@@ -203,7 +215,7 @@ def fold(
         _write_json(report, result.report.to_dict())
 
 
-@cli.command()
+@cli.command(short_help="Show what would fold in MODEL, and why the rest would not.")
 @click.argument("model", type=ModelPath)
 @_planning
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -227,7 +239,7 @@ def _parse_shape(context: click.Context, option: click.Parameter, values: tuple[
     return shapes or None
 
 
-@cli.command()
+@cli.command(short_help="Check that two models compute the same function.")
 @click.argument("original", type=ModelPath)
 @click.argument("folded", type=ModelPath)
 @_PROVIDER
@@ -258,22 +270,25 @@ def verify(original: Path, folded: Path, as_json: bool, **options: Any) -> None:
 _SEVERAL = "; may be given several times"
 
 
-@cli.command()
+@cli.command(short_help="Time two models side by side, prefill and decode.")
 @click.argument("original", type=ModelPath)
 @click.argument("folded", type=ModelPath)
 @_PROVIDER
-@click.option("--batch", multiple=True, default=[1], help=f"Rows{_SEVERAL}. [default: 1]")
+@click.option("--batch", multiple=True, default=[1], show_default=True, help=f"Rows{_SEVERAL}.")
 @click.option(
     "--prefill",
     multiple=True,
     default=[128],
-    help=f"Tokens of a prompt{_SEVERAL}. [default: 128]",
+    show_default=True,
+    help=f"Tokens of a prompt{_SEVERAL}.",
 )
-@click.option("--past", type=int, help="Tokens in the cache in decode. [default: as --prefill]")
+@click.option(
+    "--past", type=int, show_default="as --prefill", help="Tokens in the cache in decode."
+)
 @click.option("--tokens", default=64, show_default=True, help="Steps of decode, in pairs.")
 @click.option("--repeats", default=30, show_default=True, help="Runs of prefill, in pairs.")
 @click.option("--warmup", default=5, show_default=True, help="Pairs before these.")
-@click.option("--seconds", type=float, help="End a phase after this time. [default: never]")
+@click.option("--seconds", type=float, show_default="never", help="End a phase after this time.")
 @click.option("--threads", type=int, help="Threads of one operator.")
 @click.option("--cuda-graph", is_flag=True, help="Capture each phase as a CUDA graph.")
 @click.option("--profile", is_flag=True, help="Say where the time goes, by operator.")
@@ -295,20 +310,25 @@ def bench(original: Path, folded: Path, plot: Path | None, as_json: bool, **opti
         click.echo(f"Wrote {plot}.", err=as_json)
 
 
-@cli.command()
+@cli.command(short_help="Export a fresh skipless transformer.")
 @click.argument("preset")
 @click.option("-o", "--output", type=ModelPath, required=True, help="File to write.")
-@click.option("--layers", type=int, help="Number of blocks. [default: the preset's]")
+@click.option("--layers", type=int, show_default="the preset's", help="Number of blocks.")
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "float64", "float16", "bfloat16"]),
     default="float32",
     show_default=True,
+    help="Type of the weights.",
 )
 @click.option(
-    "--exporter", type=click.Choice(["dynamo", "torchscript"]), default="dynamo", show_default=True
+    "--exporter",
+    type=click.Choice(["dynamo", "torchscript"]),
+    default="dynamo",
+    show_default=True,
+    help="Exporter of PyTorch.",
 )
-@click.option("--opset", type=int, help="ONNX opset. [default: by exporter]")
+@click.option("--opset", type=int, show_default="by exporter", help="ONNX opset.")
 @click.option("--kv-cache", is_flag=True, help="Take and return keys and values.")
 @click.option("--residual", is_flag=True, help="The ordinary twin, with skips and norms.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the weights.")
@@ -323,7 +343,7 @@ def export(preset: str, output: Path, quiet: bool, **options: Any) -> None:
         _console().print(f"Wrote {output}.", highlight=False)
 
 
-@cli.command()
+@cli.command(short_help="List the presets, and what folding saves.")
 def presets() -> None:
     """List the presets, and what folding saves of each shape: the paper's table."""
     from onnx_fold.report import presets_table
@@ -331,7 +351,7 @@ def presets() -> None:
     _console().print(presets_table())
 
 
-@cli.command()
+@cli.command(short_help="Fold a small trained model, and time it.")
 @click.option("--prompt", help="Text that both models continue.")
 @click.option("--tokens", default=96, show_default=True, help="Characters to write.")
 @_PROVIDER
@@ -362,6 +382,8 @@ def _check_folder(target: Path) -> None:
 
 
 def _write_json(path: Path, data: dict[str, Any]) -> None:
+    from onnx_fold.output import replacing
+
     with replacing(path) as folder:
         (folder / path.name).write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n")
 
@@ -374,22 +396,34 @@ def _show(report: Any, as_json: bool) -> None:
 
 
 @functools.cache
-def _console() -> Console:
+def _console(quiet: bool = False) -> Console:
     """Standard output; as wide as it needs to be where that is no terminal."""
-    return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() else 120
+    return Console(width=width, highlight=False, quiet=quiet)
+
+
+def _errors(quiet: bool = False) -> Console:
+    """Standard error."""
+    from rich.console import Console
+
+    return Console(stderr=True, quiet=quiet)
 
 
 @contextlib.contextmanager
 def _status(text: str) -> Iterator[Callable[[str], None]]:
     """A spinner on standard error, where that is a terminal; yields what adds to its text."""
-    with Console(stderr=True).status(text) as status:
+    with _errors().status(text) as status:
         yield lambda more: status.update(f"{text}: {more}")
 
 
 @contextlib.contextmanager
 def _progress(quiet: bool) -> Iterator[Report]:
     """What a long command is at, on standard error."""
-    with shown(Console(stderr=True, quiet=quiet)) as report:
+    from onnx_fold.progress import shown
+
+    with shown(_errors(quiet)) as report:
         yield report
 
 

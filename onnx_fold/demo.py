@@ -13,12 +13,12 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
 
-from onnx_fold.bench import bench
 from onnx_fold.errors import UsageError
 from onnx_fold.files import load
 from onnx_fold.generate import Decoder, greedy
 from onnx_fold.pipeline import fold
 from onnx_fold.runtime import resolve_provider, run, session
+from onnx_fold.timing import bench
 
 PROMPT = "def read_lines(path):\n    "
 

@@ -10,7 +10,7 @@ from onnx_fold.errors import CannotWriteError, MissingExtraError
 from onnx_fold.output import replacing
 
 if TYPE_CHECKING:
-    from onnx_fold.bench import BenchReport, Phase
+    from onnx_fold.timing import BenchReport, Phase
 
 ROWS = {"prefill": "time to first token, ms", "decode": "time between tokens, ms"}
 COLOURS = "#1f6f8b", "#c1440e", "#3a7d44", "#b08900", "#6a4c93", "#444444"

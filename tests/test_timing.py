@@ -11,7 +11,6 @@ from helpers import model as named
 from rich.console import Console
 
 from onnx_fold import runtime
-from onnx_fold.bench import BenchReport, _paired, _phase, bench
 from onnx_fold.cost import bytes_read
 from onnx_fold.errors import CannotWriteError, MissingExtraError, UsageError
 from onnx_fold.inputs import cache_links
@@ -19,6 +18,7 @@ from onnx_fold.plot import plot
 from onnx_fold.profile import side_by_side
 from onnx_fold.runtime import MissingKernelError
 from onnx_fold.steps import Decode, cache_values, step_values
+from onnx_fold.timing import BenchReport, _paired, _phase, bench
 
 
 def model(*, folded: bool = False, cached: bool = False, length: str = "seq", dtype: str = "float"):
