@@ -147,7 +147,12 @@ def _parse_size(context: click.Context, option: click.Parameter, value: str | No
 @click.option(
     "--in-place",
     is_flag=True,
-    help="Write over MODEL; its data files go, unless another file beside them mentions them.",
+    help="Write over MODEL. Data files that are named after it go, unless others need them.",
+)
+@click.option(
+    "--delete-old-data",
+    is_flag=True,
+    help="Let all data files of the replaced model go that no others need.",
 )
 @click.option(
     "--shard-size",
@@ -174,6 +179,7 @@ def fold(
     model: Path,
     output: Path | None,
     in_place: bool,
+    delete_old_data: bool,
     dry_run: bool,
     report: Path | None,
     verify: str,
@@ -188,15 +194,10 @@ def fold(
         raise click.UsageError(
             "say where to write with -o FILE or --in-place, or ask for a --dry-run"
         )
-    if output is not None and output == report:
-        raise click.UsageError("-o and --report name the same file")
-    for target in filter(None, (output, report)):
-        _check_writable(target, model)
-    if in_place:
-        _check_folder(model)
+    _check_targets(output, report, model, options["calibrate"])
     console = _console(quiet)
     if not dry_run:
-        options |= {"output": output, "in_place": in_place}
+        options |= {"output": output, "in_place": in_place, "delete_old_data": delete_old_data}
     try:
         with _progress(quiet) as progress:
             check = not no_verify and verify
@@ -211,6 +212,8 @@ def fold(
         console.print(f"{model} is as it was.", highlight=False)
     elif not dry_run:
         console.print(f"Wrote {output or model}.", highlight=False)
+        for line in _old_data(result.report.old_data):
+            console.print(line, highlight=False)
     if report is not None:
         _write_json(report, result.report.to_dict())
 
@@ -300,7 +303,9 @@ def bench(original: Path, folded: Path, plot: Path | None, as_json: bool, **opti
     from onnx_fold import plot as drawing
 
     if plot is not None:
-        _check_folder(plot)
+        from onnx_fold.targets import check_target, inputs_of
+
+        check_target(plot, inputs_of(original, folded))
         drawing.check(plot)
     with _status("timing both models") as tell:
         report = onnx_fold.bench(original, folded, progress=tell, **options)
@@ -363,22 +368,23 @@ def demo(**options: Any) -> None:
         sys.exit(errors.OnnxFoldError.exit_code)
 
 
-def _check_writable(target: Path, source: Path) -> None:
-    """Refuse before the work what would be refused after it.
+def _check_targets(output: Path | None, report: Path | None, model: Path, *inputs: Path) -> None:
+    """Refuse before the work what could not be written after it."""
+    from onnx_fold.targets import check_model_target, check_target, collide, inputs_of
 
-    Raises:
-        CannotWriteError: The target is the source, a folder, or lies where nothing can be written.
-    """
-    if target.exists() and source.exists() and target.samefile(source):
-        raise errors.CannotWriteError(f"{target} is the input; write to another file")
-    _check_folder(target)
+    if output is not None:
+        check_model_target(output, inputs_of(model, *inputs))
+    if report is not None:
+        check_target(report, inputs_of(model, *inputs))
+        if collide(report, output or model):
+            raise click.UsageError("-o and --report name the same file, or data of it")
 
 
-def _check_folder(target: Path) -> None:
-    if not target.parent.is_dir():
-        raise errors.CannotWriteError(f"cannot write {target}: no folder {target.parent}")
-    if not os.access(target.parent, os.W_OK):
-        raise errors.CannotWriteError(f"cannot write {target}: {target.parent} is read-only")
+def _old_data(left: dict[str, str]) -> Iterator[str]:
+    """What the user must know of the data files that a replaced model has left."""
+    if unneeded := ", ".join(name for name, reason in left.items() if not reason):
+        yield f"No longer needed: {unneeded}. --delete-old-data removes such files."
+    yield from (f"{name} stays: {reason}." for name, reason in left.items() if reason)
 
 
 def _write_json(path: Path, data: dict[str, Any]) -> None:

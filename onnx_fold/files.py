@@ -32,6 +32,9 @@ ModelSource: TypeAlias = (
 
 _TEXT_ERRORS = (json_format.ParseError, text_format.ParseError, onnx.parser.ParseError)
 
+TEXT_SUFFIXES = (".json", ".onnxjson", ".onnxtxt", ".onnxtext", ".textproto", ".prototxt", ".pbtxt")
+"""Models in these are text, which ONNX reads and ONNX Runtime does not."""
+
 PROTOBUF_LIMIT = 2**31 - 1
 """Bytes that one protobuf message may have; larger models need external data."""
 
@@ -185,6 +188,24 @@ def _tensor_attributes(
                 yield one, put_one
 
 
+def data_files(path: Path) -> set[Path]:
+    """The files that a model in ``path`` names for its data; none if it cannot be read."""
+    try:
+        if path.stat().st_size > PROTOBUF_LIMIT or not path.is_file():
+            return set()
+        with warnings.catch_warnings(action="ignore"):  # that a format is experimental
+            proto = onnx.load(path, load_external_data=False)
+    except Exception:  # whatever it is, it is no model
+        return set()
+    return {
+        path.parent / entry.value
+        for tensor in _all_stored(proto)
+        if onnx.external_data_helper.uses_external_data(tensor)
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }
+
+
 @dataclass(frozen=True, order=True)
 class _Range:
     """Bytes ``start`` to ``end`` of a file, and the tensor that they hold."""
@@ -197,8 +218,7 @@ class _Range:
 def _check_external(proto: onnx.ModelProto, folder: Path) -> None:
     """Check that every external tensor lies whole in a file of ``folder``, and none in another."""
     ranges: dict[Path, set[_Range]] = defaultdict(set)
-    nodes = (node for function in proto.functions for node in function.node)
-    for tensor in (*_stored(proto.graph.initializer, proto.graph.node), *_stored((), nodes)):
+    for tensor in _all_stored(proto):
         if onnx.external_data_helper.uses_external_data(tensor):
             file, found = _external_range(tensor, folder)
             if found.end > found.start:
@@ -211,6 +231,13 @@ def _check_external(proto: onnx.ModelProto, folder: Path) -> None:
                     f"initializers '{one.name}' and '{other.name}' overlap in external data file"
                     f" {file.name}"
                 )
+
+
+def _all_stored(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    yield from _stored(proto.graph.initializer, proto.graph.node)
+    for function in proto.functions:
+        yield from _stored((), function.node)
+        yield from (each.t for each in function.attribute_proto)
 
 
 def _stored(

@@ -19,13 +19,13 @@ from onnx_fold.attention import Attention, find_attention
 from onnx_fold.calibrate import record
 from onnx_fold.cost import TARGETS, Saving, cost
 from onnx_fold.device import Array, find_device
-from onnx_fold.errors import CannotWriteError, CheckFailedError, NotFiniteError, UsageError
+from onnx_fold.errors import CheckFailedError, NotFiniteError, UsageError
 from onnx_fold.files import ModelSource, check, external_tensors, load
 from onnx_fold.folding import PIVOTS, FoldPass, Options, fold_streams
 from onnx_fold.inline import inline
 from onnx_fold.linear import find_linears, label
 from onnx_fold.order import put_back
-from onnx_fold.output import replacing
+from onnx_fold.output import clean, left_over, replacing
 from onnx_fold.parity import ParityReport
 from onnx_fold.parity import verify as parity_check
 from onnx_fold.passes import PASSES
@@ -35,7 +35,8 @@ from onnx_fold.report import FoldReport, new_table
 from onnx_fold.runtime import onnxruntime
 from onnx_fold.sampled import fits_in_memory, verify_sampled
 from onnx_fold.stream import find_streams
-from onnx_fold.write import evaluate, saving
+from onnx_fold.targets import check_model_target
+from onnx_fold.write import data_of, evaluate, obsolete_data, saving
 
 CHECKS = ("auto", "full", "sampled")
 """Ways to verify a fold: both models whole, some of the folded streams, or whichever fits."""
@@ -70,22 +71,27 @@ class FoldResult:
         1 GiB, one after another, so that they need not fit in memory.
 
         Args:
-            path: The file to write. A model that is there is replaced, with its data, at once or
-                not at all.
+            path: The file to write. A model that is there is replaced, at once or not at all; its
+                data files stay.
             shard_size: Bytes at which a further data file is begun.
             executor: Evaluates and writes the weights, see :func:`fold`.
 
         Raises:
-            CannotWriteError: ``path`` is the source itself, or the system refuses to write it.
+            CannotWriteError: ``path`` is the source or its data, or it cannot be written.
         """
         target = Path(path)
-        if self.source is not None and _is_same(target, self.source):
-            raise CannotWriteError(f"{path} is the input; write to another file")
-        with self._written(target, shard_size=shard_size, executor=executor):
+        check_model_target(target, _inputs(self.source, self.original, self.model))
+        with self._written(target, shard_size, executor):
             pass
 
     def _written(
-        self, target: Path, shard_size: int | None, **options: Any
+        self,
+        target: Path,
+        shard_size: int | None,
+        executor: Executor | None,
+        in_place: bool = False,
+        delete_old_data: bool = False,
+        progress: Report = ignore,
     ) -> contextlib.AbstractContextManager[Path]:
         if (
             self.source is None
@@ -94,18 +100,22 @@ class FoldResult:
             or self.source.suffix != target.suffix
             or any(external_tensors(self.model))
         ):
-            return saving(self.model, target, shard_size=shard_size, **options)
-        return _copied(self.source, target)
+            return saving(
+                self.model,
+                target,
+                in_place=in_place,
+                delete_old_data=delete_old_data,
+                shard_size=shard_size,
+                executor=executor,
+                report=progress,
+            )
+        return _copied(self.source, target, obsolete_data(target, in_place, delete_old_data))
 
 
 @contextlib.contextmanager
-def _copied(source: Path, target: Path) -> Iterator[Path]:
-    with replacing(target) as folder:
+def _copied(source: Path, target: Path, obsolete: Sequence[str]) -> Iterator[Path]:
+    with replacing(target, obsolete) as folder:
         yield Path(shutil.copyfile(source, folder / target.name))
-
-
-def _is_same(a: Path, b: Path) -> bool:
-    return a.exists() and b.exists() and a.samefile(b)
 
 
 def fold(
@@ -113,6 +123,7 @@ def fold(
     *,
     output: str | os.PathLike[str] | None = None,
     in_place: bool = False,
+    delete_old_data: bool = False,
     shard_size: int | None = None,
     pivot: str = "auto",
     strategy: str | None = None,
@@ -138,8 +149,11 @@ def fold(
             not changed, but see ``in_place``.
         output: Write the result to this file, see :meth:`FoldResult.save`; it is verified before it
             takes that name, and a fold that fails leaves nothing.
-        in_place: Write the result over the file ``model``. Its data files go too, except those that
-            another file in the folder mentions. Where nothing folds nothing is written.
+        in_place: Write the result over the file ``model``. Data files that are named after it
+            (``<model>.data``, and shards) go; others stay, and ``report.old_data`` names them.
+            Where nothing folds nothing is written.
+        delete_old_data: Whatever their names, the data files of the model that is replaced go. No
+            data file goes that any file beside, above or below it needs.
         shard_size: Bytes at which a further data file is begun.
         pivot: Which matrix becomes the identity where there is a choice: ``"q"``, ``"k"``, ``"v"``,
             ``"p"`` (the writer of a parallel block), or ``"auto"``: the most accurate.
@@ -170,7 +184,8 @@ def fold(
         written; else they are when they are read.
 
     Raises:
-        CannotWriteError: The output cannot be written; what was there is still there.
+        CannotWriteError: The output cannot be written, or is an input; what was there is still
+            there.
         CheckFailedError: The folded model does not compute the same function.
         InvalidModelError: The model cannot be read.
         MissingExtraError: ``verify`` is asked for and onnxruntime is not installed.
@@ -190,6 +205,8 @@ def fold(
     passes = _passes(options, strategy, only, skip)
     progress("reading", 0, 0)
     original = load(model)
+    if destination is not None and not in_place:
+        check_model_target(destination, _inputs(source, original, calibrate))
     _check_names(original, options.protect)
     seen = None if calibrate is None else record(original, calibrate, provider)
     before = cost(original)
@@ -211,33 +228,43 @@ def fold(
             if mode and report.folded:
                 evaluate(folded, executor, progress)
             return verified(folded)
-        with result._written(
-            destination, shard_size, in_place=in_place, executor=executor, report=progress
-        ) as path:
+        old = data_of(destination)
+        choices = shard_size, executor, in_place, delete_old_data, progress
+        with result._written(destination, *choices) as path:
             result = verified(path)
     except NotFiniteError as error:
         raise CheckFailedError(str(error), report) from error
-    return replace(result, model=load(destination))
+    report = replace(result.report, old_data=left_over(destination, old))
+    return replace(result, model=load(destination), report=report)
 
 
 def _target(
     source: Path | None, output: str | os.PathLike[str] | None, in_place: bool
 ) -> Path | None:
-    """The file to write, if any.
+    """The file to write, if any; what killed processes left beside it is removed.
 
     Raises:
-        CannotWriteError: It is the source, and that was not asked for.
+        CannotWriteError: It cannot be written.
         UsageError: Both or neither would be overwritten.
     """
-    if in_place:
-        if output is not None or source is None:
-            raise UsageError("in place is for a model in a file, and has no other output")
-        return source
-    if output is None:
+    if in_place and (output is not None or source is None):
+        raise UsageError("in place is for a model in a file, and has no other output")
+    if output is None and not in_place:
         return None
-    if source is not None and _is_same(Path(output), source):
-        raise CannotWriteError(f"{output} is the input; write to another file, or in place")
-    return Path(output)
+    target = Path(output) if output is not None else source
+    assert target is not None
+    check_model_target(target)
+    clean(target.parent)
+    return target
+
+
+def _inputs(*sources: Path | ir.Model | str | os.PathLike[str] | object) -> Iterator[Path]:
+    """The files that are read: those given, and the data files of models."""
+    for source in sources:
+        if isinstance(source, ir.Model):
+            yield from (Path(tensor.path) for tensor in external_tensors(source))
+        elif isinstance(source, str | os.PathLike):
+            yield Path(source)
 
 
 def _verified(

@@ -131,6 +131,8 @@ class FoldReport:
         quantised: Layers that were left alone because their weights are quantised.
         verification: The parity check of the result, if it was asked for.
         is_plan: Nothing was written: this is what would be done.
+        old_data: Data files of the model that was replaced, which are still there: why others need
+            each, or nothing if it can be deleted.
     """
 
     saving: Saving
@@ -138,6 +140,7 @@ class FoldReport:
     quantised: list[str] = field(default_factory=list)
     verification: ParityReport | None = None
     is_plan: bool = False
+    old_data: dict[str, str] = field(default_factory=dict)
 
     @property
     def folded(self) -> list[StreamReport]:
@@ -168,6 +171,7 @@ class FoldReport:
             "streams": [stream.to_dict() for stream in self.streams],
             "quantised": self.quantised,
             "verification": self.verification.to_dict() if self.verification else None,
+            "old_data": self.old_data,
         }
 
     def __rich__(self) -> RenderableType:

@@ -19,7 +19,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnx_fold.errors import InvalidModelError, MissingExtraError, UsageError
-from onnx_fold.files import PROTOBUF_LIMIT, ModelSource, load, weight_bytes
+from onnx_fold.files import PROTOBUF_LIMIT, TEXT_SUFFIXES, ModelSource, load, weight_bytes
 from onnx_fold.placement import CPU, RECORD, misplaced, placement
 from onnx_fold.write import read_in, write
 
@@ -219,8 +219,9 @@ def _as_file_or_bytes(source: ModelSource) -> Iterator[tuple[str | bytes, str]]:
     if isinstance(source, str | os.PathLike):
         if not Path(source).is_file():
             raise InvalidModelError(f"cannot read {source}: No such file")
-        yield os.fspath(source), os.fspath(source)
-        return
+        if Path(source).suffix not in TEXT_SUFFIXES:
+            yield os.fspath(source), os.fspath(source)
+            return
     model = load(source)
     name = f"model '{model.graph.name}'"
     if weight_bytes(model) <= PROTOBUF_LIMIT // 2:

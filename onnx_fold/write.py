@@ -41,7 +41,9 @@ __all__ = [
     "MEMORY_LIMIT",
     "Job",
     "Source",
+    "data_of",
     "evaluate",
+    "obsolete_data",
     "read_in",
     "run_jobs",
     "saving",
@@ -241,42 +243,64 @@ def saving(
     target: Path,
     *,
     in_place: bool = False,
+    delete_old_data: bool = False,
     shard_size: int | None = None,
     executor: Executor | None = None,
     report: progress.Report = progress.ignore,
 ) -> Iterator[Path]:
     """Write ``model`` beside ``target``, give the file there, to be checked, and move it there.
 
-    If the block raises, everything stays as it was. Data files that were written for an earlier
-    ``target`` go with it.
+    If the block raises, everything stays as it was.
 
     Args:
         model: The model.
         target: The file to write.
-        in_place: ``target`` is the model that ``model`` was made from: all its data files go,
-            except those that another file in the folder mentions.
+        in_place: See :func:`obsolete_data`.
+        delete_old_data: See :func:`obsolete_data`.
         shard_size: See :func:`write`.
         executor: See :func:`write`.
         report: See :func:`write`.
 
     Raises:
         CannotWriteError: The folder is missing or read-only, the disk is full, another process is
-            writing ``target``, or a process of the executor died.
+            writing ``target``, a process of the executor died, or what was written is not whole.
     """
-    locations = _locations(target)
-    obsolete = locations if in_place else old_data(target, locations)
+    needed = set() if in_place else {_real(tensor) for tensor in external_tensors(model)}
+    obsolete = obsolete_data(target, in_place, delete_old_data)
+    obsolete = [name for name in obsolete if (target.parent / name).resolve() not in needed]
     with replacing(target, obsolete) as folder:
         path = folder / target.name
         write(model, path, beside=target, shard_size=shard_size, executor=executor, report=report)
+        try:
+            load(path)  # where no file is but its own
+        except InvalidModelError as error:
+            raise CannotWriteError(f"what was written cannot be read again: {error}") from error
         yield path
 
 
-def _locations(target: Path) -> list[str]:
+def _real(tensor: ir.ExternalTensor) -> Path:
+    return Path(tensor.path).resolve()
+
+
+def data_of(target: Path) -> list[str]:
     """The data files of the model in ``target``, if there is one."""
     try:
         return sorted({str(tensor.location) for tensor in external_tensors(load(target))})
     except InvalidModelError:
         return []
+
+
+def obsolete_data(target: Path, in_place: bool, delete_old_data: bool) -> list[str]:
+    """The data files that go with the model in ``target``, if no other needs them.
+
+    Args:
+        target: The file that is replaced.
+        in_place: It is so by what was made from it: data that was written for it goes.
+        delete_old_data: All of its data goes.
+    """
+    if delete_old_data:
+        return data_of(target)
+    return old_data(target, data_of(target)) if in_place else []
 
 
 def write(

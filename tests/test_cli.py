@@ -129,7 +129,12 @@ def test_in_place(run, data):
     assert (code, err) == (0, "")
     assert "Wrote m.onnx." in out
     assert [i.dims for i in onnx.load("m.onnx").graph.initializer] == [[9, 9], [D, 9]]
-    written = {None: set(), "m.onnx.data": {"m.onnx-1.data"}, "w.bin": {"m.onnx.data"}}[data]
+    written = {
+        None: set(),
+        "m.onnx.data": {"m.onnx-1.data"},
+        "w.bin": {"m.onnx.data", "w.bin"},
+    }[data]
+    assert ("No longer needed: w.bin. --delete-old-data" in out) == (data == "w.bin")
     assert files() == {"m.onnx", "copy.onnx", *written, *([data and "copy.bin"] if data else [])}
     assert run("verify", "copy.onnx", "m.onnx")[0] == 0
     before = Path("m.onnx").stat()
@@ -163,7 +168,9 @@ def test_shards(run, size):
     shards = {f"f.onnx-0000{i}-of-00002.data" for i in (1, 2)}
     assert files() == {"m.onnx", "f.onnx", *shards}
     assert run("verify", "m.onnx", "f.onnx")[0] == 0
-    assert run("fold", "m.onnx", "-o", "f.onnx", "--shard-size", "4GiB")[0] == 0
+    options = ["--shard-size", "4GiB", "--delete-old-data"]
+    code, out, _ = run("fold", "m.onnx", "-o", "f.onnx", *options)
+    assert (code, "No longer needed" in out) == (0, False)
     assert files() == {"m.onnx", "f.onnx", "f.onnx.data"}
 
 
