@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
@@ -110,7 +111,8 @@ Examples:
 
 \b
 Exit codes:
-  0 done, 1 a check failed, 2 usage, 3 unreadable or invalid model, 4 cannot write
+  0 done, 1 a check failed, 2 usage, 3 unreadable or invalid model, 4 cannot write,
+  70 an error of the program itself
 """
 
 
@@ -457,3 +459,22 @@ def main() -> None:
         sys.exit(130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except MemoryError:
+        click.echo("error: there is not enough memory", err=True)
+        sys.exit(errors.OnnxFoldError.exit_code)
+    except Exception as error:
+        click.echo(f"error: {_unexpected(error)}", err=True)
+        sys.exit(_UNEXPECTED)
+
+
+_UNEXPECTED = 70
+"""Exit code of an error of this program itself (``EX_SOFTWARE``)."""
+
+
+def _unexpected(error: Exception) -> str:
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    where = f"{Path(place.filename).name}, line {place.lineno}"
+    return (
+        f"unexpected {type(error).__name__} in {where}: {errors.sentence(error)}; this is an error"
+        " of onnx-fold: please report it, with the model"
+    )

@@ -53,3 +53,15 @@ class CannotWriteError(OnnxFoldError):
     """The output cannot be written; nothing was changed."""
 
     exit_code = 4
+
+
+MAX_SENTENCE = 400
+"""Characters of another library's message that are passed on."""
+
+
+def sentence(error: BaseException) -> str:
+    """The message of what caused ``error`` in the first place, in one line, for an own message."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= MAX_SENTENCE else f"{text[: MAX_SENTENCE - 3]}..."

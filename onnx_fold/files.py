@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import errno
+import functools
+import inspect
 import itertools
 import math
 import os
 import re
+import stat
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeAlias, TypeVar
 
 import onnx
 import onnx_ir as ir
 from google.protobuf import json_format, text_format
 from google.protobuf.message import DecodeError
 
-from onnx_fold.errors import InvalidModelError, UsageError
-from onnx_fold.order import UnsortableError, in_order
+from onnx_fold.errors import InvalidModelError, OnnxFoldError, UsageError, sentence
+from onnx_fold.order import in_order
+from onnx_fold.wellformed import MalformedError, well_formed
 
 if TYPE_CHECKING:
     import torch
@@ -54,7 +59,7 @@ def load(source: ModelSource) -> ir.Model:
     name = str(source) if isinstance(source, str | os.PathLike) else "the given model"
     try:
         return in_order(_read(source))
-    except UnsortableError as error:
+    except MalformedError as error:
         raise InvalidModelError(f"{name} is not a valid ONNX model: {error}") from error
 
 
@@ -62,7 +67,7 @@ def _read(source: ModelSource) -> ir.Model:
     if isinstance(source, ir.Model):
         return source
     if isinstance(source, onnx.ModelProto):
-        return _from_proto(source, "the given model")
+        return _from_proto(well_formed(source), "the given model")
     if isinstance(source, str | os.PathLike):
         return _load_file(Path(source))
     model: Any = getattr(source, "model", None)  # torch.onnx.ONNXProgram, without importing torch
@@ -75,13 +80,15 @@ def _read(source: ModelSource) -> ir.Model:
 
 
 def _load_file(path: Path) -> ir.Model:
+    check_is_file(path)
     try:
         with warnings.catch_warnings(action="ignore"):  # that a format is experimental
             proto = onnx.load(path, load_external_data=False)
     except OSError as error:
-        raise InvalidModelError(f"cannot read {path}: {error.strerror}") from error
+        raise InvalidModelError(f"cannot read {path}: {error.strerror or error}") from error
     except (DecodeError, ValueError, *_TEXT_ERRORS) as error:
         raise InvalidModelError(f"{path} is not an ONNX model, or is truncated") from error
+    proto = well_formed(proto)
     folder = path.parent.resolve()
     try:
         _check_external(proto, folder)
@@ -101,7 +108,24 @@ def _from_proto(proto: onnx.ModelProto, name: str) -> ir.Model:
     try:
         return ir.from_proto(proto)
     except Exception as error:
-        raise InvalidModelError(f"{name} is not a valid ONNX model: {error}") from error
+        raise InvalidModelError(f"{name} is not a valid ONNX model: {sentence(error)}") from error
+
+
+def check_is_file(path: Path) -> None:
+    """Refuse what would block, or never end, when it is read.
+
+    Raises:
+        InvalidModelError: ``path`` is a pipe, a device, a folder, or nothing.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InvalidModelError(f"cannot read {path}: {reason}") from error
+    if stat.S_ISDIR(mode):
+        raise InvalidModelError(f"cannot read {path}: {os.strerror(errno.EISDIR)}")
+    if not stat.S_ISREG(mode):
+        raise InvalidModelError(f"cannot read {path}: it is not a regular file")
 
 
 def _unknown_parts(proto: onnx.ModelProto) -> Iterator[str]:
@@ -124,18 +148,42 @@ def _graphs(proto: onnx.ModelProto) -> Iterator[onnx.GraphProto]:
                 queue.append(attribute.g)
 
 
-def check(source: ModelSource, model: ir.Model, cause: Exception) -> None:
-    """Blame ``cause``, which nobody expected, on the model if it is not valid ONNX.
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
-    Raises:
-        InvalidModelError: ``onnx.checker`` rejects the model.
+
+def blames_models(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Let ``function`` blame an error that nobody expected on a model that is not valid ONNX.
+
+    Its models are its arguments of the names ``model``, ``original`` and ``folded``.
     """
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def blaming(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        try:
+            return function(*args, **kwargs)
+        except OnnxFoldError:
+            raise
+        except Exception as error:
+            arguments = signature.bind(*args, **kwargs).arguments
+            for name in ("model", "original", "folded"):
+                if name in arguments:
+                    _check(arguments[name], error)
+            raise
+
+    return blaming
+
+
+def _check(source: ModelSource, cause: Exception) -> None:
+    """Raise ``InvalidModelError`` if ``onnx.checker`` rejects the model, else nothing."""
     is_path = isinstance(source, str | os.PathLike)
-    name = str(source) if is_path else "the model"
+    name = str(source) if is_path else "the given model"
     try:
-        onnx.checker.check_model(name if is_path else ir.to_proto(model), full_check=True)
+        model = name if is_path else ir.to_proto(load(source))
+        onnx.checker.check_model(model, full_check=True)
     except Exception as error:
-        raise InvalidModelError(f"{name} is not a valid ONNX model: {error}") from cause
+        raise InvalidModelError(f"{name} is not a valid ONNX model: {sentence(error)}") from cause
 
 
 def external_tensors(model: ir.Model) -> Iterator[ir.ExternalTensor]:

@@ -6,8 +6,8 @@ of any rank; the axis that ``W`` contracts or produces is the channel axis, coun
 
 from __future__ import annotations
 
-import ast
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -375,6 +375,10 @@ def described(node: ir.Node) -> str:
     return name if name.startswith(node.op_type) else f"{node.op_type} {name!r}"
 
 
+_SCOPE = re.compile("'([^']*)'")
+"""A name in a list such as ``['', 'layers.0', 'layers.0.q_proj']``."""
+
+
 def label(node: ir.Node, weight: Constant | None = None) -> str:
     """The name a person knows ``node`` by.
 
@@ -382,16 +386,16 @@ def label(node: ir.Node, weight: Constant | None = None) -> str:
     a TorchScript node name, the node's own name, its operator and output.
     """
     scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes")
-    if scopes:
-        path: list[str] = ast.literal_eval(scopes)
-        if len(path) > 1 and path[-2]:
-            return path[-2]
+    path = _SCOPE.findall(scopes or "")
+    if len(path) > 1 and path[-2]:
+        return str(path[-2])
     name = weight.leaf.name if weight is not None else None
     if name and "." in name and "::" not in name and not name.startswith("/"):
         return name.removesuffix(".weight")
     if node.name and node.name.startswith("/"):
         return ".".join(node.name.split("/")[1:-1]) or node.name
-    return node.name or f"{node.op_type} -> {node.outputs[0].name}"
+    results = ", ".join(value.name or "" for value in node.outputs)
+    return node.name or f"{node.op_type} -> {results}"
 
 
 MAX_LABELS = 3

@@ -6,12 +6,10 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
+from onnx_fold.wellformed import MalformedError
+
 _PLACE = "onnx_fold.place"
 """Under this name a node of a sorted copy keeps the place that it had."""
-
-
-class UnsortableError(Exception):
-    """Nodes of a model wait for each other, or read what nothing writes."""
 
 
 def in_order(model: ir.Model) -> ir.Model:
@@ -20,7 +18,7 @@ def in_order(model: ir.Model) -> ir.Model:
     The sort is stable, in the graph, in the bodies of control flow and in functions.
 
     Raises:
-        UnsortableError: Nodes wait for each other, or read what nothing writes.
+        MalformedError: Nodes wait for each other, or read what nothing writes.
     """
     graphs = [model.graph, *(function.graph for function in model.functions.values())]
     unsorted = [graph for graph in graphs if not _is_sorted(graph)]
@@ -35,7 +33,7 @@ def in_order(model: ir.Model) -> ir.Model:
             graph.sort()
         return model.clone()
     except ValueError:
-        raise UnsortableError("its nodes form a cycle") from None
+        raise MalformedError("its nodes form a cycle") from None
     finally:
         for body, order in nodes.items():
             body.extend(order)
@@ -70,18 +68,23 @@ def _is_sorted(graph: ir.Graph, written: set[ir.Value] | None = None) -> bool:
     for node in graph:
         late = [value for value in node.inputs if value is not None and value not in written]
         for value in late:
-            _check_written(value, node)
+            if not _is_written(value):
+                raise MalformedError(f"{_named(node)} reads '{value.name}', which nothing writes")
         bodies = [_is_sorted(body, written) for body in _bodies(node)]
         is_sorted &= not late and all(bodies)
         written.update(node.outputs)
+    for value in graph.outputs:
+        if value not in written:
+            raise MalformedError(f"nothing writes the output '{value.name}'")
     return is_sorted
 
 
-def _check_written(value: ir.Value, node: ir.Node) -> None:
-    if value.producer() is None and not value.is_graph_input() and not value.is_initializer():
-        raise UnsortableError(
-            f"{node.op_type} '{node.name}' reads '{value.name}', which nothing writes"
-        )
+def _is_written(value: ir.Value) -> bool:
+    return value.producer() is not None or value.is_graph_input() or value.is_initializer()
+
+
+def _named(node: ir.Node) -> str:
+    return f"{node.op_type} '{node.name}'" if node.name else f"a node {node.op_type}"
 
 
 def _bodies(node: ir.Node) -> Iterator[ir.Graph]:

@@ -11,7 +11,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -23,10 +23,11 @@ from rich.table import Table
 from rich.text import Text
 
 from onnx_fold import runtime
+from onnx_fold.arguments import several
 from onnx_fold.basis import MAX_RATIO
 from onnx_fold.environment import environment
 from onnx_fold.errors import InvalidModelError, UsageError
-from onnx_fold.files import ModelSource, load, weight_bytes
+from onnx_fold.files import ModelSource, blames_models, load, weight_bytes
 from onnx_fold.generate import Decoder, Function, GreedyCheck, GreedyParity
 from onnx_fold.inputs import Arrays, given_inputs, has_cache, make_inputs
 from onnx_fold.judge import Feed, Judge, OutputParity, Run
@@ -34,7 +35,7 @@ from onnx_fold.report import figures_table
 from onnx_fold.runtime import Array, MissingKernelError, RunFailedError
 from onnx_fold.widen import SIXTEEN_BITS, is_float, precision, widen
 
-__all__ = ["ParityReport", "verify"]
+__all__ = ["ParityReport", "signature_difference", "verify"]
 
 logger = logging.getLogger(__name__)
 
@@ -91,13 +92,14 @@ class ParityReport:
         return Group(*table, *text, verdict, *notes)
 
 
+@blames_models
 def verify(
     original: ModelSource,
     folded: ModelSource,
     *,
     provider: str = "cpu",
     samples: int = 1,
-    shapes: Sequence[Mapping[str, int]] | None = None,
+    shapes: Mapping[str, int] | Iterable[Mapping[str, int]] | None = None,
     inputs: str | os.PathLike[str] | Mapping[str, Array] | None = None,
     tolerance: float | None = None,
     max_ratio: float = MAX_RATIO,
@@ -141,7 +143,7 @@ def verify(
     provider = runtime.resolve_provider(provider)
     report = ParityReport(False, provider=provider, dtype=precision(before).name)
     report.environment = environment(provider)
-    report.reason = _signature_difference(before, after)
+    report.reason = signature_difference(before, after)
     if report.reason:
         return report
     check = None
@@ -149,7 +151,8 @@ def verify(
         decoder = Decoder.of(before)
         check = GreedyCheck(decoder, decoder.start(inputs, seed), greedy)
         inputs = None if inputs is None else check.start
-    feeds = _feeds(before, inputs, shapes, samples, seed)
+    sizes = None if shapes is None else several(shapes)
+    feeds = _feeds(before, inputs, sizes, samples, seed)
     run = _Runner(provider, emulate, report.notes, check)
     try:
         runs = run.pair((original, before), (folded, after), feeds)
@@ -177,7 +180,7 @@ def verify(
 # --- Before the run: signatures and inputs -------------------------------------------------------
 
 
-def _signature_difference(before: ir.Model, after: ir.Model) -> str:
+def signature_difference(before: ir.Model, after: ir.Model) -> str:
     """Return the first difference of the two signatures in words, or an empty string."""
     ends = (
         ("inputs", before.graph.inputs, after.graph.inputs),

@@ -15,12 +15,13 @@ from typing import Any
 import onnx_ir as ir
 from rich.console import Group, RenderableType
 
+from onnx_fold.arguments import several
 from onnx_fold.attention import Attention, find_attention
 from onnx_fold.calibrate import record
 from onnx_fold.cost import TARGETS, Saving, cost
 from onnx_fold.device import Array, find_device
 from onnx_fold.errors import CheckFailedError, NotFiniteError, UsageError
-from onnx_fold.files import ModelSource, check, external_tensors, load
+from onnx_fold.files import ModelSource, blames_models, external_tensors, load
 from onnx_fold.folding import PIVOTS, FoldPass, Options, fold_streams
 from onnx_fold.inline import inline
 from onnx_fold.linear import find_linears, label
@@ -118,6 +119,7 @@ def _copied(source: Path, target: Path, obsolete: Sequence[str]) -> Iterator[Pat
         yield Path(shutil.copyfile(source, folder / target.name))
 
 
+@blames_models
 def fold(
     model: ModelSource,
     *,
@@ -127,9 +129,9 @@ def fold(
     shard_size: int | None = None,
     pivot: str = "auto",
     strategy: str | None = None,
-    only: Sequence[str] = (),
-    skip: Sequence[str] = (),
-    protect: Iterable[str] = (),
+    only: str | Iterable[str] = (),
+    skip: str | Iterable[str] = (),
+    protect: str | Iterable[str] = (),
     tolerance: float | None = None,
     calibrate: str | os.PathLike[str] | Mapping[str, Array] | None = None,
     device: str = "cpu",
@@ -201,8 +203,8 @@ def fold(
         onnxruntime()  # say at once that it is missing, not after the work
     if strategy is not None and tolerance is None:
         tolerance = float("inf")
-    options = Options(pivot, frozenset(protect), tolerance, find_device(device), target)
-    passes = _passes(options, strategy, only, skip)
+    options = Options(pivot, frozenset(several(protect)), tolerance, find_device(device), target)
+    passes = _passes(options, strategy, several(only), several(skip))
     progress("reading", 0, 0)
     original = load(model)
     if destination is not None and not in_place:
@@ -211,15 +213,11 @@ def fold(
     seen = None if calibrate is None else record(original, calibrate, provider)
     before = cost(original)
     progress("folding", 0, 0)
-    try:
-        folded = inline(original).clone()
-        streams = fold_streams(folded, passes, options, seen)
-        if not any(stream.folded for stream in streams):
-            folded = original.clone()
-            put_back(folded)
-    except Exception as error:
-        check(model, original, error)
-        raise
+    folded = inline(original).clone()
+    streams = fold_streams(folded, passes, options, seen)
+    if not any(stream.folded for stream in streams):
+        folded = original.clone()
+        put_back(folded)
     report = FoldReport(Saving(before, cost(folded)), streams, find_quantised(original.graph))
     result = FoldResult(folded, report, original, source)
     verified = partial(_verified, result, mode if report.folded else False, provider, progress)
@@ -366,14 +364,15 @@ class InspectReport:
         return Group(*parts, self.plan)
 
 
+@blames_models
 def inspect(
     model: ModelSource,
     *,
     pivot: str = "auto",
     strategy: str | None = None,
-    only: Sequence[str] = (),
-    skip: Sequence[str] = (),
-    protect: Iterable[str] = (),
+    only: str | Iterable[str] = (),
+    skip: str | Iterable[str] = (),
+    protect: str | Iterable[str] = (),
     tolerance: float | None = None,
     calibrate: str | os.PathLike[str] | Mapping[str, Array] | None = None,
     device: str = "cpu",

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeAlias
 
@@ -30,11 +30,13 @@ from rich.table import Table
 from rich.text import Text
 
 from onnx_fold import runtime
+from onnx_fold.arguments import several
 from onnx_fold.cost import bytes_read
 from onnx_fold.environment import environment
 from onnx_fold.errors import UsageError
-from onnx_fold.files import ModelSource, load, weight_bytes
+from onnx_fold.files import ModelSource, blames_models, load, weight_bytes
 from onnx_fold.inputs import cache_links, has_cache, input_shapes, token_counts
+from onnx_fold.parity import signature_difference
 from onnx_fold.profile import OperatorTime, operator_times, operators_table, side_by_side
 from onnx_fold.report import figures_table
 from onnx_fold.runtime import RunFailedError
@@ -160,13 +162,14 @@ class BenchReport:
         return Group(*parts, *(Text(f"- {note}", "dim") for note in self.notes))
 
 
+@blames_models
 def bench(
     original: ModelSource,
     folded: ModelSource,
     *,
     provider: str = "cpu",
-    batch: int | Sequence[int] = 1,
-    prefill: int | Sequence[int] = 128,
+    batch: int | Iterable[int] = 1,
+    prefill: int | Iterable[int] = 128,
     past: int | None = None,
     tokens: int = 64,
     repeats: int = 30,
@@ -209,7 +212,7 @@ def bench(
             the folded model cannot run one that the original runs.
         InvalidModelError: One of the models cannot be loaded.
     """
-    batches, lengths = _several(batch), _several(prefill)
+    batches, lengths = (tuple(dict.fromkeys(several(each))) for each in (batch, prefill))
     if min(repeats, tokens, *batches, *lengths) < 1 or min(warmup, past or 0) < 0:
         raise UsageError(
             "batch, prefill, tokens and repeats must be at least 1, past and warmup at least 0"
@@ -218,6 +221,8 @@ def bench(
     if cuda_graph and provider != "cuda":
         raise UsageError("cuda_graph needs the provider cuda")
     models = load(original), load(folded)
+    if difference := signature_difference(*models):
+        raise UsageError(f"these are not two versions of one model: {difference}")
     sizes = weight_bytes(models[0]), weight_bytes(models[1])
     report = BenchReport(
         *(provider, repeats, tokens, threads, cuda_graph, *sizes),
@@ -241,10 +246,6 @@ def bench(
     if not report.phases:
         raise UsageError("; ".join(report.notes))
     return report
-
-
-def _several(sizes: int | Sequence[int]) -> list[int]:
-    return [sizes] if isinstance(sizes, int) else list(dict.fromkeys(sizes))
 
 
 _Times: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]

@@ -107,8 +107,8 @@ def test_independent_nodes_keep_their_order():
     ("body", "reason"),
     [
         ("p = Add(x, q) q = Neg(p) y = Add(q, x)", "its nodes form a cycle"),
-        ("y = Add(q, x) q = Neg(nothing)", "Neg '' reads 'nothing', which nothing writes"),
-        ("y = Add(x, nothing)", "Add '' reads 'nothing', which nothing writes"),
+        ("y = Add(q, x) q = Neg(nothing)", "a node Neg reads 'nothing', which nothing writes"),
+        ("y = Add(x, nothing)", "a node Add reads 'nothing', which nothing writes"),
     ],
 )
 def test_what_no_order_helps(tmp_path, body, reason):
