@@ -24,7 +24,7 @@ from onnx_fold.errors import CannotWriteError, MissingExtraError, UsageError
 from onnx_fold.models import presets
 from onnx_fold.models.config import SkiplessConfig, num_parameters
 from onnx_fold.progress import Report, ignore
-from onnx_fold.targets import check_model_target
+from onnx_fold.targets import check_format, check_target
 from onnx_fold.write import saving
 
 if TYPE_CHECKING:
@@ -154,7 +154,8 @@ def _check_target(output: str | os.PathLike[str], exporter: Exporter, opset: int
         raise UsageError(f"{exporter} writes opset {first} to {last}, not {opset}")
     if not Path(output).parent.is_dir():
         raise CannotWriteError(f"cannot write {output}: there is no folder {Path(output).parent}")
-    check_model_target(Path(output))
+    check_format(Path(output))
+    check_target(Path(output))
     return opset
 
 

@@ -372,10 +372,11 @@ def demo(**options: Any) -> None:
 
 def _check_targets(output: Path | None, report: Path | None, model: Path, *inputs: Path) -> None:
     """Refuse before the work what could not be written after it."""
-    from onnx_fold.targets import check_model_target, check_target, collide, inputs_of
+    from onnx_fold.targets import check_format, check_target, collide, inputs_of
 
     if output is not None:
-        check_model_target(output, inputs_of(model, *inputs))
+        check_format(output)
+        check_target(output, inputs_of(model, *inputs))
     if report is not None:
         check_target(report, inputs_of(model, *inputs))
         if collide(report, output or model):

@@ -7,7 +7,6 @@ lies below may reach them through a symbolic link.
 from __future__ import annotations
 
 import contextlib
-import mmap
 import os
 import re
 import stat
@@ -21,6 +20,8 @@ __all__ = ["owner", "reasons_to_stay"]
 MOST_FILES = 50_000
 MOST_BYTES = 2**34
 """How much is looked through; where there is more, nobody knows what is needed."""
+
+_CHUNK = 2**24
 
 WORKPLACE = ".onnx-fold.tmp"
 """What the names of folders end with in which outputs are made."""
@@ -149,16 +150,16 @@ def _find(path: Path, text: bytes, pattern: bytes | None = None) -> bool:
     Raises:
         PermissionError: It cannot be read.
     """
-    size = path.stat().st_size
-    if not 0 < size <= PROTOBUF_LIMIT:
+    if path.stat().st_size > PROTOBUF_LIMIT:
         return False
-    with (
-        path.open("rb") as file,
-        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
-    ):
-        at = content.find(text)
-        while pattern is not None and at >= 0:
-            if re.search(pattern, content[max(at - 2, 0) : at + len(text)]):
-                return True
-            at = content.find(text, at + 1)
-        return at >= 0
+    before = b""
+    with path.open("rb", buffering=0) as file:
+        while chunk := file.read(_CHUNK):
+            content = before + chunk
+            at = content.find(text, max(len(before) - len(text) + 1, 0))
+            while at >= 0:
+                if pattern is None or re.search(pattern, content[max(at - 2, 0) : at + len(text)]):
+                    return True
+                at = content.find(text, at + 1)
+            before = content[-len(text) - 1 :]
+    return False

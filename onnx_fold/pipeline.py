@@ -36,7 +36,7 @@ from onnx_fold.report import FoldReport, new_table
 from onnx_fold.runtime import onnxruntime
 from onnx_fold.sampled import fits_in_memory, verify_sampled
 from onnx_fold.stream import find_streams
-from onnx_fold.targets import check_model_target
+from onnx_fold.targets import check_format, check_place, check_target
 from onnx_fold.write import data_of, evaluate, obsolete_data, saving
 
 CHECKS = ("auto", "full", "sampled")
@@ -81,7 +81,8 @@ class FoldResult:
             CannotWriteError: ``path`` is the source or its data, or it cannot be written.
         """
         target = Path(path)
-        check_model_target(target, _inputs(self.source, self.original, self.model))
+        check_format(target)
+        check_target(target, _inputs(self.source, self.original, self.model))
         with self._written(target, shard_size, executor):
             pass
 
@@ -208,7 +209,7 @@ def fold(
     progress("reading", 0, 0)
     original = load(model)
     if destination is not None and not in_place:
-        check_model_target(destination, _inputs(source, original, calibrate))
+        check_target(destination, _inputs(source, original, calibrate))
     _check_names(original, options.protect)
     seen = None if calibrate is None else record(original, calibrate, provider)
     before = cost(original)
@@ -251,7 +252,8 @@ def _target(
         return None
     target = Path(output) if output is not None else source
     assert target is not None
-    check_model_target(target)
+    check_format(target)
+    check_place(target)
     clean(target.parent)
     return target
 

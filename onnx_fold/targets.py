@@ -15,32 +15,60 @@ from onnx_fold.files import data_files, load
 from onnx_fold.neighbours import owner
 from onnx_fold.output import old_data
 
-__all__ = ["check_model_target", "check_target", "collide", "inputs_of"]
+__all__ = ["check_format", "check_place", "check_target", "collide", "inputs_of"]
 
 _INCOMPLETE = (".onnxtxt", ".onnxtext")
 """Suffixes of the text syntax of ONNX, which has no 16-bit weights."""
 
 
+def check_place(target: Path) -> bool:
+    """Check that there can be a file at ``target``; returns whether there is one.
+
+    Raises:
+        CannotWriteError: Its folder is missing or read-only, or it is no regular file.
+    """
+    folder = target.parent
+    if not folder.is_dir():
+        raise CannotWriteError(f"cannot write {target}: no folder {folder}")
+    if not os.access(folder, os.W_OK):
+        raise CannotWriteError(f"cannot write {target}: {folder} is read-only")
+    try:
+        status = target.stat()
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise CannotWriteError(f"cannot write {target}: {error.strerror}") from error
+    if not stat.S_ISREG(status.st_mode):
+        raise CannotWriteError(f"cannot write {target}: it is not a regular file")
+    return True
+
+
+def check_format(target: Path) -> None:
+    """Check that a model would be whole in the format that the suffix of ``target`` says.
+
+    Raises:
+        CannotWriteError: It would not.
+    """
+    if target.suffix in _INCOMPLETE:
+        raise CannotWriteError(
+            f"cannot write {target}: ONNX's text syntax does not hold every weight;"
+            " use .onnx, .json or .textproto"
+        )
+
+
 def check_target(target: Path, inputs: Iterable[Path] = ()) -> None:
-    """Check that ``target`` can be written.
+    """Check that ``target`` can be written, and that nothing is lost by it.
 
     Args:
         target: The file to write.
         inputs: Files that are read, see :func:`inputs_of`.
 
     Raises:
-        CannotWriteError: Its folder is missing or read-only, it is no regular file, it is an input
-            (perhaps by another name), or a model has weights in it.
+        CannotWriteError: As :func:`check_place`, or it is an input (perhaps by another name), or a
+            model has weights in it.
     """
-    _check_folder(target)
-    try:
-        status = target.stat()
-    except FileNotFoundError:
+    if not check_place(target):
         return
-    except OSError as error:
-        raise CannotWriteError(f"cannot write {target}: {error.strerror}") from error
-    if not stat.S_ISREG(status.st_mode):
-        raise CannotWriteError(f"cannot write {target}: it is not a regular file")
     for number, path in enumerate(inputs):
         if path.exists() and target.samefile(path):
             what = f"an input, {path}" if number else "the input"
@@ -49,20 +77,6 @@ def check_target(target: Path, inputs: Iterable[Path] = ()) -> None:
         raise CannotWriteError(
             f"{target} holds weights of {os.path.relpath(model)}; write to another file"
         )
-
-
-def check_model_target(target: Path, inputs: Iterable[Path] = ()) -> None:
-    """Check that a model can be written to ``target``.
-
-    Raises:
-        CannotWriteError: As :func:`check_target`, or in its format a model would not be whole.
-    """
-    if target.suffix in _INCOMPLETE:
-        raise CannotWriteError(
-            f"cannot write {target}: ONNX's text syntax does not hold every weight;"
-            " use .onnx, .json or .textproto"
-        )
-    check_target(target, inputs)
 
 
 def inputs_of(*paths: str | os.PathLike[str] | None) -> Iterator[Path]:
@@ -77,14 +91,6 @@ def collide(one: Path, model: Path) -> bool:
     """Whether ``one`` is ``model``, or has a name that data files of it are given."""
     one, model = (path.parent.resolve() / path.name for path in (one, model))
     return one == model or (one.parent == model.parent and bool(old_data(model, [one.name])))
-
-
-def _check_folder(target: Path) -> None:
-    folder = target.parent
-    if not folder.is_dir():
-        raise CannotWriteError(f"cannot write {target}: no folder {folder}")
-    if not os.access(folder, os.W_OK):
-        raise CannotWriteError(f"cannot write {target}: {folder} is read-only")
 
 
 def _may_be_data(target: Path) -> bool:

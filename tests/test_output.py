@@ -327,3 +327,72 @@ def test_a_stale_folder_of_another_target_is_cleaned():
     Path(".mine.tmp").mkdir()
     save(matrices())
     assert names() == {"f.onnx", "f.onnx.data", ".mine.tmp"}
+
+
+_KILLED_IN_PLACE = """
+    import os, shutil, signal, sys
+    from pathlib import Path
+    import numpy as np
+    import onnx_fold
+    from helpers import assert_whole, externalise
+    from test_targets import alias_beside, answer, copy_above, model, save
+
+    shards, neighbours = {}
+    Path("here").mkdir()
+    os.chdir("here")
+    save("m.onnx", "m.onnx.data")  # its small tensors lie there, too
+    expected, others = answer(), []
+    if neighbours:
+        others = [copy_above(), alias_beside(), "own.onnx"]
+        save("own.onnx", "own.onnx.data")
+    start = {{path: path.read_bytes() for path in Path().iterdir() if not path.is_symlink()}}
+    fold = dict(in_place=True, verify=False, shard_size=shards)
+
+    def check():
+        np.testing.assert_allclose(answer(), expected, rtol=1e-4, atol=1e-6)
+        assert all((answer(other) == expected).all() for other in others)
+
+    for step in range(0, 1000, 2 if neighbours else 1):
+        for path in set(Path().iterdir()):
+            if path not in start and not path.is_symlink():
+                path.unlink()
+        for path, content in start.items():
+            path.write_bytes(content)
+        child = os.fork()
+        if child == 0:
+            left, is_writing = step, False
+            def die_in_time(event, arguments):
+                global left, is_writing
+                is_writing |= event == "os.mkdir"
+                if is_writing and (event == "open" or event.startswith("os.")):
+                    left -= 1
+                    if left == -1:
+                        os.kill(os.getpid(), signal.SIGKILL)
+            sys.addaudithook(die_in_time)
+            onnx_fold.fold("m.onnx", **fold)
+            os._exit(0)
+        status = os.waitpid(child, 0)[1]
+        assert status in (0, signal.SIGKILL), (step, status)
+        check()
+        onnx_fold.fold("m.onnx", **fold)
+        check()
+        found = {{path.name for path in Path().iterdir()}} - {{path.name for path in start}}
+        new = found - {{"alias.bin"}}
+        size = 2 if shards else 1
+        assert len(new) == size and all("m.onnx-" in name for name in new), (step, new)
+        assert_whole("m.onnx", *new)
+        assert Path("m.onnx.data").exists() == neighbours, step
+        if status == 0:
+            break
+    print(step)
+"""
+
+
+@pytest.mark.parametrize(
+    ("shards", "neighbours"), [(None, False), (1024, True)], ids=["alone", "neighbours"]
+)
+def test_a_fold_in_place_killed_at_every_step(shards, neighbours):
+    """Every model of the folder runs afterwards; the next fold removes whatever was left."""
+    result = python(_KILLED_IN_PLACE.format((shards, neighbours)))
+    assert (result.returncode, result.stderr) == (0, "")
+    assert int(result.stdout) > 30

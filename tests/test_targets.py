@@ -374,3 +374,31 @@ def test_text_formats_are_read_checked_and_written(run, suffix, dtype):
     assert_whole(f"s{suffix}", f"s{suffix}.data")
     code, said = run("fold", f"m{suffix}", "-o", "f.onnxtxt")
     assert (code, "use .onnx, .json or .textproto" in said) == (4, True)
+
+
+def test_names_are_found_across_chunks(monkeypatch):
+    monkeypatch.setattr(neighbours, "_CHUNK", 16)
+    for before in range(40):
+        for text, found in (
+            (b"/w.bin", True),
+            (b"w.bin", True),
+            (b"xw.bin", False),
+            (b"\x12\x05w.bin", True),
+        ):
+            Path("f").write_bytes(b"y" * before + b" " + text + b"z" * 40)
+            assert neighbours._mentions(Path("f"), "w.bin") == found, (before, text)
+
+
+@pytest.mark.parametrize("calls", [["pwrite"], ["fsync"], ["copy_file_range", "pwrite"]])
+def test_a_full_disk_in_place(run, monkeypatch, calls):
+    save("m.onnx", "m.onnx.data")
+    before = everything()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    for call in calls:
+        monkeypatch.setattr(os, call, full)
+    code, text = run("fold", "m.onnx", "--in-place")
+    assert (code, "No space left on device" in text) == (4, True)
+    assert everything() == before
