@@ -80,7 +80,8 @@ def _read(source: ModelSource) -> ir.Model:
 
 
 def _load_file(path: Path) -> ir.Model:
-    check_is_file(path)
+    if reason := why_not_a_file(path):
+        raise InvalidModelError(f"cannot read {path}: {reason}")
     try:
         with warnings.catch_warnings(action="ignore"):  # that a format is experimental
             proto = onnx.load(path, load_external_data=False)
@@ -111,21 +112,15 @@ def _from_proto(proto: onnx.ModelProto, name: str) -> ir.Model:
         raise InvalidModelError(f"{name} is not a valid ONNX model: {sentence(error)}") from error
 
 
-def check_is_file(path: Path) -> None:
-    """Refuse what would block, or never end, when it is read.
-
-    Raises:
-        InvalidModelError: ``path`` is a pipe, a device, a folder, or nothing.
-    """
+def why_not_a_file(path: Path) -> str:
+    """Why ``path`` cannot be read like a file: it would block, or never end; empty if it can."""
     try:
         mode = path.stat().st_mode
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise InvalidModelError(f"cannot read {path}: {reason}") from error
+        return (error.strerror if isinstance(error, OSError) else None) or str(error)
     if stat.S_ISDIR(mode):
-        raise InvalidModelError(f"cannot read {path}: {os.strerror(errno.EISDIR)}")
-    if not stat.S_ISREG(mode):
-        raise InvalidModelError(f"cannot read {path}: it is not a regular file")
+        return os.strerror(errno.EISDIR)
+    return "" if stat.S_ISREG(mode) else "it is not a regular file"
 
 
 def _unknown_parts(proto: onnx.ModelProto) -> Iterator[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import zipfile
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TypeAlias
 
@@ -14,6 +13,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 
 from onnx_fold.errors import UsageError
+from onnx_fold.npz import read_npz, refuse_unknown
 from onnx_fold.runtime import Array
 from onnx_fold.widen import is_float
 
@@ -151,24 +151,13 @@ def given_inputs(
     Raises:
         UsageError: An input is unknown, missing, or does not fit.
     """
-    arrays = dict(inputs) if isinstance(inputs, Mapping) else _read_npz(inputs)
     known = {str(value.name): value for value in model.graph.inputs}
+    arrays = dict(inputs) if isinstance(inputs, Mapping) else read_npz(inputs, known.values())
     names = [_name(value) for value in model_inputs(model)] if needed is None else needed
-    if unknown := sorted(set(arrays) - set(known)):
-        raise UsageError(
-            f"unknown input '{unknown[0]}': the model takes {', '.join(known) or 'none'}"
-        )
+    refuse_unknown(arrays, known)
     if missing := sorted(set(names) - set(arrays)):
         raise UsageError(f"input '{missing[0]}' is missing from the given inputs")
     return {name: _fitted(known[name], array) for name, array in arrays.items()}
-
-
-def _read_npz(path: str | os.PathLike[str]) -> Arrays:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    except (OSError, ValueError, AttributeError, TypeError, zipfile.BadZipFile) as error:
-        raise UsageError(f"cannot read inputs from {os.fspath(path)}: {error}") from error
 
 
 def _fitted(value: ir.Value, array: Array) -> Array:

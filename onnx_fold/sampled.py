@@ -8,10 +8,8 @@ inputs and outputs, which :func:`onnx_fold.parity.verify` compares on random inp
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 
 import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
@@ -19,10 +17,11 @@ from onnx_ir.passes.common import ShapeInferencePass
 from onnx_fold.constants import FLOATS
 from onnx_fold.environment import environment
 from onnx_fold.errors import InvalidModelError, UsageError
+from onnx_fold.memory import available_memory
 from onnx_fold.parity import ParityReport, verify
 from onnx_fold.report import StreamReport
 
-__all__ = ["SAMPLES", "available_memory", "fits_in_memory", "verify_sampled"]
+__all__ = ["SAMPLES", "fits_in_memory", "verify_sampled"]
 
 SAMPLES = 3
 """Streams that are checked."""
@@ -40,16 +39,6 @@ def fits_in_memory(original: ir.Model, folded: ir.Model) -> bool:
 def _runtime_bytes(model: ir.Model) -> int:
     tensors = (v.const_value for graph in model.graphs() for v in graph.initializers.values())
     return sum(max(t.nbytes, 4 * t.size) for t in tensors if t is not None)
-
-
-def available_memory() -> int:
-    """Bytes that can be allocated without swapping, as far as the system tells."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        sizes = dict(line.split(":") for line in lines)
-        return int(sizes["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def verify_sampled(

@@ -6,7 +6,7 @@ import pytest
 from helpers import fold, graph, normal
 
 from onnx_fold import sampled
-from onnx_fold.sampled import available_memory, fits_in_memory, verify_sampled
+from onnx_fold.sampled import fits_in_memory, verify_sampled
 
 D = 16
 
@@ -101,9 +101,3 @@ def test_whether_models_fit_in_memory(monkeypatch):
     for memory, fits in ((2 * size, True), (2 * size - 1, False)):
         monkeypatch.setattr(sampled, "available_memory", lambda memory=memory: memory)
         assert fits_in_memory(model, model) is fits
-
-
-def test_available_memory(monkeypatch, tmp_path):
-    assert 2**24 < available_memory() < 2**50
-    monkeypatch.setattr(sampled, "Path", lambda _: tmp_path / "missing")
-    assert 2**24 < available_memory() < 2**50
