@@ -27,10 +27,21 @@ def inline(model: ir.Model) -> ir.Model:
     return copy
 
 
+def inline_all(model: ir.Model) -> None:
+    """Replace all calls in ``model`` but those of functions that are for other opsets."""
+    if model.functions:
+        InlinePass(lambda function: _has_opsets_of(model, function))(model)
+
+
+def _has_opsets_of(model: ir.Model, function: ir.Function) -> bool:
+    own = model.opset_imports
+    return all(own.get(domain, v) == v for domain, v in function.opset_imports.items())
+
+
 def _hides(function: ir.Function, model: ir.Model) -> bool:
     """Whether a stream may run into ``function``, and its body can stand in the graph."""
     nodes = list(function.all_nodes())
-    if any(model.opset_imports.get(k, v) != v for k, v in function.opset_imports.items()):
+    if not _has_opsets_of(model, function):
         return False
     if any(_holds_weight(node) or _holds_graph(node) for node in nodes):
         return False

@@ -10,9 +10,9 @@ from typing import TypeAlias
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes.common import InlinePass
 
 from onnx_fold.errors import UsageError
+from onnx_fold.inline import inline_all
 from onnx_fold.npz import read_npz, refuse_unknown
 from onnx_fold.runtime import Array
 from onnx_fold.widen import is_float
@@ -251,7 +251,7 @@ def _shape(value: ir.Value) -> ir.Shape:
         raise UsageError(f"input '{value.name}' is not a tensor: pass inputs=")
     if value.shape is None:
         raise UsageError(f"input '{value.name}' has no known rank: pass inputs=")
-    return value.shape
+    return ir.Shape([None if isinstance(dim, int) and dim < 0 else dim for dim in value.shape])
 
 
 def _is_plain(symbol: str) -> bool:
@@ -398,7 +398,7 @@ def index_limits(model: ir.Model) -> dict[str, int]:
     """Return the rows of the smallest constant table that an input indexes, by the input's name."""
     if model.functions:
         model = model.clone()
-        InlinePass()(model)
+        inline_all(model)
     limits = {_name(value): list(_table_rows(value)) for value in model.graph.inputs}
     return {name: min(rows) for name, rows in limits.items() if rows}
 

@@ -96,7 +96,7 @@ def _bytes(archive: zipfile.ZipFile, member: zipfile.ZipInfo, value: ir.Value) -
     if sizes is not None and len(sizes) != len(shape):
         raise UsageError(f"input '{value.name}' has rank {len(sizes)}, not {len(shape)}")
     pairs = zip(sizes or (), shape, strict=False)
-    if any(isinstance(size, int) and size != given for size, given in pairs):
+    if any(isinstance(size, int) and 0 <= size != given for size, given in pairs):
         raise UsageError(f"input '{value.name}' is {value.shape}, not {list(shape)}")
     total = math.prod(shape) * dtype.itemsize
     if min(shape, default=0) < 0 or total > member.file_size:

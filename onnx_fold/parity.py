@@ -348,10 +348,10 @@ class _Runner:
             )
             self.notes.append(f"no reference ({why}): the tolerance decides")
             return
-        wide = widen(model, to)
         try:
+            wide = widen(model, to)
             outputs = self._wide_outputs(wide, [run.feed.arrays for run in runs], to, size)
-        except (InvalidModelError, RunFailedError) as error:
+        except (InvalidModelError, UsageError) as error:
             logger.debug("no reference", exc_info=True)
             self.notes.append(f"no reference in {to.name} ({error}): the tolerance decides")
             return

@@ -18,7 +18,10 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes.common import InlinePass, ShapeInferencePass
+from onnx_ir.passes.common import ShapeInferencePass
+
+from onnx_fold.errors import UsageError
+from onnx_fold.inline import inline_all
 
 __all__ = ["SIXTEEN_BITS", "is_float", "precision", "unit_roundoff", "widen"]
 
@@ -84,14 +87,16 @@ def widen(model: ir.Model, to: ir.DataType, *, rounded: bool = False) -> ir.Mode
             inputs, weights and outputs are then values of that type.
 
     Raises:
+        UsageError: A function cannot be inlined.
         ValueError: ``to`` is neither ``FLOAT`` nor ``DOUBLE``.
     """
     if to not in (ir.DataType.FLOAT, ir.DataType.DOUBLE):
         raise ValueError(f"cannot widen to {to}: expected FLOAT or DOUBLE")
     narrow = SIXTEEN_BITS if to == ir.DataType.FLOAT else SIXTEEN_BITS | {ir.DataType.FLOAT}
     copy = model.clone()
+    inline_all(copy)
     if copy.functions:
-        InlinePass()(copy)
+        raise UsageError(f"function '{next(iter(copy.functions))[1]}' is for another opset")
     results = _rounded_results(copy) if rounded else []
     for value in _values(copy):
         _widen_value(value, narrow, to)
