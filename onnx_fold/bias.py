@@ -6,16 +6,19 @@ reads.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import onnx_ir as ir
 
 from onnx_fold.constants import constant, scalar
 from onnx_fold.expression import FoldedTensor, Held, Sum, product, reshape, scale
 from onnx_fold.linear import Linear
+from onnx_fold.operators import contrib, operator
 from onnx_fold.rewrite import CannotRewriteError, Rewrite
 from onnx_fold.stream import ConstantWriter, Stream
 
-Carried = list[tuple[ConstantWriter, float]]
+Carried = dict[ConstantWriter, float]
 """Constants that reach a value, each with its factor."""
 
 _UNIFORM = frozenset(
@@ -26,7 +29,7 @@ _UNIFORM = frozenset(
 )
 """Operators that leave a vector which is the same at every position as it is."""
 
-_ADDS_BIAS = frozenset(("Add", "BiasGelu", "FastGelu"))
+_ADDS_BIAS = frozenset(("Add",)) | contrib("BiasGelu", "FastGelu")
 """Operators of two inputs that first of all add them."""
 
 
@@ -41,8 +44,9 @@ def carry_biases(stream: Stream, writer: Linear, rewrite: Rewrite) -> None:
             raise CannotRewriteError(
                 f"'{constant_writer.label}' cannot be carried behind the readers"
             )
+    arriving = _carry(writer, stream) if stream.constants else {}
     for reader in stream.readers if stream.constants else ():
-        carried = _carried(reader.x, writer, stream)
+        carried = arriving.get(reader.x)
         if carried is None:
             raise CannotRewriteError(f"the bias of {writer.label} reaches {reader.label} unevenly")
         if carried:
@@ -54,10 +58,10 @@ def _bypass(writer: ConstantWriter, layer: Linear, stream: Stream, rewrite: Rewr
     node = writer.node
     if writer.edge == layer.bias:
         return not writer.is_table  # goes with the node
-    if writer.is_table or node.op_type not in ("Add", "Sub"):
+    if writer.is_table or operator(node) not in ("Add", "Sub"):
         return False
     other = node.inputs[1 - writer.index]
-    if other not in stream.values or (node.op_type == "Sub" and writer.index == 0):
+    if other not in stream.values or (operator(node) == "Sub" and writer.index == 0):
         return False
     if len(writer.weight.shape) > max(1, stream.shapes.rank(other) or 0):
         return False  # the sum has more axes than the stream
@@ -65,37 +69,47 @@ def _bypass(writer: ConstantWriter, layer: Linear, stream: Stream, rewrite: Rewr
     return True
 
 
-def _carried(value: ir.Value, writer: Linear, stream: Stream) -> Carried | None:
-    """The constants that arrive at ``value``, or None if they differ from position to position."""
-    node = value.producer()
-    assert node is not None  # a closed stream has no graph input
-    own = [(c, 1.0) for c in stream.constants if c.node is node and not c.is_zero()]
+def _carry(writer: Linear, stream: Stream) -> dict[ir.Value, Carried | None]:
+    """The constants that arrive at each value of ``stream``; None if they differ by position."""
+    nodes = {node for value in stream.values if (node := value.producer()) is not None}
+    known: dict[ir.Value, Carried | None] = {}
+    for node in sorted(nodes, key=stream.search.position):
+        carried = _behind(node, writer, stream, known)
+        known |= {output: carried for output in node.outputs if output in stream.values}
+    return known
+
+
+def _behind(
+    node: ir.Node, writer: Linear, stream: Stream, known: Mapping[ir.Value, Carried | None]
+) -> Carried | None:
+    """The constants that arrive behind ``node``, from those that arrive in front of it."""
+    own = [c for c in stream.constants if c.node is node and not c.is_zero()]
     if node is writer.node:
-        return [(c, writer.beta) for c, _ in own]
-    if node.op_type in _UNIFORM:
-        return _carried(_operand(node, 0), writer, stream)
-    if node.op_type == "Neg":
-        return _scaled(_carried(_operand(node, 0), writer, stream), -1.0)
-    if node.op_type in ("Mul", "Div"):
+        return dict.fromkeys(own, writer.beta)
+    name = operator(node)
+    if name in _UNIFORM:
+        return known.get(_operand(node, 0))
+    if name == "Neg":
+        return _scaled(known.get(_operand(node, 0)), -1.0)
+    if name in ("Mul", "Div"):
         index = 1 if _operand(node, 1) in stream.values else 0
         gain = scalar(_operand(node, 1 - index))
-        if gain is None or (node.op_type == "Div" and gain == 0.0):
+        if gain is None or (name == "Div" and gain == 0.0):
             return None
-        carried = _carried(_operand(node, index), writer, stream)
-        return _scaled(carried, gain if node.op_type == "Mul" else 1.0 / gain)
-    if node.op_type not in ("Add", "Sub", "Sum"):
+        return _scaled(known.get(_operand(node, index)), gain if name == "Mul" else 1.0 / gain)
+    if name not in ("Add", "Sub", "Sum"):
         return None
-    total: Carried = []
+    total: Carried = {}
     for index, operand in enumerate(node.inputs):
-        sign = -1.0 if node.op_type == "Sub" and index == 1 else 1.0
+        sign = -1.0 if name == "Sub" and index == 1 else 1.0
         if operand in stream.values:
-            carried = _carried(operand, writer, stream)
+            carried = known.get(_operand(node, index))
         else:
-            carried = [(c, factor) for c, factor in own if c.index == index]
-        scaled = _scaled(carried, sign)
-        if scaled is None:
+            carried = {c: 1.0 for c in own if c.index == index}
+        if carried is None:
             return None
-        total += scaled
+        for constant_writer, factor in carried.items():
+            total[constant_writer] = total.get(constant_writer, 0.0) + sign * factor
     return total
 
 
@@ -106,16 +120,18 @@ def _operand(node: ir.Node, index: int) -> ir.Value:
 
 
 def _scaled(carried: Carried | None, factor: float) -> Carried | None:
-    return None if carried is None else [(writer, factor * gain) for writer, gain in carried]
+    return None if carried is None else {c: factor * gain for c, gain in carried.items()}
 
 
 def _add_bias(rewrite: Rewrite, reader: Linear, carried: Carried) -> None:
     """Add ``b R`` behind ``reader``: into the bias that it has, else as an Add of its own."""
-    vectors = (scale(reshape(writer.channels_last(), (-1,)), gain) for writer, gain in carried)
+    if reader.is_padded:
+        raise CannotRewriteError(f"{reader.label} reads zeros around its input, without the bias")
+    vectors = (scale(reshape(c.channels_last(), (-1,)), factor) for c, factor in carried.items())
     through = product(Sum(tuple(vectors)), reader.matrix(is_writer=False))
     dtype, width = reader.weight.dtype, reader.out_features
     node, edge = reader.node, reader.bias
-    if reader.beta != 0.0 and (edge is not None or node.op_type == "Gemm"):
+    if reader.beta != 0.0 and (edge is not None or operator(node) == "Gemm"):
         held = constant(node.inputs[edge[1]]) if edge is not None else None
         if edge is None or held is not None:
             own = held.wide() if held is not None else Held(np.zeros(width))
@@ -127,7 +143,7 @@ def _add_bias(rewrite: Rewrite, reader: Linear, carried: Carried) -> None:
         raise CannotRewriteError(f"a bias cannot be added behind {reader.label}")
     if shape == (width,) and len(reader.y.uses()) == 1 and not reader.y.is_graph_output():
         ((add, index),) = reader.y.uses()
-        is_sum = add.op_type in _ADDS_BIAS and len(add.inputs) == 2
+        is_sum = operator(add) in _ADDS_BIAS and len(add.inputs) == 2
         held = constant(add.inputs[1 - index]) if is_sum else None
         if held is not None and held.dtype == dtype and held.is_vector and held.size == width:
             rewrite.stored[add, 1 - index] = FoldedTensor(Sum((held.wide(), through)), dtype)

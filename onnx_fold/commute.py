@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from onnx_fold.constants import FLOATS, axes_of, constant, scalar
+from onnx_fold.operators import operator
 from onnx_fold.shapes import Dims, Shapes
 
 
@@ -48,7 +49,7 @@ def ports(node: ir.Node, known: Port, width: int, shapes: Shapes) -> list[Port] 
     Raises:
         OpensStreamError: As None, with a reason more telling than the operator's name.
     """
-    rule = RULES.get(node.op_type) if node.domain in ("", "ai.onnx") else None
+    rule = RULES.get(operator(node))
     return rule(node, known, width, shapes) if rule is not None else None
 
 
@@ -104,11 +105,11 @@ def _fits(value: ir.Value, axis: int, width: int, shapes: Shapes) -> bool:
 def _scale(node: ir.Node, known: Port, width: int, shapes: Shapes) -> list[Port] | None:
     """Mul, Div by something that is the same for all channels."""
     sizes = [shapes.dim(value, known.axis) for value in node.inputs if value is not None]
-    if node.op_type == "Div" or not known.is_output:
+    if operator(node) == "Div" or not known.is_output:
         operand = 0 if known.is_output else known.index
     else:
         operand = 0 if sizes[0] == width else 1
-    if node.op_type == "Div" and operand != 0:
+    if operator(node) == "Div" and operand != 0:
         return None
     if width == 1 and scalar(node.inputs[1 - operand]) is None:
         return None  # one channel: the factor may be a value of the stream too

@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from onnx_fold.device import Array
 from onnx_fold.expression import Expression, cast, evaluate, of_tensor, transpose
+from onnx_fold.operators import operator
 
 FLOATS = frozenset(
     (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
@@ -66,6 +67,9 @@ class Constant:
         return cast(self.values, dtype)
 
 
+_VIEWS = frozenset(("Identity", "Cast", "Transpose"))
+
+
 def constant(value: ir.Value | None) -> Constant | None:
     """Return what ``value`` holds if it is the same in every run, else None.
 
@@ -73,41 +77,43 @@ def constant(value: ir.Value | None) -> Constant | None:
     """
     if value is None:
         return None
-    if value.is_initializer():
-        if value.is_graph_input() or value.const_value is None:
+    leaf, views = value, []
+    while (node := leaf.producer()) is not None and operator(node) in _VIEWS:
+        source = node.inputs[0]
+        if source is None:
             return None
-        return _leaf(value, value.const_value)
-    node = value.producer()
-    if node is None or node.domain not in ("", "ai.onnx"):
+        views.append(node)
+        leaf = source
+    tensor = _tensor(leaf)
+    if tensor is None:
         return None
-    if node.op_type == "Constant":
-        attribute = next(iter(node.attributes.values()))
-        if attribute.type == ir.AttributeType.TENSOR:
-            return _leaf(value, attribute.as_tensor())
-        if attribute.name.startswith(("value_float", "value_int")):
-            kind = np.float32 if "float" in attribute.name else np.int64
-            return _leaf(value, ir.tensor(np.asarray(attribute.value, dtype=kind)))
-        return None
-    if node.op_type not in ("Identity", "Cast", "Transpose"):
-        return None
-    base = constant(node.inputs[0])
-    if base is None:
-        return None
-    dtype, permutation = base.dtype, base.permutation
-    if node.op_type == "Cast":
-        dtype = ir.DataType(node.attributes["to"].as_int())
-        if dtype != base.dtype:  # the stored type would change: not the view of a weight
-            return None
-    if node.op_type == "Transpose":
-        rank = len(permutation)
-        perm = node.attributes.get("perm")
-        order = tuple(perm.as_ints()) if perm is not None else tuple(reversed(range(rank)))
-        permutation = tuple(permutation[axis] for axis in order)
-    return Constant(value, base.leaf, base.tensor, dtype, permutation)
+    order = tuple(range(len(tensor.shape)))
+    for node in reversed(views):
+        if operator(node) == "Cast":
+            if node.attributes.get_int("to", 0) != tensor.dtype:
+                return None  # the stored type would change: not the view of a weight
+        elif operator(node) == "Transpose":
+            perm = node.attributes.get_ints("perm", tuple(reversed(range(len(order)))))
+            order = tuple(order[axis] for axis in perm)
+    return Constant(value, leaf, tensor, tensor.dtype, order)
 
 
-def _leaf(value: ir.Value, tensor: ir.TensorProtocol) -> Constant:
-    return Constant(value, value, tensor, tensor.dtype, tuple(range(len(tensor.shape))))
+def _tensor(leaf: ir.Value) -> ir.TensorProtocol | None:
+    """The data of an initializer, or of what a Constant node makes."""
+    if leaf.is_initializer():
+        return None if leaf.is_graph_input() else leaf.const_value
+    node = leaf.producer()
+    if node is None or operator(node) != "Constant" or not node.attributes:
+        return None
+    attribute = next(iter(node.attributes.values()))
+    if attribute.is_ref():
+        return None
+    if attribute.type == ir.AttributeType.TENSOR:
+        return attribute.as_tensor()
+    if attribute.name.startswith(("value_float", "value_int")):
+        kind = np.float32 if "float" in attribute.name else np.int64
+        return ir.tensor(np.asarray(attribute.value, dtype=kind))
+    return None
 
 
 def scalar(value: ir.Value | None) -> float | None:

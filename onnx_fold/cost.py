@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 
 from onnx_fold.constants import FLOATS
+from onnx_fold.operators import operator
 
 if TYPE_CHECKING:
     from onnx_fold.models.config import SkiplessConfig
@@ -60,9 +61,11 @@ def cost(model: ir.Model) -> Cost:
     stored = [value.const_value for g in model.graphs() for value in g.initializers.values()]
     bodies: tuple[ir.Graph | ir.Function, ...] = (model.graph, *model.functions.values())
     stored += [
-        node.attributes["value"].as_tensor()
+        attribute.as_tensor()
         for node in (node for body in bodies for node in body.all_nodes())
-        if node.op_type == "Constant" and "value" in node.attributes
+        if operator(node) == "Constant"
+        and (attribute := node.attributes.get("value")) is not None
+        and not attribute.is_ref()
     ]
     tensors = [tensor for tensor in stored if tensor is not None and tensor.dtype in FLOATS]
     return Cost(
@@ -137,7 +140,7 @@ def bytes_read(model: ir.Model) -> int:
 
 def _is_looked_up(value: ir.Value) -> bool:
     uses = value.uses()
-    return bool(uses) and all(node.op_type == "Gather" and index == 0 for node, index in uses)
+    return bool(uses) and all(operator(node) == "Gather" and index == 0 for node, index in uses)
 
 
 def closed_streams(config: SkiplessConfig) -> int:

@@ -703,7 +703,7 @@ class FoldedTensor(ir.LazyTensor):
             NotFiniteError: One of them is NaN or overflows the storage type.
             AssertionError: Its shape is not what it is declared to be.
         """
-        array = np.ascontiguousarray(evaluate(self.rounded, self.device))
+        array = np.asarray(evaluate(self.rounded, self.device), order="C")
         if array.shape != tuple(self.shape.numpy()):
             raise AssertionError(f"expected shape {self.shape}, evaluated to {array.shape}")
         if not np.isfinite(array).all() and self._is_computed():

@@ -215,8 +215,13 @@ class FoldPass(ir.passes.InPlacePass):
         raise NotImplementedError
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Fold ``model`` in place with this strategy alone."""
-        streams = fold_streams(model, [self], self.options)
+        """Fold ``model`` in place with this strategy alone; if that fails it is as it was."""
+        before = model.clone()
+        try:
+            streams = fold_streams(model, [self], self.options)
+        except BaseException:
+            model.graph = before.graph
+            raise
         return ir.passes.PassResult(model, any(stream.folded for stream in streams))
 
 
@@ -239,8 +244,9 @@ def fold_streams(
         A report for each stream, in graph order: what was folded, or why nothing was. Streams that
         no fold could be asked of are reported as they were at first.
     """
-    with remembered_names(model.graph):
-        reports = _fold_streams(model, passes, options, activations)
+    shapes = Shapes(model)
+    with remembered_names(model.graph), make_explicit(model, shapes.without_facts()):
+        reports = _fold_streams(model, passes, options, activations, shapes)
     for value in model.graph.initializers.values():
         if isinstance(value.const_value, FoldedTensor):
             value.const_value.device = options.device
@@ -252,12 +258,11 @@ def _fold_streams(
     passes: Sequence[FoldPass],
     options: Options,
     activations: Activations | None,
+    inferred: Shapes,
 ) -> list[StreamReport]:
     order = {node: position for position, node in enumerate(model.graph)}
     reports: list[tuple[int, StreamReport]] = []
     finished: set[ir.Node] = set()
-    inferred = Shapes(model)
-    explicit = make_explicit(model, inferred.without_facts())
     shapes: Shapes | None = inferred
     is_first_round = True
     memo: Memo = {}
@@ -293,7 +298,6 @@ def _fold_streams(
         if not touched:
             break
         is_first_round, shapes = False, None
-    explicit.close()
     return [report for _, report in sorted([*reports, *left], key=lambda item: item[0])]
 
 

@@ -20,6 +20,7 @@ import onnx_ir as ir
 from onnx_fold.constants import axes_of, constant, integers
 from onnx_fold.heads import roles
 from onnx_fold.linear import Edge, Linear
+from onnx_fold.operators import operator
 from onnx_fold.rewrite import new_integers, new_node
 from onnx_fold.shapes import Dims, Shapes
 
@@ -194,7 +195,7 @@ def fused(linear: Linear, shapes: Shapes) -> Fused | None:
         return None
     trace = _Trace(shapes)
     if linear.bias is not None:
-        if not _is_vector(linear.node.inputs[linear.bias[1]], linear.out_features):
+        if not _is_vector(linear.node.inputs[linear.bias[1]], linear.out_features, rank):
             return None
         trace.biases.append(linear.bias)
     start = Layout((*range(rank - 1), CHANNELS), np.arange(linear.out_features))
@@ -232,22 +233,24 @@ def _follow(value: ir.Value, layout: Layout, width: int, trace: _Trace) -> bool:
     if value.is_graph_output() or not value.uses():
         return False
     for node, index in value.uses():
-        if node.op_type == "Shape":
+        if node.graph is not value.graph:
+            return False  # in the body of a control-flow operator
+        if operator(node) == "Shape":
             trace.measures.append(node)
             continue
-        if node.op_type == "SplitToSequence":
+        if operator(node) == "SplitToSequence":
             if not _follow_sequence(node, layout, width, trace):
                 return False
             continue
-        if node.op_type == "Add" and layout.columns.size == width:
+        if operator(node) == "Add" and layout.columns.size == width:
             if layout.columns.ndim != 1 or layout.axes[-1] != CHANNELS:
                 return False
-            if not _is_vector(node.inputs[1 - index], width):
+            if not _is_vector(node.inputs[1 - index], width, len(layout.axes)):
                 return False
             trace.biases.append((node, 1 - index))
             onward = [layout]
         else:
-            step = _STEPS.get(node.op_type) if node.domain in ("", "ai.onnx") else None
+            step = _STEPS.get(operator(node))
             onward = list(step(node, layout, trace.shapes)) if step and index == 0 else []
         if len(onward) != len(node.outputs):
             return False
@@ -265,7 +268,7 @@ def _follow_sequence(split: ir.Node, layout: Layout, width: int, trace: _Trace) 
         return False
     trace.nodes.append(split)
     for node, _ in split.outputs[0].uses():
-        at = trace.shapes.integers(node.inputs[1]) if node.op_type == "SequenceAt" else None
+        at = trace.shapes.integers(node.inputs[1]) if operator(node) == "SequenceAt" else None
         if at is None or not -len(pieces) <= at[0] < len(pieces):
             return False
         trace.nodes.append(node)
@@ -274,9 +277,11 @@ def _follow_sequence(split: ir.Node, layout: Layout, width: int, trace: _Trace) 
     return True
 
 
-def _is_vector(value: ir.Value | None, width: int) -> bool:
+def _is_vector(value: ir.Value | None, width: int, rank: int) -> bool:
+    """Whether ``value`` adds a number to each channel of a value of that rank."""
     held = constant(value)
-    return held is not None and held.is_vector and held.size == width
+    is_vector = held is not None and held.is_vector and held.size == width
+    return is_vector and len(held.shape) <= rank if held is not None else False
 
 
 Step = Callable[[ir.Node, Layout, Shapes], Iterator[Layout]]
@@ -388,7 +393,7 @@ def _split(node: ir.Node, layout: Layout, shapes: Shapes) -> Iterator[Layout]:
         given = shapes.integers(node.inputs[1]) or ()
         if not given:
             return
-    is_sequence = node.op_type == "SplitToSequence"
+    is_sequence = operator(node) == "SplitToSequence"
     if is_sequence and len(given) == 1:
         count, given = -(-size // given[0]), ()
     each = -(-size // count)

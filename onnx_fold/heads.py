@@ -8,16 +8,16 @@ import onnx_ir as ir
 
 from onnx_fold.constants import constant
 from onnx_fold.linear import as_linear
+from onnx_fold.operators import contrib, operator
 from onnx_fold.shapes import Dims, Shapes
 
-_ATTENTION_OPERATORS = frozenset(
-    (
-        *("Attention", "MultiHeadAttention", "GroupQueryAttention", "PackedMultiHeadAttention"),
-        *("DecoderMaskedMultiHeadAttention", "DecoderMaskedSelfAttention"),
-    )
+_ATTENTION_OPERATORS = frozenset(("Attention",)) | contrib(
+    *("Attention", "MultiHeadAttention", "GroupQueryAttention", "PackedMultiHeadAttention"),
+    *("DecoderMaskedMultiHeadAttention", "DecoderMaskedSelfAttention"),
 )
-_TOWARDS_HEADS = frozenset(("Add", "Identity", "Cast", "Reshape", "RotaryEmbedding"))
-_PRODUCTS = frozenset(("MatMul", "FusedMatMul", "Gemm", "Einsum"))
+_ROTARY = frozenset(("RotaryEmbedding",)) | contrib("RotaryEmbedding")
+_TOWARDS_HEADS = frozenset(("Add", "Identity", "Cast", "Reshape")) | _ROTARY
+_PRODUCTS = frozenset(("MatMul", "Gemm", "Einsum")) | contrib("FusedMatMul")
 _AFTER_SCORES = frozenset(
     ("Cast", "Where", "IsNaN", "Identity", "Dropout", "Mul", "Div", "Add", "Reshape", "Transpose")
 )
@@ -43,23 +43,23 @@ def roles(value: ir.Value) -> frozenset[str]:
     while queue:
         current = queue.pop(0)
         for node, index in current.uses():
-            if node.op_type in _ATTENTION_OPERATORS:
+            if operator(node) in _ATTENTION_OPERATORS:
                 if index > 2:
                     return frozenset()
                 is_packed = len(node.inputs) > 1 and node.inputs[1] is None
                 found |= set("qkv" if is_packed else "qkv"[index])
-            elif node.op_type in _PRODUCTS and len(node.inputs) > 1:
+            elif operator(node) in _PRODUCTS and len(node.inputs) > 1:
                 left, right = node.inputs[0], node.inputs[1]
                 if left is None or right is None or _multiplies_weights(node):
                     return frozenset()  # another linear layer: no attention between
                 is_value = index == 1 and _is_probability(left)
                 found.add("v" if is_value else "k" if index == 1 else "q")
-            elif node.op_type == "Softmax":
+            elif operator(node) == "Softmax":
                 return frozenset()
             else:
                 onward = [v for v in node.outputs if v not in seen]
-                is_type = node.op_type == "CastLike" and index == 1
-                if node.op_type not in ("Shape", "Size") and not is_type:
+                is_type = operator(node) == "CastLike" and index == 1
+                if operator(node) not in ("Shape", "Size") and not is_type:
                     seen.update(onward)
                     queue.extend(onward)
     return frozenset(found)
@@ -78,9 +78,9 @@ def _is_probability(value: ir.Value) -> bool:
         node = queue.pop(0).producer()
         if node is None:
             continue
-        if node.op_type == "Softmax":
+        if operator(node) == "Softmax":
             return True
-        if node.op_type in _AFTER_SCORES:
+        if operator(node) in _AFTER_SCORES:
             queue.extend(operand for operand in node.inputs if operand is not None)
     return False
 
@@ -97,13 +97,13 @@ def head_layout(value: ir.Value, width: int, shapes: Shapes) -> HeadLayout | Non
     """How the ``width`` channels of ``value`` are cut into heads: by a Reshape, or in the core."""
     for _ in range(8):
         for node, index in value.uses():
-            if node.op_type in _ATTENTION_OPERATORS and index < 3:
+            if operator(node) in _ATTENTION_OPERATORS and index < 3:
                 heads = _heads_of(node, index)
                 return _layout((heads, None), width) if heads else None
-            dims = shapes(node.outputs[0]) if node.op_type == "Reshape" and index == 0 else None
+            dims = shapes(node.outputs[0]) if operator(node) == "Reshape" and index == 0 else None
             if dims is not None and len(dims) == 4 and (found := _layout(dims, width)) is not None:
                 return found
-        onward = [node for node, _ in value.uses() if node.op_type in _TOWARDS_HEADS]
+        onward = [node for node, _ in value.uses() if operator(node) in _TOWARDS_HEADS]
         if not onward:
             return None
         value = onward[0].outputs[0]

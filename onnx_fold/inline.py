@@ -11,6 +11,7 @@ from onnx_ir.passes.common import InlinePass
 
 from onnx_fold.commute import RULES
 from onnx_fold.linear import OPERATORS
+from onnx_fold.operators import operator
 
 _INERT = frozenset((*RULES, "Constant", "Shape", "Size"))
 
@@ -45,10 +46,8 @@ def _hides(function: ir.Function, model: ir.Model) -> bool:
         return False
     if any(_holds_weight(node) or _holds_graph(node) for node in nodes):
         return False
-    is_inside = all(node.op_type in _INERT or _calls(node, model) for node in nodes)
-    return is_inside or any(
-        (node.domain, node.op_type) in OPERATORS or _calls(node, model) for node in nodes
-    )
+    is_inside = all(operator(node) in _INERT or _calls(node, model) for node in nodes)
+    return is_inside or any(operator(node) in OPERATORS or _calls(node, model) for node in nodes)
 
 
 def _calls(node: ir.Node, model: ir.Model) -> bool:
@@ -59,8 +58,8 @@ def _calls(node: ir.Node, model: ir.Model) -> bool:
 
 def _holds_weight(node: ir.Node) -> bool:
     """Whether ``node`` is a matrix, of which every call would get a copy."""
-    value = node.attributes.get("value") if node.op_type == "Constant" else None
-    return value is not None and len(value.as_tensor().shape) > 1
+    value = node.attributes.get("value") if operator(node) == "Constant" else None
+    return value is not None and not value.is_ref() and len(value.as_tensor().shape) > 1
 
 
 def _holds_graph(node: ir.Node) -> bool:

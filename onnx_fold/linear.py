@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from onnx_fold.constants import FLOATS, Constant, constant
 from onnx_fold.expression import Expression, reshape, scale, transpose
+from onnx_fold.operators import MICROSOFT, operator
 from onnx_fold.shapes import Shapes
 
 Edge = tuple[ir.Node, int]
@@ -45,6 +46,7 @@ class Linear:
         bias: The input that is added to the product, if there is one.
         beta: Factor that the node applies to the bias.
         keeps_layout: Whether ``x`` could stand in the place of ``y`` if ``W`` were the identity.
+        is_padded: Whether it also reads positions that are not in ``x``, as zeros.
         identity_shape: The shape to which ``x`` has to be reshaped before it can.
     """
 
@@ -61,6 +63,7 @@ class Linear:
     bias: Edge | None = None
     beta: float = 1.0
     keeps_layout: bool = True
+    is_padded: bool = False
     identity_shape: tuple[int, ...] | None = None
 
     @property
@@ -90,8 +93,8 @@ class Linear:
 
     @property
     def is_plain(self) -> bool:
-        """Whether it is one matrix and the channels come last on both sides."""
-        return self.num_matrices == 1 and self.x_axis == self.y_axis == -1
+        """Whether it is one matrix, the channels come last and the other axes stay as they are."""
+        return self.num_matrices == 1 and self.x_axis == self.y_axis == -1 and self.keeps_layout
 
     def matrix(self, dtype: npt.DTypeLike = np.float64, *, is_writer: bool = True) -> Expression:
         """What it multiplies by, alpha included, in ``dtype``.
@@ -133,9 +136,11 @@ class Linear:
         behind = (1,) * (-1 - self.y_axis)
         if self.num_matrices == 1:
             return (self.out_features, *behind)
-        if self.node.op_type == "Einsum":
+        if operator(self.node) == "Einsum":
             return None
-        return (*(self.weight.shape[axis] for axis in self._other_axes), 1, self.out_features)
+        matrices = (self.weight.shape[axis] for axis in self._other_axes)
+        last = (self.out_features, 1) if behind else (1, self.out_features)
+        return (*matrices, *last)
 
     @property
     def label(self) -> str:
@@ -150,8 +155,7 @@ def find_linears(graph: ir.Graph, shapes: Shapes | None = None) -> list[Linear]:
 
 def as_linear(node: ir.Node, shapes: Shapes | None = None) -> Linear | None:
     """Read ``node`` as a linear layer, if it is one."""
-    domain = "" if node.domain == "ai.onnx" else node.domain
-    recognise = _RECOGNISERS.get((domain, node.op_type))
+    recognise = _RECOGNISERS.get(operator(node))
     return recognise(node, shapes) if recognise is not None else None
 
 
@@ -173,10 +177,10 @@ def _picked(node: ir.Node, index: int, shapes: Shapes | None) -> tuple[Edge, Con
     gather = value.producer() if value is not None else None
     if value is None or gather is None or len(value.uses()) != 1 or value.is_graph_output():
         return None
-    weight = _held(gather, 0) if gather.op_type in ("Gather", "GatherND") else None
+    weight = _held(gather, 0) if operator(gather) in ("Gather", "GatherND") else None
     if weight is None or len(weight.shape) != 3:
         return None
-    if gather.op_type == "GatherND":
+    if operator(gather) == "GatherND":
         indices = gather.inputs[1]
         known = shapes.dim(indices, -1) if shapes is not None and indices is not None else None
         if known != 1 or gather.attributes.get_int("batch_dims", 0) != 0:
@@ -217,9 +221,18 @@ def _matmul(
             node.outputs[0],
             axis,
             alpha,
-            keeps_layout=flipped == axis and rank == 2,
+            keeps_layout=flipped == axis and _adds_no_axis(weight, value, shapes),
         )
     return None
+
+
+def _adds_no_axis(weight: Constant, value: ir.Value, shapes: Shapes | None) -> bool:
+    """Whether the leading axes of ``weight`` change nothing of the shape of ``value``."""
+    lead = weight.shape[:-2]
+    if not lead:
+        return True
+    rank = shapes.rank(value) if shapes is not None else None
+    return rank is not None and rank >= len(weight.shape) and all(size == 1 for size in lead)
 
 
 def _fused_matmul(node: ir.Node, shapes: Shapes | None) -> Linear | None:
@@ -265,13 +278,9 @@ def _conv(node: ir.Node, shapes: Shapes | None) -> Linear | None:
         return None
     positions = math.prod(weight.shape[2:])
     axis = 1 - len(weight.shape)
-    moves = [
-        *node.attributes.get_ints("pads", ()),
-        *(s - 1 for s in node.attributes.get_ints("strides", ())),
-    ]
-    is_moved = any(moves) or node.attributes.get_string("auto_pad", "NOTSET") not in (
-        "NOTSET",
-        "VALID",
+    is_strided = any(step != 1 for step in node.attributes.get_ints("strides", ()))
+    is_padded = any(node.attributes.get_ints("pads", ())) or (
+        node.attributes.get_string("auto_pad", "NOTSET") not in ("NOTSET", "VALID")
     )
     return Linear(
         node,
@@ -284,7 +293,8 @@ def _conv(node: ir.Node, shapes: Shapes | None) -> Linear | None:
         node.outputs[0],
         axis,
         bias=_optional(node, 2),
-        keeps_layout=positions == 1 and not is_moved,
+        keeps_layout=positions == 1 and not is_strided and not is_padded,
+        is_padded=is_padded,
     )
 
 
@@ -353,20 +363,20 @@ def _attention(node: ir.Node, shapes: Shapes | None) -> Linear | None:
 
 Recogniser = Callable[[ir.Node, "Shapes | None"], "Linear | None"]
 
-_RECOGNISERS: dict[tuple[str, str], Recogniser] = {
-    ("", "MatMul"): _matmul,
-    ("", "Gemm"): _gemm,
-    ("", "Conv"): _conv,
-    ("", "Einsum"): _einsum,
-    ("com.microsoft", "FusedMatMul"): _fused_matmul,
-    ("com.microsoft", "Attention"): _attention,
-    ("com.microsoft", "PackedAttention"): _attention,
+_RECOGNISERS: dict[str, Recogniser] = {
+    "MatMul": _matmul,
+    "Gemm": _gemm,
+    "Conv": _conv,
+    "Einsum": _einsum,
+    f"{MICROSOFT}::FusedMatMul": _fused_matmul,
+    f"{MICROSOFT}::Attention": _attention,
+    f"{MICROSOFT}::PackedAttention": _attention,
 }
-"""Domain and operator → what reads it as a linear layer."""
+"""Operator → what reads it as a linear layer."""
 
 
 OPERATORS = frozenset(_RECOGNISERS)
-"""Domain and name of every operator that can be a linear layer."""
+"""Every operator that can be a linear layer."""
 
 
 def described(node: ir.Node) -> str:

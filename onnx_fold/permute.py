@@ -16,6 +16,7 @@ import onnx_ir as ir
 from onnx_fold.commute import OpensStreamError, Port, ports
 from onnx_fold.expression import Expression, FoldedTensor, take
 from onnx_fold.linear import Linear
+from onnx_fold.operators import contrib, operator
 from onnx_fold.rewrite import Rewrite
 from onnx_fold.selection import RowSelection
 from onnx_fold.shapes import Shapes
@@ -23,25 +24,12 @@ from onnx_fold.stream import ConstantWriter, Stream
 
 _ELEMENTWISE = frozenset(
     (
-        *(
-            "Abs",
-            "BiasGelu",
-            "Celu",
-            "Clip",
-            "Elu",
-            "Erf",
-            "Exp",
-            "FastGelu",
-            "Gelu",
-            "HardSigmoid",
-            "HardSwish",
-        ),
-        *("LeakyRelu", "Log", "Mish", "Pow", "QuickGelu", "Reciprocal", "Relu", "Selu", "Sigmoid"),
+        *("Abs", "Celu", "Clip", "Elu", "Erf", "Exp", "Gelu", "HardSigmoid", "HardSwish"),
+        *("LeakyRelu", "Log", "Mish", "Pow", "Reciprocal", "Relu", "Selu", "Sigmoid"),
         *("Softplus", "Softsign", "Sqrt", "Swish", "Tanh", "ThresholdedRelu"),
         *("Add", "Sub", "Mul", "Div", "Max", "Min", "Sum"),
     )
-)
-_DOMAINS = ("", "ai.onnx", "com.microsoft")
+) | contrib("BiasGelu", "FastGelu", "Gelu", "QuickGelu")
 
 
 @dataclass(frozen=True)
@@ -66,7 +54,7 @@ def permutable(node: ir.Node, known: Port, width: int, shapes: Shapes) -> list[P
     What a Concat has made of parts, and a Split cuts into parts, ends there: :func:`hidden_stream`
     looks at the parts.
     """
-    if node.op_type not in _ELEMENTWISE or node.domain not in _DOMAINS:
+    if operator(node) not in _ELEMENTWISE:
         try:
             return ports(node, known, width, shapes)
         except OpensStreamError:
@@ -84,7 +72,7 @@ def permutable(node: ir.Node, known: Port, width: int, shapes: Shapes) -> list[P
 
 
 def _is_joint(node: ir.Node, known: Port) -> bool:
-    return (node.op_type, known.is_output) in (("Concat", True), ("Split", False))
+    return (operator(node), known.is_output) in (("Concat", True), ("Split", False))
 
 
 def hidden_stream(stream: Stream, layer: Linear) -> Hidden | None:
@@ -111,17 +99,18 @@ def _joints(hidden: Stream) -> Iterator[tuple[ir.Node, int]]:
     """The nodes at which it ends, and the axis of its channels there."""
     for value, axis in hidden.values.items():
         maker = value.producer()
-        if maker is not None and maker.op_type == "Concat" and maker.inputs[0] not in hidden.values:
+        is_joined = maker is not None and operator(maker) == "Concat"
+        if maker is not None and is_joined and maker.inputs[0] not in hidden.values:
             yield maker, axis
         for user, _ in value.uses():
-            if user.op_type == "Split" and user.outputs[0] not in hidden.values:
+            if operator(user) == "Split" and user.outputs[0] not in hidden.values:
                 yield user, axis
 
 
 def _free_part(hidden: Stream, joint: ir.Node, axis: int) -> Hidden | None:
     """The only part that a layer of its own writes (reads), if there is one."""
     linears, found, start = hidden.search.linears, [], 0
-    is_made = joint.op_type == "Concat"
+    is_made = operator(joint) == "Concat"
     for part in joint.inputs if is_made else joint.outputs:
         size = None if part is None else hidden.shapes.dim(part, axis)
         if part is None or not isinstance(size, int):

@@ -10,22 +10,21 @@ import onnx_ir as ir
 
 from onnx_fold.constants import constant
 from onnx_fold.linear import described
+from onnx_fold.operators import contrib, operator
 
-_OPERATORS = frozenset(
-    (
-        *("ConvInteger", "MatMulInteger", "QLinearConv", "QLinearMatMul"),
-        *("DynamicQuantizeMatMul", "GatherBlockQuantized", "MatMulBnb4", "MatMulFpQ4"),
-        *("MatMulIntegerToFloat", "MatMulNBits", "QAttention", "QEmbedLayerNormalization"),
-        *("QGemm", "QMoE"),
-    )
+_OPERATORS = frozenset(("ConvInteger", "MatMulInteger", "QLinearConv", "QLinearMatMul")) | contrib(
+    *("DynamicQuantizeMatMul", "GatherBlockQuantized", "MatMulBnb4", "MatMulFpQ4"),
+    *("MatMulIntegerToFloat", "MatMulNBits", "QAttention", "QEmbedLayerNormalization"),
+    *("QGemm", "QMoE"),
 )
+_DEQUANTIZE = frozenset(("DequantizeLinear",)) | contrib("DequantizeLinear")
 _VIEWS = frozenset(("Cast", "Identity", "Reshape", "Transpose"))
 _MIN_RANK = 2  # of a weight; vectors are biases
 
 
 def is_quantised(node: ir.Node) -> bool:
     """Whether ``node`` multiplies by, or looks up, a quantised weight."""
-    return node.op_type in _OPERATORS or any(map(_is_dequantised, node.inputs))
+    return operator(node) in _OPERATORS or any(map(_is_dequantised, node.inputs))
 
 
 def find_quantised(graph: ir.Graph) -> list[str]:
@@ -34,14 +33,14 @@ def find_quantised(graph: ir.Graph) -> list[str]:
 
 
 def _is_layer(node: ir.Node) -> bool:
-    return node.op_type not in _VIEWS and is_quantised(node)
+    return operator(node) not in _VIEWS and is_quantised(node)
 
 
 def _is_dequantised(value: ir.Value | None) -> bool:
     node = value.producer() if value is not None else None
     if node is None:
         return False
-    if node.op_type == "DequantizeLinear":
+    if operator(node) in _DEQUANTIZE:
         stored = constant(node.inputs[0])
         return stored is not None and len(stored.shape) >= _MIN_RANK
-    return node.op_type in _VIEWS and _is_dequantised(node.inputs[0])
+    return operator(node) in _VIEWS and _is_dequantised(node.inputs[0])

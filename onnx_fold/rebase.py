@@ -115,6 +115,8 @@ def become_identity(rewrite: Rewrite, layer: Linear) -> None:
     shape = layer.vector_shape
     if held is None and layer.beta != 1.0:
         raise CannotRewriteError(f"{node.op_type} '{node.name}' scales a bias computed at run time")
+    if held is None and layer.y_axis != -1:
+        raise CannotRewriteError(f"{node.op_type} '{node.name}' adds a bias computed at run time")
     if held is not None and (layer.beta != 1.0 or len(shape or ()) > 1):
         wide = held.wide() if stored is None else cast(of_tensor(stored), np.float64)
         if len(shape or ()) > 1:

@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnx_fold.constants import integers
+from onnx_fold.operators import operator
 from onnx_fold.rewrite import Build, CannotRewriteError, Rewrite, new_constant, new_node
 from onnx_fold.stream import Stream
 
@@ -33,9 +34,9 @@ def _resize(value: ir.Value, stream: Stream, width: int, rewrite: Rewrite) -> No
     node = value.producer()
     if node is None:
         return
-    if node.op_type == "Squeeze" and width == 1 and not _names_axes(node):
+    if operator(node) == "Squeeze" and width == 1 and not _names_axes(node):
         raise CannotRewriteError(f"Squeeze '{node.name}' would remove a single channel")
-    if node.op_type not in ("Reshape", "Expand"):
+    if operator(node) not in ("Reshape", "Expand"):
         return
     shape = _resized_shape(node, stream, width)
     if isinstance(shape, ir.TensorProtocol):
@@ -63,7 +64,7 @@ def _resized_shape(node: ir.Node, stream: Stream, width: int) -> ir.TensorProtoc
         changed = _resized_entries(entries, node, stream, width)
         return None if changed == list(entries) else _integers(changed)
     concat = shape.producer() if shape is not None else None
-    if concat is None or concat.op_type != "Concat" or axis != -1:
+    if concat is None or operator(concat) != "Concat" or axis != -1:
         raise CannotRewriteError(f"{node.op_type} '{node.name}' computes its shape")
     pieces = [integers(piece) or () for piece in concat.inputs]
     last = pieces[-1]
@@ -87,7 +88,7 @@ def _resized_entries(
 ) -> list[int]:
     """``entries`` with the new width; what copied the old one from another place says it itself."""
     changed, axis = list(entries), stream.values[node.outputs[0]]
-    if node.op_type == "Reshape" and not node.attributes.get_int("allowzero", 0):
+    if operator(node) == "Reshape" and not node.attributes.get_int("allowzero", 0):
         source = node.inputs[0]
         assert source is not None
         rank = stream.shapes.rank(source)

@@ -137,17 +137,28 @@ class Rewrite:
 
     def _dies(self, value: ir.Value) -> bool:
         """Whether nothing reads ``value`` any more once the change is applied."""
+        return _all_hold(value, self._dies_if)
+
+    def _dies_if(self, value: ir.Value) -> Iterable[ir.Value] | None:
+        """The values that have to die too so that ``value`` does; None if it stays anyway."""
         if value in self.kept or value.is_graph_output():
-            return False
+            return None
         gone = self.stored.keys() | self.rewired.keys() | self.dropped
-        return all((node, index) in gone or self._is_dead(node) for node, index in value.uses())
+        reading = {node for node, index in value.uses() if (node, index) not in gone}
+        needed = [self._is_dead_if(node) for node in reading]
+        if any(each is None for each in needed):
+            return None
+        return [each for some in needed if some is not None for each in some]
 
     def _is_dead(self, node: ir.Node) -> bool:
         """Whether ``node`` is replaced, or makes a constant that dies; data is still read."""
-        return all(
-            value in self.replaced or (constant(value) is not None and self._dies(value))
-            for value in node.outputs
-        )
+        needed = self._is_dead_if(node)
+        return needed is not None and all(map(self._dies, needed))
+
+    def _is_dead_if(self, node: ir.Node) -> Iterable[ir.Value] | None:
+        """The constants that have to die so that ``node`` does; None if it stays anyway."""
+        needed = [value for value in node.outputs if value not in self.replaced]
+        return needed if all(constant(value) is not None for value in needed) else None
 
     def _resolve(self, value: ir.Value) -> ir.Value:
         """What ``value`` has become, where replacements follow on each other."""
@@ -190,6 +201,19 @@ class Rewrite:
         for value, name in new.values():
             value.name = unused_name(graph, name)
             graph.register_initializer(value)
+
+
+def _all_hold(value: ir.Value, needed: Callable[[ir.Value], Iterable[ir.Value] | None]) -> bool:
+    """Whether ``value`` and all that it needs, and these need in turn, can be had."""
+    queue, seen = [value], {value}
+    while queue:
+        following = needed(queue.pop())
+        if following is None:
+            return False
+        new = [each for each in following if each not in seen]
+        seen.update(new)
+        queue.extend(new)
+    return True
 
 
 def _size(tensor: ir.TensorProtocol) -> int:

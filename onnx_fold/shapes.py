@@ -12,6 +12,7 @@ from onnx_ir.passes.common import ShapeInferencePass
 from onnxscript.optimizer import fold_constants
 
 from onnx_fold.constants import constant, integers
+from onnx_fold.operators import MICROSOFT, contrib, operator
 
 Dim = int | str | None
 """A size: a number, a symbol, or unknown."""
@@ -78,12 +79,20 @@ class Shapes:
         if (held := integers(value)) is not None:
             return held
         node = value.producer()
-        if node is not None and node.op_type == "Shape" and node.inputs[0] is not None:
+        if node is not None and operator(node) == "Shape" and node.inputs[0] is not None:
             dims = self(node.inputs[0]) or (None,)
             start, end = node.attributes.get_int("start", 0), node.attributes.get_int("end", None)
             sizes = tuple(dim for dim in dims[start:end] if isinstance(dim, int))
             return sizes if len(sizes) == len(dims[start:end]) else None
         return self._integers.get(value.name or "")
+
+    def broadcasts_to(self, value: ir.Value, other: ir.Value) -> bool:
+        """Whether ``value`` broadcasts to the shape of ``other``, whatever the sizes."""
+        dims, target = self(value), self(other)
+        if dims is None or target is None or len(dims) > len(target):
+            return False
+        pairs = zip(reversed(dims), reversed(target), strict=False)
+        return all(a == 1 or (a is not None and a == b) for a, b in pairs)
 
     def dim(self, value: ir.Value, axis: int) -> Dim:
         """Size of one axis of ``value``; 1 for an axis that broadcasting would add in front."""
@@ -147,18 +156,18 @@ def _infer(
     )
 
 
-_ELEMENTWISE = frozenset(("BiasGelu", "FastGelu", "Gelu", "QuickGelu", "RotaryEmbedding"))
+_ELEMENTWISE = contrib("BiasGelu", "FastGelu", "Gelu", "QuickGelu", "RotaryEmbedding")
 
 
 def _stand_in(node: ir.Node) -> None:
     """Let a standard operator whose output has the same shape stand for one of ONNX Runtime's."""
-    if node.domain != "com.microsoft" or len(node.outputs) != 1:
+    if len(node.outputs) != 1:
         return
-    if node.op_type in _ELEMENTWISE:
+    if operator(node) in _ELEMENTWISE:
         node.resize_inputs(1)
         node.domain, node.op_type = "", "Identity"
         node.attributes.clear()
-    elif node.op_type == "FusedMatMul" and len(node.inputs) == 2:
+    elif operator(node) == f"{MICROSOFT}::FusedMatMul" and len(node.inputs) == 2:
         for index, name in enumerate(("transA", "transB")):
             if not node.attributes.get_int(name, 0):
                 continue

@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 
 from onnx_fold.commute import OpensStreamError, Port, Rule, ports
-from onnx_fold.constants import Constant, constant
+from onnx_fold.constants import FLOATS, Constant, constant
 from onnx_fold.device import Array
 from onnx_fold.expression import Expression, broadcast, reshape, transpose
 from onnx_fold.linear import Edge, Linear, described, find_linears, label
+from onnx_fold.operators import contrib, operator
 from onnx_fold.quantised import is_quantised
 from onnx_fold.shapes import Shapes
+from onnx_fold.widen import unit_roundoff
 
 if TYPE_CHECKING:
     from onnx_fold.calibrate import Activations
@@ -91,30 +93,24 @@ class Opening:
 
 _NORMS = frozenset(
     (
-        "BatchNormalization",
-        "GroupNormalization",
-        "InstanceNormalization",
-        "LayerNormalization",
-        "LpNormalization",
-        "RMSNormalization",
+        *("BatchNormalization", "GroupNormalization", "InstanceNormalization"),
+        *("LayerNormalization", "LpNormalization", "RMSNormalization"),
         "SimplifiedLayerNormalization",
-        "SkipLayerNormalization",
-        "SkipSimplifiedLayerNormalization",
     )
-)
+) | contrib("SkipLayerNormalization", "SkipSimplifiedLayerNormalization")
 _STATISTICS = frozenset(("ReduceMean", "ReduceL2", "ReduceSumSquare"))
 _TOWARDS_STATISTICS = frozenset(("Cast", "Mul", "Pow", "Sub"))
 
 
 def _is_norm(node: ir.Node, hops: int = 3) -> bool:
     """Whether ``node`` is a norm, or leads to a mean within a few element-wise operators."""
-    return node.op_type in _NORMS or _leads_to_statistics(node, hops)
+    return operator(node) in _NORMS or _leads_to_statistics(node, hops)
 
 
 def _leads_to_statistics(node: ir.Node, hops: int) -> bool:
-    if node.op_type in _STATISTICS:
+    if operator(node) in _STATISTICS:
         return True
-    if hops == 0 or node.op_type not in _TOWARDS_STATISTICS:
+    if hops == 0 or operator(node) not in _TOWARDS_STATISTICS:
         return False
     return any(_leads_to_statistics(reader, hops - 1) for reader, _ in node.outputs[0].uses())
 
@@ -187,9 +183,10 @@ class Stream:
 
     @property
     def dtype(self) -> ir.DataType:
-        """Narrowest storage type among its layers."""
-        layers = [*self.writers, *self.readers]
-        return min((layer.weight.dtype for layer in layers), key=lambda dtype: dtype.bitwidth)
+        """Narrowest type that its weights are stored in or that its values pass through."""
+        found = {layer.weight.dtype for layer in (*self.writers, *self.readers)}
+        found |= {dtype for value in self.values if (dtype := self.shapes.dtype(value)) in FLOATS}
+        return min(found, key=_precision)
 
     @property
     def members(self) -> list[Linear | ConstantWriter]:
@@ -200,6 +197,11 @@ class Stream:
     def nodes(self) -> set[ir.Node]:
         """The nodes that write or read it, whose weights a fold would change."""
         return {member.node for member in self.members}
+
+
+def _precision(dtype: ir.DataType) -> float:
+    """Sorts the types with the largest unit of rounding to the front."""
+    return -unit_roundoff(dtype)
 
 
 def find_streams(
@@ -309,7 +311,7 @@ class Search:
             if node.graph is not self.graph:
                 _open(stream, value, "is used inside the body of a control-flow operator, by", node)
             elif linear is None:
-                if node.op_type in ("Shape", "Size") or _is_unused(node):
+                if operator(node) in ("Shape", "Size") or _is_unused(node):
                     stream.measures.append(node)
                 else:
                     yield from self._across(stream, value, node, Port(False, index, axis), "read")
@@ -339,6 +341,8 @@ class Search:
         self, stream: Stream, value: ir.Value, node: ir.Node, known: Port, verb: str
     ) -> Iterator[tuple[ir.Value, int]]:
         """Follow the stream through ``node``, or open it there."""
+        if -known.axis > (self.shapes.rank(value) or 1):
+            return  # it has no such axis, and is open
         try:
             found = stream.rule(node, known, stream.width, self.shapes)
         except OpensStreamError as reason:

@@ -21,6 +21,7 @@ from onnx_fold.folding import Candidate, FoldPass, attempt
 from onnx_fold.fused import Columns, ComputedShape, Fused, Part, compute_shapes, fused
 from onnx_fold.heads import role
 from onnx_fold.linear import Edge, Linear, compact
+from onnx_fold.operators import operator
 from onnx_fold.rebase import become_identity, rebase, stored_matrix, weights_of
 from onnx_fold.report import CandidateReport
 from onnx_fold.rewrite import CannotRewriteError, Rewrite, new_constant, new_node, new_split
@@ -148,7 +149,7 @@ def _bias(edge: Edge, columns: Columns, *, is_kept: bool) -> FoldedTensor:
     node, index = edge
     held = constant(node.inputs[index])
     assert held is not None
-    leaves_gemm = node.op_type == "Gemm" and not is_kept
+    leaves_gemm = operator(node) == "Gemm" and not is_kept
     beta = node.attributes.get_float("beta", 1.0) if leaves_gemm else 1.0
     vector = take(reshape(held.wide(), (held.size,)), columns, 0)
     return FoldedTensor(scale(vector, beta), held.dtype)

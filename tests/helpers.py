@@ -148,7 +148,7 @@ def weights(model: ir.Model) -> int:
         for body in (model.graph, *model.functions.values())
         for node in body.all_nodes()
         for attribute in node.attributes.values()
-        if attribute.type == ir.AttributeType.TENSOR
+        if attribute.type == ir.AttributeType.TENSOR and not attribute.is_ref()
     ]
     return sum(tensor.size for tensor in held if tensor.dtype.is_floating_point())
 

@@ -3,11 +3,12 @@
 import numpy as np
 import onnx_ir as ir
 import pytest
-from helpers import chain, folded, graph, normal, refused, stream_of
+from helpers import chain, fold, folded, graph, normal, refused, square, stream_of
 
 from onnx_fold.expression import FoldedTensor, Held
 from onnx_fold.rewrite import Rewrite
 from onnx_fold.stream import Stream
+from onnx_fold.widen import unit_roundoff
 
 D = 4
 W = {name: normal(D, D, seed=i) for i, name in enumerate("OQKV")}
@@ -221,3 +222,15 @@ def test_a_search_meets_nodes_that_a_fold_has_added_since():
     again = stream.search.stream(value, -1, 4)
     assert again.is_closed
     assert len(again.constants) == 1
+
+
+@pytest.mark.parametrize("narrow", [ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16])
+def test_the_precision_of_a_stream_is_the_narrowest_that_its_values_pass_through(narrow):
+    model = graph(
+        f"""(double[n, {D}] x) => (double[n, 5] y)
+        {{ p = MatMul(x, P) c = Cast<to={int(narrow)}>(p) m = Cast<to=11>(c) y = MatMul(m, M) }}""",
+        P=square(D, 1, dtype=np.float64), M=normal(D, 5, dtype=np.float64),
+    )  # fmt: skip
+    assert stream_of(model, "p").dtype == narrow
+    (stream,) = fold(model).report.folded
+    assert stream.folded.error_original > unit_roundoff(narrow) / 10

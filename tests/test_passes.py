@@ -1,0 +1,61 @@
+"""Passes inside somebody else's pipeline: one that fails leaves the model as it was."""
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from helpers import assert_same_function, chain, graph, normal, proto, square
+from onnx_ir.passes import PassError, Sequential
+
+from onnx_fold.folding import FoldPass
+from onnx_fold.passes import AbsorbPass, MergePass
+
+D = 6
+
+
+class Failing(FoldPass):
+    """Proposes what merging would, and then fails."""
+
+    name = "failing"
+    is_basis_change = False
+    good = 0
+
+    def candidates(self, stream):
+        if self.good == 0:
+            raise RuntimeError("a mistake in a pass")
+        self.good -= 1
+        yield from MergePass(self.options).candidates(stream)
+
+
+def two_streams() -> ir.Model:
+    """Two places to fold, one behind a gain."""
+    text = f"""(float[n, {D}] x, float[n, {D}] z) => (float[n, 5] y, float[n, 5] w)
+        {{ p = MatMul(x, P) g = Mul(p, G) y = MatMul(g, M) q = MatMul(z, Q) w = MatMul(q, M2) }}"""
+    held = {"P": square(D, 1), "M": normal(D, 5), "Q": square(D, 2), "M2": normal(D, 5, seed=4)}
+    return graph(text, G=1 + normal(D, seed=3), **held)
+
+
+@pytest.mark.parametrize("good", [0, 1])
+def test_a_pass_that_fails_leaves_the_model_as_it_was(good):
+    model = two_streams()
+    before = proto(model)
+    failing = Failing()
+    failing.good = good
+    with pytest.raises(PassError):
+        Sequential(failing)(model)
+    assert proto(model) == before
+
+
+def test_a_pass_that_finds_nothing_leaves_the_model_as_it_was():
+    model = chain("r = Relu(p)", "m = Mul(r, g)", g=1 + normal(4))
+    before = proto(model)
+    result = Sequential(MergePass(), AbsorbPass())(model)
+    assert not result.modified
+    assert proto(model) == before
+
+
+def test_passes_fold_in_place():
+    model = two_streams()
+    original = model.clone()
+    assert Sequential(MergePass(), AbsorbPass())(model).modified
+    assert_same_function(original, model, {"n": 3})
+    assert sum(np.prod(v.shape.numpy()) for v in model.graph.initializers.values()) == 2 * D * 5
