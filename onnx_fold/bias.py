@@ -6,7 +6,8 @@ reads.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -72,18 +73,25 @@ def _bypass(writer: ConstantWriter, layer: Linear, stream: Stream, rewrite: Rewr
 def _carry(writer: Linear, stream: Stream) -> dict[ir.Value, Carried | None]:
     """The constants that arrive at each value of ``stream``; None if they differ by position."""
     nodes = {node for value in stream.values if (node := value.producer()) is not None}
+    constants: dict[ir.Node, list[ConstantWriter]] = defaultdict(list)
+    for each in stream.constants:
+        constants[each.node].append(each)
     known: dict[ir.Value, Carried | None] = {}
     for node in sorted(nodes, key=stream.search.position):
-        carried = _behind(node, writer, stream, known)
+        carried = _behind(node, constants[node], writer, stream, known)
         known |= {output: carried for output in node.outputs if output in stream.values}
     return known
 
 
 def _behind(
-    node: ir.Node, writer: Linear, stream: Stream, known: Mapping[ir.Value, Carried | None]
+    node: ir.Node,
+    constants: Sequence[ConstantWriter],
+    writer: Linear,
+    stream: Stream,
+    known: Mapping[ir.Value, Carried | None],
 ) -> Carried | None:
     """The constants that arrive behind ``node``, from those that arrive in front of it."""
-    own = [c for c in stream.constants if c.node is node and not c.is_zero()]
+    own = [c for c in constants if not c.is_zero()]
     if node is writer.node:
         return dict.fromkeys(own, writer.beta)
     name = operator(node)

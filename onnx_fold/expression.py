@@ -78,31 +78,33 @@ def evaluate(
     """
     uses = Counter(id(operand) for node in _nodes(expression) for operand in node.operands)
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-        return device.fetch(_visit(expression, device, given, uses, {}))
+        return device.fetch(_computed(expression, device, given, uses))
 
 
-def _visit(
-    node: Expression,
-    device: Device,
-    given: Mapping[Expression, Any],
-    uses: Counter[int],
-    values: dict[int, Any],
+def _computed(
+    root: Expression, device: Device, given: Mapping[Expression, Any], uses: Counter[int]
 ) -> Any:
-    """The value of ``node``; it is kept in ``values`` while it has more ``uses``."""
-    if node in given:
-        return given[node]
-    key = id(node)
-    if key in values:
-        value = values[key]
-    else:
-        operands = (_visit(each, device, given, uses, values) for each in node.operands)
-        value = node.compute(device, *operands)
-    uses[key] -= 1
-    if uses[key] > 0:
-        values[key] = value
-    else:
-        values.pop(key, None)
-    return value
+    """The value of ``root``, operands first; each value is kept while it has more ``uses``."""
+    values: dict[int, Any] = {}
+    stack = [root]
+    while stack:
+        node = stack[-1]
+        key = id(node)
+        if key not in values and node in given:
+            values[key] = given[node]
+        if key in values:
+            stack.pop()
+            continue
+        missing = [operand for operand in node.operands if id(operand) not in values]
+        if missing:
+            stack.extend(reversed(missing))
+            continue
+        values[key] = node.compute(device, *(values[id(operand)] for operand in node.operands))
+        for operand in node.operands:
+            uses[id(operand)] -= 1
+            if not uses[id(operand)]:
+                del values[id(operand)]
+    return values[id(root)]
 
 
 def _nodes(root: Expression) -> Iterator[Expression]:

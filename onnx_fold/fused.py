@@ -217,64 +217,80 @@ def fused(linear: Linear, shapes: Shapes) -> Fused | None:
 
 def _serves(node: ir.Node, readers: Sequence[ir.Node]) -> bool:
     """Whether what ``node`` makes goes to ``readers`` only."""
-    return all(
-        reader in readers or _serves(reader, readers)
-        for output in node.outputs
-        for reader, _ in output.uses()
-    ) and not any(output.is_graph_output() for output in node.outputs)
-
-
-def _follow(value: ir.Value, layout: Layout, width: int, trace: _Trace) -> bool:
-    """Collect the parts below ``value``; False if something else reads what is not yet a part."""
-    found = roles(value) if layout.columns.size < width else frozenset()
-    if layout.columns.size < width and len(found) <= 1:
-        trace.parts.append(Part(value, next(iter(found), None), layout))
-        return True
-    if value.is_graph_output() or not value.uses():
-        return False
-    for node, index in value.uses():
-        if node.graph is not value.graph:
-            return False  # in the body of a control-flow operator
-        if operator(node) == "Shape":
-            trace.measures.append(node)
-            continue
-        if operator(node) == "SplitToSequence":
-            if not _follow_sequence(node, layout, width, trace):
-                return False
-            continue
-        if operator(node) == "Add" and layout.columns.size == width:
-            if layout.columns.ndim != 1 or layout.axes[-1] != CHANNELS:
-                return False
-            if not _is_vector(node.inputs[1 - index], width, len(layout.axes)):
-                return False
-            trace.biases.append((node, 1 - index))
-            onward = [layout]
-        else:
-            step = _STEPS.get(operator(node))
-            onward = list(step(node, layout, trace.shapes)) if step and index == 0 else []
-        if len(onward) != len(node.outputs):
+    queue, seen = [node], {node}
+    while queue:
+        outputs = queue.pop().outputs
+        if any(output.is_graph_output() for output in outputs):
             return False
-        trace.nodes.append(node)
-        for output, after in zip(node.outputs, onward, strict=True):
-            if not _follow(output, after, width, trace):
-                return False
+        users = {user for output in outputs for user, _ in output.uses()}
+        new = users - seen - set(readers)
+        if any(not user.outputs for user in new):
+            return False
+        seen |= new
+        queue.extend(new)
     return True
 
 
-def _follow_sequence(split: ir.Node, layout: Layout, width: int, trace: _Trace) -> bool:
-    """SplitToSequence, whose pieces are taken out one by one by SequenceAt."""
+def _follow(start: ir.Value, layout: Layout, width: int, trace: _Trace) -> bool:
+    """Collect the parts below ``start``; False if something else reads what is not yet a part."""
+    queue = [(start, layout)]
+    while queue:
+        value, layout = queue.pop()
+        found = roles(value) if layout.columns.size < width else frozenset()
+        if layout.columns.size < width and len(found) <= 1:
+            trace.parts.append(Part(value, next(iter(found), None), layout))
+            continue
+        if value.is_graph_output() or not value.uses():
+            return False
+        onward: list[tuple[ir.Value, Layout]] = []
+        for node, index in value.uses():
+            if node.graph is not value.graph:
+                return False  # in the body of a control-flow operator
+            if operator(node) == "Shape":
+                trace.measures.append(node)
+                continue
+            behind = _behind(node, index, layout, width, trace)
+            if not behind:
+                return False
+            onward += behind
+        queue += reversed(onward)
+    return True
+
+
+def _behind(
+    node: ir.Node, index: int, layout: Layout, width: int, trace: _Trace
+) -> list[tuple[ir.Value, Layout]]:
+    """The values behind ``node``, with their layouts; none if it cannot be told."""
+    if operator(node) == "SplitToSequence":
+        return _pieces(node, layout, trace)
+    if operator(node) == "Add" and layout.columns.size == width:
+        is_last = layout.columns.ndim == 1 and layout.axes[-1] == CHANNELS
+        if not is_last or not _is_vector(node.inputs[1 - index], width, len(layout.axes)):
+            return []
+        trace.biases.append((node, 1 - index))
+        layouts = [layout]
+    else:
+        step = _STEPS.get(operator(node)) if index == 0 else None
+        layouts = list(step(node, layout, trace.shapes)) if step is not None else []
+    if len(layouts) != len(node.outputs):
+        return []
+    trace.nodes.append(node)
+    return list(zip(node.outputs, layouts, strict=True))
+
+
+def _pieces(split: ir.Node, layout: Layout, trace: _Trace) -> list[tuple[ir.Value, Layout]]:
+    """Behind SplitToSequence, whose pieces are taken out one by one by SequenceAt."""
     pieces = list(_split(split, layout, trace.shapes)) if len(split.inputs) > 1 else []
-    if not pieces:
-        return False
-    trace.nodes.append(split)
-    for node, _ in split.outputs[0].uses():
+    users = [node for node, _ in split.outputs[0].uses()]
+    found: list[tuple[ir.Value, Layout]] = []
+    for node in users if pieces else ():
         at = trace.shapes.integers(node.inputs[1]) if operator(node) == "SequenceAt" else None
-        if at is None or not -len(pieces) <= at[0] < len(pieces):
-            return False
-        trace.nodes.append(node)
-        if not _follow(node.outputs[0], pieces[at[0]], width, trace):
-            return False
-    return True
+        if at is None or node.graph is not split.graph or not -len(pieces) <= at[0] < len(pieces):
+            return []
+        found.append((node.outputs[0], pieces[at[0]]))
+    if found:
+        trace.nodes += [split, *users]
+    return found
 
 
 def _is_vector(value: ir.Value | None, width: int, rank: int) -> bool:

@@ -18,9 +18,7 @@ _INERT = frozenset((*RULES, "Constant", "Shape", "Size"))
 
 def inline(model: ir.Model) -> ir.Model:
     """A copy of ``model`` in which no function call hides a stream; ``model`` if none does."""
-    chosen = {
-        function.identifier() for function in model.functions.values() if _hides(function, model)
-    }
+    chosen = _hiding(model)
     if not chosen:
         return model
     copy = model.clone()
@@ -39,21 +37,31 @@ def _has_opsets_of(model: ir.Model, function: ir.Function) -> bool:
     return all(own.get(domain, v) == v for domain, v in function.opset_imports.items())
 
 
-def _hides(function: ir.Function, model: ir.Model) -> bool:
+def _hiding(model: ir.Model) -> set[ir.OperatorIdentifier]:
+    """The functions that a stream may run into, those that they call among them."""
+    chosen: set[ir.OperatorIdentifier] = set()
+    while True:
+        new = {
+            name
+            for name, function in model.functions.items()
+            if name not in chosen and _hides(function, model, chosen)
+        }
+        if not new:
+            return chosen
+        chosen |= new
+
+
+def _hides(function: ir.Function, model: ir.Model, chosen: set[ir.OperatorIdentifier]) -> bool:
     """Whether a stream may run into ``function``, and its body can stand in the graph."""
     nodes = list(function.all_nodes())
     if not _has_opsets_of(model, function):
         return False
     if any(_holds_weight(node) or _holds_graph(node) for node in nodes):
         return False
-    is_inside = all(operator(node) in _INERT or _calls(node, model) for node in nodes)
-    return is_inside or any(operator(node) in OPERATORS or _calls(node, model) for node in nodes)
-
-
-def _calls(node: ir.Node, model: ir.Model) -> bool:
-    """Whether ``node`` calls a function that is itself to be inlined."""
-    function = model.functions.get(node.op_identifier())
-    return function is not None and _hides(function, model)
+    is_call = [node.op_identifier() in chosen for node in nodes]
+    if any(call or operator(node) in OPERATORS for node, call in zip(nodes, is_call, strict=True)):
+        return True
+    return all(operator(node) in _INERT for node in nodes)
 
 
 def _holds_weight(node: ir.Node) -> bool:

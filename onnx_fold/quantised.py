@@ -38,9 +38,10 @@ def _is_layer(node: ir.Node) -> bool:
 
 def _is_dequantised(value: ir.Value | None) -> bool:
     node = value.producer() if value is not None else None
-    if node is None:
+    while node is not None and operator(node) in _VIEWS:
+        value = node.inputs[0]
+        node = value.producer() if value is not None else None
+    if node is None or operator(node) not in _DEQUANTIZE:
         return False
-    if operator(node) in _DEQUANTIZE:
-        stored = constant(node.inputs[0])
-        return stored is not None and len(stored.shape) >= _MIN_RANK
-    return operator(node) in _VIEWS and _is_dequantised(node.inputs[0])
+    stored = constant(node.inputs[0])
+    return stored is not None and len(stored.shape) >= _MIN_RANK

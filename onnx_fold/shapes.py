@@ -124,10 +124,11 @@ def _infer(
     logging_was = logging.root.manager.disable
     logging.disable(logging.WARNING)  # what cannot be inferred is simply not known
     try:
-        with contextlib.suppress(Exception):
-            ShapeInferencePass(check_type=False, strict_mode=False)(scratch)
-            fold_constants(scratch)  # what is computed from constants and shapes
         ShapeInferencePass(check_type=False, strict_mode=False)(scratch)
+        if any(map(_computes_integers, scratch.graph)):
+            with contextlib.suppress(Exception):
+                fold_constants(scratch)  # what is computed from constants and shapes
+            ShapeInferencePass(check_type=False, strict_mode=False)(scratch)
     finally:
         logging.disable(logging_was)
     values = [
@@ -154,6 +155,13 @@ def _infer(
             and (found := integers(value)) is not None
         },
     )
+
+
+def _computes_integers(node: ir.Node) -> bool:
+    """Whether what ``node`` makes may be a shape, an index or a bound."""
+    if operator(node) == "Constant":
+        return False
+    return any(value.dtype is None or value.dtype.is_integer() for value in node.outputs)
 
 
 _ELEMENTWISE = contrib("BiasGelu", "FastGelu", "Gelu", "QuickGelu", "RotaryEmbedding")
