@@ -16,7 +16,7 @@ test: $(VENV)/.dev
 
 EXAMPLES ?= 5000
 fuzz: $(VENV)/.dev
-	ONNX_FOLD_FUZZ=$(EXAMPLES) $(BIN)/python -m pytest tests/test_fuzz.py tests/test_mutate.py tests/test_mixed.py
+	ONNX_FOLD_FUZZ=$(EXAMPLES) $(BIN)/python -m pytest tests/test_fuzz.py tests/test_mutate.py tests/test_mixed.py tests/test_traps.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
