@@ -17,6 +17,9 @@ from onnx_fold.cost import Work
 from onnx_fold.device import Device
 from onnx_fold.expression import Expression, FoldedTensor, ImpliedTensor, evaluate, sampled
 from onnx_fold.linear import Edge
+from onnx_fold.operators import operator
+
+_PICKS = frozenset(("Gather", "GatherND"))
 
 Build = Callable[[ir.Graph], ir.Value]
 """Makes, when the change is applied, the value that takes the place of another."""
@@ -179,6 +182,9 @@ class Rewrite:
             value, _ = new.setdefault(id(tensor), (initializer(tensor), name))
             node.replace_input_with(index, value)
             suspects.append(old)
+            if held is not None and held.shape != value.shape and operator(node) in _PICKS:
+                for output in node.outputs:
+                    output.shape = None if output not in self.resized else output.shape
         for (node, index), build in self.rewired.items():
             suspects.append(node.inputs[index])
             node.replace_input_with(index, build(graph))

@@ -25,7 +25,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 from disguise import disguise
 from onnx import numpy_helper
-from traps import FREE, OPSETS, WIDTH, Graph, Value, finished
+from traps import FREE, OPSETS, WIDTH, Graph, Value, finished, reads
 from traps_inside import heads, inside, nonlinear
 from traps_layers import layer, matmul
 
@@ -195,7 +195,40 @@ def fault(subject: Subject, options: dict) -> tuple[str, FoldResult | None]:
         actual = session(folded)
     except Exception as error:
         return f"does not load: {str(error)[:60]}", result
-    return wrong(subject, actual, result), result
+    return moved(subject.model, folded, result) or wrong(subject, actual, result), result
+
+
+def moved(model: onnx.ModelProto, folded: onnx.ModelProto, result: FoldResult) -> str:
+    """The first value that keeps its name and its channels, but not its shape."""
+    before, after = inferred(model), inferred(folded)
+    changed = {name for stream in result.report.folded for name in stream.changed}
+    for name in sorted(before.keys() & after.keys() & computed(model) - changed):
+        a, b = before[name], after[name]
+        sizes = zip(a, b, strict=False)
+        if len(a) != len(b) or any(m and n and m != n for m, n in sizes):
+            return f"shape of '{name}' from {a} to {b}"
+    return ""
+
+
+def computed(model: onnx.ModelProto) -> set[str]:
+    """The values that come from floating-point inputs: a picked weight is none of them."""
+    ints = (onnx.TensorProto.INT64, onnx.TensorProto.BOOL)
+    found = {v.name for v in model.graph.input if v.type.tensor_type.elem_type not in ints}
+    for node in model.graph.node:
+        if found & set(reads(node)):
+            found |= set(node.output)
+    return found
+
+
+def inferred(model: onnx.ModelProto) -> dict[str, list[int]]:
+    """The sizes of each value by inference, 0 for what depends on free dims."""
+    graph = onnx.shape_inference.infer_shapes(model).graph
+    kinds = {v.name: v.type.tensor_type for v in (*graph.value_info, *graph.output)}
+    return {
+        name: [dim.dim_value for dim in kind.shape.dim]
+        for name, kind in kinds.items()
+        if kind.HasField("shape")
+    }
 
 
 def _hang(*_: object) -> None:

@@ -3,7 +3,7 @@
 import numpy as np
 import onnx_ir as ir
 import pytest
-from helpers import assert_same_function, chain, graph, normal, proto, square
+from helpers import assert_same_function, chain, fold, graph, normal, proto, square
 from onnx_ir.passes import PassError, Sequential
 
 from onnx_fold.folding import FoldPass
@@ -59,3 +59,12 @@ def test_passes_fold_in_place():
     assert Sequential(MergePass(), AbsorbPass())(model).modified
     assert_same_function(original, model, {"n": 3})
     assert sum(np.prod(v.shape.numpy()) for v in model.graph.initializers.values()) == 2 * D * 5
+
+
+def test_the_stated_shape_of_a_picked_weight_goes_with_the_weight():
+    text = f"""(float[n, 2, 8] x, int64[n] i) => (float[n, 2, 5] y) <float[n, {D}, 5] w>
+        {{ p = MatMul(x, P) w = Gather(E, i) y = MatMul(p, w) }}"""
+    model = graph(text, P=normal(8, D), E=normal(2, D, 5))
+    result = fold(model)
+    assert result.report.folded
+    assert_same_function(model, result.model, {"n": 3})

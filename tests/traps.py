@@ -210,7 +210,7 @@ def finished(g: Graph, ends: list[Value]) -> onnx.ModelProto:
         for v in ends
     ]
     tensors = [numpy_helper.from_array(array, name) for name, array in g.held.items()]
-    read = {name for node in g.nodes for name in _reads(node)}
+    read = {name for node in g.nodes for name in reads(node)}
     inputs = [value for name, value in g.inputs.items() if name in read]
     graph = helper.make_graph(g.nodes, "traps", inputs, outputs, tensors)
     if g.chance(0.3):
@@ -234,8 +234,8 @@ def _stated(g: Graph, v: Value) -> Dims:
     return v.dims if g.chance(0.3) else (None,) * v.rank
 
 
-def _reads(node: onnx.NodeProto):
+def reads(node: onnx.NodeProto):
     yield from node.input
     for attribute in node.attribute:
         for inner in attribute.g.node:
-            yield from _reads(inner)
+            yield from reads(inner)
