@@ -284,7 +284,7 @@ def _fold_streams(
                 changed = nodes | rewrite.nodes
                 if changed & touched:
                     continue
-                moved = (*stream.values, *rewrite.reordered)
+                moved = (*stream.values, *rewrite.reordered, *rewrite.resized)
                 if activations is not None:
                     activations.forget(moved)
                 names = frozenset(v.name for v in (*moved, *rewrite.biases) if v.name)

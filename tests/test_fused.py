@@ -127,6 +127,7 @@ def test_a_part_goes(name, pivot):
     assert operators(result.model).count("Split") == 1
     (stream,) = result.report.folded
     assert stream.folded.nodes_added >= len(operators(result.model)) - len(operators(source))
+    assert {"x", "g" if name == "timm, Gemm" else "h"} <= stream.changed
     if name == "timm, Gemm":  # the shape that it computed, and that of all parts
         assert operators(result.model).count("Concat") == 2
     (attention,) = find_attention(find_streams(source))
