@@ -231,13 +231,12 @@ def strategies() -> dict[str, dict[str, Any]]:
 
     All but the last are taken whatever error is predicted.
     """
-    forced = {"tolerance": math.inf}
     options: dict[str, dict[str, Any]] = {
-        "paper": {"only": ["merge", "absorb"], "pivot": "q", **forced}
+        "paper": {"strategy": "absorb", "pivot": "q", "force": True}
     }
     for each in PASSES:
         if each.name not in ("merge", "absorb"):
-            options[f"merge + {each.name}"] = {"only": ["merge", each.name], **forced}
+            options[f"merge + {each.name}"] = {"strategy": each.name, "force": True}
     options["automatic"] = {}
     return options
 

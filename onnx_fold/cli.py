@@ -54,7 +54,12 @@ def _planning(command: Callable[..., None]) -> Callable[..., None]:
                 "--strategy",
                 metavar="PASS",
                 show_default="by predicted error",
-                help="Force absorb, interpolate or select wherever a basis has to change.",
+                help="Keep to absorb, interpolate or select wherever a basis has to change.",
+            ),
+            click.option(
+                "--force",
+                is_flag=True,
+                help="Take the folds of --strategy whatever their predicted error.",
             ),
             click.option(
                 "--only",
@@ -73,7 +78,7 @@ def _planning(command: Callable[..., None]) -> Callable[..., None]:
                 "--tolerance",
                 type=float,
                 show_default="by storage type",
-                help="Largest predicted relative error of one fold.",
+                help="Largest predicted relative error of one fold; it only tightens.",
             ),
             click.option(
                 "--calibrate",
@@ -171,10 +176,14 @@ def _parse_size(context: click.Context, option: click.Parameter, value: str | No
     type=click.Choice(["auto", "full", "sampled"]),
     default="auto",
     show_default=True,
-    help="Compare in ONNX Runtime: both models whole, a sample of the folded streams cut out of"
-    " them, or the latter where both do not fit in memory. If that fails nothing is written.",
+    help="Prove each fold in float64, then compare in ONNX Runtime: both models whole, a sample of"
+    " the folded streams cut out of them, or the latter where both do not fit in memory. Folds that"
+    " do not pass are left out.",
 )
-@click.option("--no-verify", is_flag=True, help="Compare nothing.")
+@click.option("--no-verify", is_flag=True, help="Prove and compare nothing.")
+@click.option(
+    "--strict", is_flag=True, help="Fail if a fold does not pass, in place of leaving it out."
+)
 @_PROVIDER
 @_QUIET
 def fold(

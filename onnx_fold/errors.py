@@ -26,8 +26,16 @@ class CheckFailedError(OnnxFoldError):
         self.report = report
 
 
-class NotFiniteError(OnnxFoldError):
+class WeightError(OnnxFoldError):
+    """A folded weight cannot be stored as it should be."""
+
+
+class NotFiniteError(WeightError):
     """A folded weight is NaN or overflows its storage type."""
+
+
+class WrongWeightError(WeightError):
+    """What is stored of a folded weight is not what was proved, rounded to nearest."""
 
 
 class UsageError(OnnxFoldError):

@@ -52,6 +52,15 @@ class Expression(ABC):
         """What has to be evaluated first."""
         return ()
 
+    @property
+    def definition(self) -> Expression | None:
+        """What it is equal to, where it was computed in another way, and rounded."""
+        return None
+
+    def stored(self) -> Array | None:
+        """The numbers of a leaf, mapped into memory where they lie in a file; else None."""
+        return None
+
     @abstractmethod
     def compute(self, device: Device, *operands: Any) -> Any:
         """Evaluate it on ``device``, given the values of its operands there."""
@@ -135,6 +144,9 @@ class Held(Expression):
     def dtype(self) -> np.dtype[Any]:
         return self.array.dtype
 
+    def stored(self) -> Array:
+        return self.array
+
     def compute(self, device: Device, *operands: Any) -> Any:
         return device.load(self.array)
 
@@ -152,6 +164,9 @@ class Initializer(Expression):
     @property
     def dtype(self) -> np.dtype[Any]:
         return self.tensor.dtype.numpy()
+
+    def stored(self) -> Array:
+        return self.tensor.numpy()
 
     def compute(self, device: Device, *operands: Any) -> Any:
         return device.load(self.tensor.numpy())
@@ -177,6 +192,9 @@ class _OnDisk(Expression):
     @abstractmethod
     def mapped(self) -> Array:
         """The file mapped into memory: only what is looked at is read."""
+
+    def stored(self) -> Array:
+        return self.mapped()
 
     def take(self, indices: Expression, axis: int) -> Expression:
         return Part(self, indices, axis)
@@ -355,6 +373,23 @@ class Reshape(_Unary):
 
     def compute(self, device: Device, *operands: Any) -> Any:
         return operands[0].reshape(self.dims)
+
+
+@dataclass(frozen=True, eq=False)
+class Computed(_Unary):
+    """``x``, which was computed ahead of time and rounded, and the ``formula`` that defines it."""
+
+    formula: Expression
+
+    @property
+    def definition(self) -> Expression:
+        return self.formula
+
+    def compute(self, device: Device, *operands: Any) -> Any:
+        return operands[0]
+
+    def take(self, indices: Expression, axis: int) -> Expression:
+        return Computed(self.x.take(indices, axis), self.formula.take(indices, axis))
 
 
 @dataclass(frozen=True, eq=False)

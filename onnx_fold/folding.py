@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -52,8 +52,10 @@ class Options:
             ``"k"``, ``"v"`` of the attention, ``"p"`` the writer of a parallel block, or
             ``"auto"``.
         protect: Names of initializers, nodes or values that must stay as they are.
-        tolerance: Largest predicted relative error. None takes the default of the storage type,
-            and at most :data:`onnx_fold.basis.MAX_STREAM_RATIO` times the error of the original.
+        tolerance: Largest predicted relative error, where it is below the default of the storage
+            type, :data:`onnx_fold.basis.TOLERANCES`.
+        force: Take a fold whatever its predicted error.
+        taken_back: Names of folds that are not to be taken, with the reasons.
         device: Where weights are evaluated.
         target: The provider on which no fold may take longer than what it saves; None folds
             whatever saves weights.
@@ -62,6 +64,8 @@ class Options:
     pivot: str = "auto"
     protect: frozenset[str] = frozenset()
     tolerance: float | None = None
+    force: bool = False
+    taken_back: Mapping[str, str] = field(default_factory=dict)
     device: Device = HOST
     target: str | None = None
 
@@ -138,6 +142,8 @@ class Candidate:
             return replace(report, refused=self._growth())
         if protected := sorted(self.rewrite.names() & options.protect):
             return replace(report, refused=f"'{protected[0]}' is protected")
+        if report.name in options.taken_back:
+            return replace(report, refused=options.taken_back[report.name])
         if options.target is not None and options.target in report.slower_on:
             return replace(report, refused=self._price(report.slower_on, options.target))
         tensors = tuple(member.weight.tensor for member in stream.members)
@@ -157,25 +163,33 @@ class Candidate:
                 return replace(report, refused="the matrix to invert is singular")
         known = options.device, given
         error, own = probe(self.writers, self.readers, stream.dtype, 32, *known)
-        refused = _over_tolerance(error, own, stream.dtype, options)
+        refused = _over_limits(error, own, stream.dtype, options)
         if (refused is None or not np.isfinite(error)) and not self.rewrite.is_finite(*known):
             refused = f"a folded weight is not finite in {stream.dtype.name.lower()}"
             return replace(report, refused=refused)
         return replace(report, error=error, error_original=own, refused=refused)
 
 
-def _over_tolerance(error: float, own: float, dtype: ir.DataType, options: Options) -> str | None:
-    limit = TOLERANCES[dtype] if options.tolerance is None else options.tolerance
+def _over_limits(error: float, own: float, dtype: ir.DataType, options: Options) -> str | None:
+    """Why a predicted error is too large; both limits hold, whatever tolerance was asked for."""
+    if options.force and np.isfinite(error):
+        return None
+    limit = min(TOLERANCES[dtype], np.inf if options.tolerance is None else options.tolerance)
     if not error <= limit:
-        return f"predicted relative error {error:.1e} is over the tolerance {limit:.0e}"
-    own = max(own, unit_roundoff(dtype) / 2)  # the layers may be exact by chance
-    is_own_known = dtype != ir.DataType.DOUBLE  # nothing wider to compare with
-    if options.tolerance is None and is_own_known and error > MAX_STREAM_RATIO * own:
         return (
-            f"predicted relative error {error:.1e} is {error / own:.0f} times the model's own"
-            f" ({own:.1e}); at most {MAX_STREAM_RATIO:.0f} times is taken"
+            f"predicted relative error {error:.1e} is over the tolerance {limit:.1e} ({_FORCING})"
+        )
+    own = max(own, unit_roundoff(dtype) / 2)  # the layers may be exact by chance
+    ratio = round(error / own, 1)
+    if dtype != ir.DataType.DOUBLE and ratio > MAX_STREAM_RATIO:  # nothing wider than double
+        return (
+            f"predicted relative error {error:.1e} is {ratio:.1f} times the model's own"
+            f" ({own:.1e}); at most {MAX_STREAM_RATIO:.1f} times is taken ({_FORCING})"
         )
     return None
+
+
+_FORCING = "--strategy with --force takes it all the same"
 
 
 def attempt(strategy: str, text: str, plan: Callable[[], Candidate]) -> Candidate | CandidateReport:
@@ -287,7 +301,7 @@ def _fold_streams(
                 moved = (*stream.values, *rewrite.reordered, *rewrite.resized)
                 if activations is not None:
                     activations.forget(moved)
-                names = frozenset(v.name for v in (*moved, *rewrite.biases) if v.name)
+                names = frozenset(v.name for v in (*moved, *rewrite.touched) if v.name)
                 rewrite.apply(model.graph)
                 logger.info("%s: %s", report.folded.strategy, report.folded.text)
                 touched |= changed

@@ -288,7 +288,7 @@ class _Runner:
             if max(weight_bytes(model) for model in (original[1], folded[1])) > EVALUATOR_LIMIT:
                 raise
             self.notes.append(f"both models ran in onnx.reference: {error}")
-            return self._both(_evaluator, original[1], folded[1], feeds)
+            return self._both(evaluator, original[1], folded[1], feeds)
 
     def _emulated(self, original: ir.Model, folded: ir.Model, feeds: list[Feed]) -> list[Run]:
         if _has_sixteen_bits(original):
@@ -369,7 +369,7 @@ class _Runner:
                 if provider == "cpu" and size > EVALUATOR_LIMIT:
                     raise
                 logger.debug("no reference on %s: %s", provider, error)
-        outputs = [*map(_widening(_evaluator(wide), to), feeds)]
+        outputs = [*map(_widening(evaluator(wide), to), feeds)]
         self.notes.append("the reference was computed by onnx.reference")
         return outputs
 
@@ -392,7 +392,7 @@ def _widening(function: Function, to: ir.DataType | None) -> Function:
     )
 
 
-def _evaluator(model: ir.Model) -> Function:
+def evaluator(model: ir.Model) -> Function:
     """Return ``model`` as a function, computed by ``onnx.reference`` in NumPy."""
     proto = ir.to_proto(ir.external_data.load_to_model(model.clone()))
     try:

@@ -17,10 +17,10 @@ from rich.console import Group, RenderableType
 
 from onnx_fold.arguments import several
 from onnx_fold.attention import Attention, find_attention
-from onnx_fold.calibrate import record
+from onnx_fold.calibrate import Activations, record
 from onnx_fold.cost import TARGETS, Saving, cost
 from onnx_fold.device import Array, find_device
-from onnx_fold.errors import CheckFailedError, NotFiniteError, UsageError
+from onnx_fold.errors import CheckFailedError, UsageError, WeightError
 from onnx_fold.files import ModelSource, blames_models, external_tensors, load
 from onnx_fold.folding import PIVOTS, FoldPass, Options, fold_streams
 from onnx_fold.inline import inline
@@ -37,6 +37,7 @@ from onnx_fold.runtime import onnxruntime
 from onnx_fold.sampled import fits_in_memory, verify_sampled
 from onnx_fold.stream import find_streams
 from onnx_fold.targets import check_format, check_place, check_target
+from onnx_fold.trust import Folded, proved, within_limits
 from onnx_fold.write import data_of, evaluate, obsolete_data, saving
 
 CHECKS = ("auto", "full", "sampled")
@@ -134,10 +135,12 @@ def fold(
     skip: str | Iterable[str] = (),
     protect: str | Iterable[str] = (),
     tolerance: float | None = None,
+    force: bool = False,
     calibrate: str | os.PathLike[str] | Mapping[str, Array] | None = None,
     device: str = "cpu",
     target: str | None = None,
     verify: bool | str = True,
+    strict: bool = False,
     provider: str = "auto",
     executor: Executor | None = None,
     progress: Report = ignore,
@@ -160,14 +163,17 @@ def fold(
         shard_size: Bytes at which a further data file is begun.
         pivot: Which matrix becomes the identity where there is a choice: ``"q"``, ``"k"``, ``"v"``,
             ``"p"`` (the writer of a parallel block), or ``"auto"``: the most accurate.
-        strategy: Force one way to change a basis, ``"absorb"``, ``"interpolate"`` or ``"select"``,
-            whatever its error unless ``tolerance`` limits it. None chooses by predicted error.
+        strategy: Keep to one way to change a basis, ``"absorb"``, ``"interpolate"`` or
+            ``"select"``. None chooses by predicted error.
         only: Names of the passes to run; empty for all (those and ``"merge"``).
         skip: Names of passes not to run.
         protect: Names of initializers, nodes or values whose streams are left alone.
-        tolerance: Largest predicted relative error of one fold. None takes the default of the
-            storage type, :data:`onnx_fold.basis.TOLERANCES`, and at most
-            :data:`onnx_fold.basis.MAX_STREAM_RATIO` times the error of the original.
+        tolerance: Largest predicted relative error of one fold. It only tightens: the default of
+            the storage type, :data:`onnx_fold.basis.TOLERANCES`, and
+            :data:`onnx_fold.basis.MAX_STREAM_RATIO` times the error of the original hold in any
+            case.
+        force: With ``strategy``: take its folds whatever their predicted error. They are proved
+            and judged as any other, and nothing is taken back.
         calibrate: Inputs, as arrays by name or an ``.npz`` file. The original runs on them once;
             what its layers read then stands for random rows when errors are predicted, and
             weights the rows that interpolation picks.
@@ -175,8 +181,11 @@ def fold(
             processor does it, with a logged warning, where torch or the device is missing.
         target: Leave folds that take longer on this provider, ``"cpu"`` or ``"cuda"``, than what
             they save; None folds whatever saves weights, and reports which these are.
-        verify: Compare the models in ONNX Runtime: ``"full"`` runs both, ``"sampled"`` a few of the
-            folded streams, ``"auto"`` or True the latter where both models do not fit in memory.
+        verify: Prove each fold in float64 (:mod:`onnx_fold.proof`), then compare the models in
+            ONNX Runtime: ``"full"`` runs both, ``"sampled"`` a few of the folded streams,
+            ``"auto"`` or True the latter where both models do not fit in memory. A fold that does
+            not pass is taken back, and the rest is kept.
+        strict: Take nothing back: one fold that does not pass fails the whole.
         provider: Where to verify: ``"cpu"``, ``"cuda"`` or ``"auto"``.
         executor: Evaluates and writes the weights, in place of threads: one job a tensor, which is
             independent of the others and can be pickled. Its workers must see the same files.
@@ -189,7 +198,8 @@ def fold(
     Raises:
         CannotWriteError: The output cannot be written, or is an input; what was there is still
             there.
-        CheckFailedError: The folded model does not compute the same function.
+        CheckFailedError: With ``strict`` or ``force``: the folded model does not compute the same
+            function.
         InvalidModelError: The model cannot be read.
         MissingExtraError: ``verify`` is asked for and onnxruntime is not installed.
         UsageError: An unknown pivot, pass, device or check, or nothing is called as what is to be
@@ -202,9 +212,14 @@ def fold(
         raise UsageError(f"unknown check '{mode}'; there are {', '.join(CHECKS)}")
     if mode or calibrate is not None:
         onnxruntime()  # say at once that it is missing, not after the work
-    if strategy is not None and tolerance is None:
-        tolerance = float("inf")
-    options = Options(pivot, frozenset(several(protect)), tolerance, find_device(device), target)
+    options = Options(
+        pivot=pivot,
+        protect=frozenset(several(protect)),
+        tolerance=tolerance,
+        force=force,
+        device=find_device(device),
+        target=target,
+    )
     passes = _passes(options, strategy, several(only), several(skip))
     progress("reading", 0, 0)
     original = load(model)
@@ -212,29 +227,116 @@ def fold(
         check_target(destination, _inputs(source, original, calibrate))
     _check_names(original, options.protect)
     seen = None if calibrate is None else record(original, calibrate, provider)
+    plan = partial(_plan, original, passes, options, seen)
+    place = source, destination, in_place, mode, provider, shard_size, executor, delete_old_data
+    finish = _Finish(*place, progress)
+    if not mode:
+        progress("folding", 0, 0)
+        return finish(original, plan({}))
+    prove = partial(proved, plan, original, progress, strict=strict or force)
+    folded = prove()
+    while True:
+        try:
+            return finish(original, folded)
+        except CheckFailedError as error:
+            if strict or force:
+                raise
+            reason = str(error)
+        judge = partial(finish.judged, original)
+        folded = prove(taken_back=within_limits(plan, folded, judge, reason))
+
+
+def _plan(
+    original: ir.Model,
+    passes: Sequence[FoldPass],
+    options: Options,
+    seen: Activations | None,
+    taken_back: Mapping[str, str],
+) -> Folded:
+    """Fold a copy of ``original``."""
+    options = replace(options, taken_back=taken_back)
+    seen = None if seen is None else replace(seen, rows=dict(seen.rows))
     before = cost(original)
-    progress("folding", 0, 0)
-    folded = inline(original).clone()
-    streams = fold_streams(folded, passes, options, seen)
+    model = inline(original).clone()
+    streams = fold_streams(model, passes, options, seen)
     if not any(stream.folded for stream in streams):
-        folded = original.clone()
-        put_back(folded)
-    report = FoldReport(Saving(before, cost(folded)), streams, find_quantised(original.graph))
-    result = FoldResult(folded, report, original, source)
-    verified = partial(_verified, result, mode if report.folded else False, provider, progress)
-    try:
-        if destination is None or (in_place and not report.folded):
-            if mode and report.folded:
-                evaluate(folded, executor, progress)
-            return verified(folded)
-        old = data_of(destination)
-        choices = shard_size, executor, in_place, delete_old_data, progress
-        with result._written(destination, *choices) as path:
-            result = verified(path)
-    except NotFiniteError as error:
-        raise CheckFailedError(str(error), report) from error
-    report = replace(result.report, old_data=left_over(destination, old))
-    return replace(result, model=load(destination), report=report)
+        model = original.clone()
+        put_back(model)
+    quantised = find_quantised(original.graph)
+    saving = Saving(before, cost(model))
+    return Folded(model, FoldReport(saving, streams, quantised, taken_back=taken_back))
+
+
+@dataclass(frozen=True)
+class _Finish:
+    """Evaluates, writes and judges a folded model."""
+
+    source: Path | None
+    destination: Path | None
+    in_place: bool
+    mode: bool | str
+    provider: str
+    shard_size: int | None
+    executor: Executor | None
+    delete_old_data: bool
+    progress: Report
+
+    def __call__(self, original: ir.Model, folded: Folded) -> FoldResult:
+        """The result, written if that was asked for.
+
+        Raises:
+            CheckFailedError: It does not compute the same function, and was not written.
+        """
+        model, report = folded.model, folded.report
+        result = FoldResult(model, report, original, self.source)
+        try:
+            if self.destination is None or (self.in_place and not report.folded):
+                if self.mode and report.folded:
+                    evaluate(model, self.executor, self.progress)
+                return self._verified(result, model)
+            old = data_of(self.destination)
+            place = self.shard_size, self.executor, self.in_place, self.delete_old_data
+            with result._written(self.destination, *place, self.progress) as path:
+                result = self._verified(result, path)
+        except WeightError as error:
+            raise CheckFailedError(str(error), report) from error
+        report = replace(result.report, old_data=left_over(self.destination, old))
+        return replace(result, model=load(self.destination), report=report)
+
+    def judged(self, original: ir.Model, folded: Folded) -> ParityReport:
+        """The parity of a model that is not written."""
+        evaluate(folded.model, self.executor, self.progress)
+        return self._parity(
+            FoldResult(folded.model, folded.report, original, self.source), folded.model
+        )
+
+    def _verified(self, result: FoldResult, folded: ir.Model | Path) -> FoldResult:
+        """``result`` with its verification, made with ``folded``: its model, evaluated.
+
+        Raises:
+            CheckFailedError: It does not compute the same function.
+        """
+        if not self.mode or not result.report.folded:
+            return result
+        self.progress("verifying", 0, 0)
+        parity = self._parity(result, folded)
+        report = replace(result.report, verification=parity)
+        if not parity.ok:
+            message = f"the folded model is not the same function: {parity.reason}"
+            raise CheckFailedError(message, report)
+        return replace(result, report=report)
+
+    def _parity(self, result: FoldResult, folded: ir.Model | Path) -> ParityReport:
+        after = load(folded)
+        fits = self.mode != "auto" or fits_in_memory(result.original, after)
+        if self.mode == "full" or (self.mode == "auto" and fits):
+            return parity_check(result.source or result.original, folded, provider=self.provider)
+        before = inline(result.original)
+        report = verify_sampled(before, after, result.report.folded, provider=self.provider)
+        if not fits:
+            note = "the models are not run whole: together they do not fit in memory"
+            report.notes.insert(0, note)
+        return report
 
 
 def _target(
@@ -267,43 +369,6 @@ def _inputs(*sources: Path | ir.Model | str | os.PathLike[str] | object) -> Iter
             yield Path(source)
 
 
-def _verified(
-    result: FoldResult,
-    mode: bool | str,
-    provider: str,
-    progress: Report,
-    folded: ir.Model | Path,
-) -> FoldResult:
-    """``result`` with its verification, made with ``folded``: its model, with evaluated weights.
-
-    Raises:
-        CheckFailedError: It does not compute the same function.
-    """
-    if not mode:
-        return result
-    progress("verifying", 0, 0)
-    parity = _parity(result, mode, provider, folded)
-    report = replace(result.report, verification=parity)
-    if not parity.ok:
-        message = f"the folded model is not the same function: {parity.reason}"
-        raise CheckFailedError(message, report)
-    return replace(result, report=report)
-
-
-def _parity(
-    result: FoldResult, mode: bool | str, provider: str, folded: ir.Model | Path
-) -> ParityReport:
-    after = load(folded)
-    fits = mode != "auto" or fits_in_memory(result.original, after)
-    if mode == "full" or (mode == "auto" and fits):
-        return parity_check(result.source or result.original, folded, provider=provider)
-    before = inline(result.original)
-    report = verify_sampled(before, after, result.report.folded, provider=provider)
-    if not fits:
-        report.notes.insert(0, "the models are not run whole: together they do not fit in memory")
-    return report
-
-
 def _check_names(model: ir.Model, protect: Iterable[str]) -> None:
     graph = model.graph
     known = {value.name for node in graph for value in (*node.inputs, *node.outputs) if value}
@@ -320,6 +385,8 @@ def _passes(
     for name in (*only, *skip, strategy):
         if name is not None and name not in names:
             raise UsageError(f"unknown pass '{name}'; there are {', '.join(names)}")
+    if options.force and strategy is None:
+        raise UsageError("to force needs a strategy: absorb, interpolate or select")
     if options.pivot not in PIVOTS:
         raise UsageError(f"unknown pivot '{options.pivot}'; there are {', '.join(PIVOTS)}")
     if options.target not in (None, *TARGETS):
@@ -376,6 +443,7 @@ def inspect(
     skip: str | Iterable[str] = (),
     protect: str | Iterable[str] = (),
     tolerance: float | None = None,
+    force: bool = False,
     calibrate: str | os.PathLike[str] | Mapping[str, Array] | None = None,
     device: str = "cpu",
     target: str | None = None,
@@ -397,6 +465,7 @@ def inspect(
         skip=skip,
         protect=protect,
         tolerance=tolerance,
+        force=force,
         calibrate=calibrate,
         device=device,
         target=target,

@@ -19,6 +19,7 @@ from onnx_fold.linear import compact
 
 if TYPE_CHECKING:
     from onnx_fold.parity import ParityReport
+    from onnx_fold.proof import Proof
     from onnx_fold.stream import Opening, Stream
 
 MAX_REASONS = 2
@@ -51,6 +52,11 @@ class CandidateReport:
     error_original: float | None = None
     slower_on: Mapping[str, str] = field(default_factory=dict)
     refused: str | None = None
+
+    @property
+    def name(self) -> str:
+        """What tells it from all others of a model."""
+        return f"{self.strategy} {self.text}"
 
 
 @dataclass(frozen=True)
@@ -100,6 +106,11 @@ class StreamReport:
             reasons=[_reason(opening, stream) for opening in stream.openings],
         )
 
+    @property
+    def name(self) -> str:
+        """The name of its fold, empty if there is none."""
+        return "" if self.folded is None else self.folded.name
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON-ready data."""
         return {name: value for name, value in asdict(self).items() if name != "changed"}
@@ -129,7 +140,9 @@ class FoldReport:
         saving: Cost before and after.
         streams: All streams, in graph order.
         quantised: Layers that were left alone because their weights are quantised.
+        proof: That each fold is right, if it was asked for.
         verification: The parity check of the result, if it was asked for.
+        taken_back: Folds that did not pass, by their names, and why.
         is_plan: Nothing was written: this is what would be done.
         old_data: Data files of the model that was replaced, which are still there: why others need
             each, or nothing if it can be deleted.
@@ -138,7 +151,9 @@ class FoldReport:
     saving: Saving
     streams: list[StreamReport]
     quantised: list[str] = field(default_factory=list)
+    proof: Proof | None = None
     verification: ParityReport | None = None
+    taken_back: Mapping[str, str] = field(default_factory=dict)
     is_plan: bool = False
     old_data: dict[str, str] = field(default_factory=dict)
 
@@ -170,6 +185,8 @@ class FoldReport:
             **saving_dict(self.saving),
             "streams": [stream.to_dict() for stream in self.streams],
             "quantised": self.quantised,
+            "proof": self.proof.to_dict() if self.proof else None,
+            "taken_back": dict(self.taken_back),
             "verification": self.verification.to_dict() if self.verification else None,
             "old_data": self.old_data,
         }
@@ -188,6 +205,10 @@ class FoldReport:
         if self.endings:
             parts.append(endings_text(self.endings))
         parts.append(saving_text(self.saving))
+        if self.taken_back:
+            parts.append(taken_back_table(self.taken_back))
+        if self.proof is not None:
+            parts.append(self.proof)
         if self.verification is not None:
             parts.append(self.verification)
         return Group(*parts)
@@ -257,6 +278,16 @@ def reasons_table(streams: Sequence[StreamReport]) -> Table:
         more = len(stream.reasons) - MAX_REASONS
         shown = [*stream.reasons[:MAX_REASONS], *([f"and {more} more reasons"] if more > 0 else [])]
         table.add_row(_arrow(stream), "\n".join(shown))
+    return table
+
+
+def taken_back_table(folds: Mapping[str, str]) -> Table:
+    """One line for each fold that did not pass."""
+    table = new_table(f"Taken back ({counted(len(folds), 'fold')})")
+    table.add_column("fold", overflow="fold")
+    table.add_column("because", overflow="fold")
+    for name, reason in folds.items():
+        table.add_row(name, reason)
     return table
 
 

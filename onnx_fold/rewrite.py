@@ -69,6 +69,14 @@ class Rewrite:
         readers = {node for value in values for node, _ in value.uses()}
         return {node for node, _ in (*self.stored, *self.rewired)} | producers | readers
 
+    @property
+    def touched(self) -> set[ir.Value]:
+        """Values that may hold something else under their old names; graph outputs do not."""
+        nodes = {node for node, _ in (*self.stored, *self.rewired)}
+        outputs = {value for node in nodes for value in node.outputs}
+        found = outputs | self.biases.keys() | self.resized.keys()
+        return {value for value in found if not value.is_graph_output()}
+
     def weights_removed(self, min_rank: int = 0) -> int:
         """Elements of floating-point initializers that go, less those that come.
 

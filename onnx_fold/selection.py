@@ -11,12 +11,16 @@ import onnx_ir as ir
 
 from onnx_fold.device import HOST, Array, Device, Indices, Shape, converted, subtract
 from onnx_fold.expression import (
+    Computed,
     Expression,
+    Factors,
     Held,
+    Solve,
     Spool,
     Spread,
     evaluate,
     take,
+    transpose,
 )
 
 
@@ -110,6 +114,13 @@ class RowSelection:
         free = placed[self.free] - self.free.start
         return {"order": order, "placed": placed, "placed_free": free}
 
+    @cached_property
+    def formula(self) -> Expression:
+        """What ``rest`` is by definition, not rounded: ``O₂ O₁⁻¹``."""
+        width = self.matrix.shape[1]
+        others = take(self.matrix, take(self.order, slice(width, None), 0), 0)
+        return transpose(Solve(Factors(self.basis), transpose(others), transposed=True))
+
     def rebuilt(self, rest: Expression) -> Expression:
         """``[I; B]`` with its rows where they were, ``[f, d]``."""
         return Spread(Held(np.arange(self.matrix.shape[1])), rest, self.order)
@@ -154,12 +165,20 @@ class _Rest(Expression):
     def dtype(self) -> np.dtype[Any]:
         return self.storage
 
+    @property
+    def definition(self) -> Expression:
+        return self.selection.formula
+
+    def stored(self) -> Array | None:
+        return self.selection.selected[1].stored()
+
     def compute(self, device: Device, *operands: Any) -> Any:
         return self.selection.selected[1].compute(device)
 
     def take(self, indices: Expression, axis: int) -> Expression:
         """Some rows or columns; they are selected now if they were not before."""
-        return self.selection.selected[1].take(indices, axis)
+        taken = self.selection.selected[1].take(indices, axis)
+        return Computed(taken, self.definition.take(indices, axis))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Held, (evaluate(self.selection.selected[1]),)

@@ -31,6 +31,7 @@ from google.protobuf.message import EncodeError
 from onnx_fold import progress
 from onnx_fold.device import Array
 from onnx_fold.errors import CannotWriteError, InvalidModelError
+from onnx_fold.exact import checked
 from onnx_fold.expression import FoldedTensor
 from onnx_fold.files import PROTOBUF_LIMIT, external_tensors, load, stored_tensors, weight_bytes
 from onnx_fold.order import copied
@@ -93,7 +94,8 @@ class Job:
         """Write the tensor; while it is evaluated, ``turn`` is held.
 
         Raises:
-            NotFiniteError: It was folded, and is not finite in the type that it is stored in.
+            WeightError: It was folded, and is not finite in the type in which it is stored, or
+                not what was proved.
             OSError: What the operating system refused.
         """
         if isinstance(self.data, Source):
@@ -110,7 +112,12 @@ def _bytes(tensor: ir.TensorProtocol) -> memoryview:
     """The values as ONNX stores them: little-endian, in C order."""
     if tensor.dtype.bitwidth < 8:
         return memoryview(tensor.tobytes())
-    return np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8).data
+    return np.ascontiguousarray(_values(tensor)).reshape(-1).view(np.uint8).data
+
+
+def _values(tensor: ir.TensorProtocol) -> Array:
+    """The values; a folded weight is compared with what was proved."""
+    return checked(tensor) if isinstance(tensor, FoldedTensor) else tensor.numpy()
 
 
 def _write(path: str, offset: int, data: memoryview) -> None:
@@ -361,7 +368,7 @@ def evaluate(
     values = _holding(model, lambda tensor: isinstance(tensor, FoldedTensor))
     tensors = dict(values.values())
     if sum(tensor.nbytes for tensor in tensors.values()) <= MEMORY_LIMIT:
-        arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+        arrays = {name: _values(tensor) for name, tensor in tensors.items()}
     else:
         arrays = _spooled(tensors, executor, report)
     for value, (name, tensor) in values.items():

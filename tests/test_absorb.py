@@ -264,10 +264,14 @@ def test_refused_for_its_numbers(model, reason):
     assert re.search(reason, refused(model, only=["absorb"]))
 
 
-def test_the_tolerance_decides():
+def test_a_tolerance_only_tightens_and_force_takes_it():
     model = layers(stretched(1e3), WIDE)
-    assert "times the model's own" in refused(model, only=["absorb"])
-    absorbed(model, tolerance=1e-3)
+    for tolerance in (None, 1e-5, 1e-3, 1.0):
+        reason = refused(model, only=["absorb"], tolerance=tolerance)
+        assert "times the model's own" in reason
+        assert "--strategy with --force takes it" in reason
+    assert "over the tolerance 1.0e-09" in refused(model, only=["absorb"], tolerance=1e-9)
+    absorbed(model, strategy="absorb", force=True)
 
 
 def test_layers_that_are_exact_by_chance():
