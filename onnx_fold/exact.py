@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import scipy.linalg
 
@@ -224,7 +223,7 @@ def _is_rounded(array: Array, whole: Expression, unit: float) -> bool:
     generator = np.random.default_rng(0)
     squares = _mean_squares(array.reshape(-1, array.shape[-1] if array.ndim else 1))
     noise = unit * math.sqrt(float(np.mean(squares)))
-    noise += float(ml_dtypes.finfo(array.dtype).smallest_subnormal)
+    noise += float(np.nextafter(np.zeros((), array.dtype), np.ones((), array.dtype)))
     if array.ndim < 2:
         expected = values(whole)
         return _is_near(array, expected, unit * np.abs(expected) + noise)

@@ -110,7 +110,8 @@ def _weight(tensor: ir.TensorProtocol) -> Operand:
     if tensor.dtype == ir.DataType.STRING:
         return tensor.numpy()
     expression = exact(of_tensor(tensor))
-    return expression if tensor.size >= LARGE else values(expression)
+    is_large = tensor.size >= LARGE and len(tensor.shape) > 1
+    return expression if is_large else values(expression)
 
 
 def _whole(operand: Operand, reader: str) -> Array:

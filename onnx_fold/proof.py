@@ -37,7 +37,7 @@ from onnx_fold.report import StreamReport, counted
 from onnx_fold.runtime import MissingKernelError, RunFailedError
 from onnx_fold.widen import is_float, widen
 
-__all__ = ["LIMIT", "Proof", "prove", "prove_whole"]
+__all__ = ["LIMIT", "Proof", "prove"]
 
 logger = logging.getLogger(__name__)
 
@@ -107,19 +107,9 @@ def prove(original: ir.Model, folded: ir.Model, streams: Sequence[StreamReport])
     except _DiffersError as reason:
         logger.debug("differs as a whole: %s", reason)
         proof = _prove_streams(original, folded, streams)
-        return replace(proof, differs=str(reason)) if proof.unproved else proof
+        is_settled = proof.failed or not proof.unproved
+        return proof if is_settled else replace(proof, differs=str(reason))
     return Proof([stream.name for stream in streams], error=error)
-
-
-def prove_whole(original: ir.Model, folded: ir.Model) -> str:
-    """How the whole models differ in float64; empty if they do not, or cannot be run."""
-    try:
-        _compare_whole(original, folded)
-    except _CannotRunError:
-        return ""
-    except _DiffersError as reason:
-        return str(reason)
-    return ""
 
 
 def _size(model: ir.Model) -> int:

@@ -18,7 +18,7 @@ from onnx_fold.errors import CheckFailedError, WeightError
 from onnx_fold.inline import inline
 from onnx_fold.parity import ParityReport
 from onnx_fold.progress import Report
-from onnx_fold.proof import prove, prove_whole
+from onnx_fold.proof import prove
 from onnx_fold.report import CandidateReport, FoldReport
 
 __all__ = ["Folded", "Plan", "proved", "within_limits"]
@@ -64,9 +64,10 @@ def proved(
             return folded
         progress("proving", 0, 0)
         proof = prove(before, folded.model, folded.report.folded)
-        if proof.differs and not proof.failed:
-            wrong = _first_wrong(plan, before, folded, taken_back)
-            proof = replace(proof, failed={wrong: proof.differs})
+        suspects = list(proof.failed) or [fold.name for fold in _folds(folded.report)]
+        if len(suspects) > 1 and (proof.failed or proof.differs):
+            wrong = _first_wrong(plan, before, suspects, taken_back)
+            proof = replace(proof, failed={wrong: proof.failed.get(wrong, proof.differs)})
         folded = replace(folded, report=replace(folded.report, proof=proof))
         if not proof.failed:
             return folded
@@ -80,19 +81,22 @@ def proved(
 
 
 def _first_wrong(
-    plan: Plan, before: ir.Model, folded: Folded, taken_back: Mapping[str, str]
+    plan: Plan, before: ir.Model, suspects: Sequence[str], taken_back: Mapping[str, str]
 ) -> str:
-    """The first fold without which the ones before it are right, by bisection."""
-    names = [fold.name for fold in _folds(folded.report)]
-    right, wrong = 0, len(names)
+    """The first of the ``suspects`` without which, and those after it, the rest is right.
+
+    Where streams lie side by side a wrong one spoils the pieces of its neighbours too.
+    """
+    right, wrong = 0, len(suspects)
     while wrong - right > 1:
         middle = (right + wrong) // 2
-        some = plan({**taken_back, **dict.fromkeys(names[middle:], "left out for a trial")})
-        if prove_whole(before, some.model):
+        some = plan({**taken_back, **dict.fromkeys(suspects[middle:], "left out for a trial")})
+        proof = prove(before, some.model, some.report.folded)
+        if proof.failed or proof.differs:
             wrong = middle
         else:
             right = middle
-    return names[wrong - 1]
+    return suspects[wrong - 1]
 
 
 def within_limits(
