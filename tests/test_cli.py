@@ -157,7 +157,12 @@ def test_in_place_that_does_not_verify_changes_nothing(run, monkeypatch):
     left = files()
     check = pipeline.parity_check
     monkeypatch.setattr(pipeline, "parity_check", lambda a, b, **k: check(a, wrong(), **k))
-    assert run("fold", "m.onnx", "--in-place")[0] == 1
+    assert run("fold", "m.onnx", "--in-place", "--strict")[0] == 1
+    assert (files(), Path("m.onnx").read_bytes()) == (left, before)
+    code, out, _ = run("fold", "m.onnx", "--in-place")
+    assert code == 0
+    assert "Taken back (" in out
+    assert "m.onnx is as it was." in out
     assert (files(), Path("m.onnx").read_bytes()) == (left, before)
 
 
@@ -218,9 +223,10 @@ def test_every_step_is_told():
     save(chain())
     told = []
     onnx_fold.fold("m.onnx", output="f.onnx", shard_size=10**9, progress=lambda *a: told.append(a))
-    assert told[:3] == [("reading", 0, 0), ("folding", 0, 0), ("writing", 0, 612)]
-    assert sorted(done for _, done, _ in told[3:5])[-1] == 612
-    assert told[5:] == [("verifying", 0, 0)]
+    assert [text for text, _, _ in told[:3]] == ["reading", "folding", "proving"]
+    assert told[3] == ("writing", 0, 612)
+    assert sorted(done for _, done, _ in told[4:6])[-1] == 612
+    assert told[6:] == [("verifying", 0, 0)]
 
 
 def test_inspect(run):
@@ -293,13 +299,34 @@ def test_a_fold_that_does_not_verify_leaves_nothing(run, monkeypatch):
     before = save()
     check = pipeline.parity_check
     monkeypatch.setattr(pipeline, "parity_check", lambda a, b, **k: check(a, wrong(), **k))
-    code, out, err = run("fold", "m.onnx", "-o", "f.onnx", "--report", "r.json")
+    code, out, err = run("fold", "m.onnx", "-o", "f.onnx", "--report", "r.json", "--strict")
     assert code == 1
     assert err.startswith("error: the folded model is not the same function: output 'y'")
     assert "differs" in out
     assert files() == {"m.onnx", "r.json"}
     assert json.loads(Path("r.json").read_text())["verification"]["ok"] is False
     assert Path("m.onnx").read_bytes() == before
+
+
+def test_a_fold_that_does_not_verify_is_taken_back(run, monkeypatch):
+    before = save()
+    check = pipeline.parity_check
+    monkeypatch.setattr(pipeline, "parity_check", lambda a, b, **k: check(a, wrong(), **k))
+    code, out, _ = run("fold", "m.onnx", "-o", "f.onnx", "--report", "r.json")
+    assert code == 0
+    assert "Taken back (" in out
+    assert Path("f.onnx").read_bytes() == before
+    report = json.loads(Path("r.json").read_text())
+    reason = next(iter(report["taken_back"].values()))
+    assert reason.startswith("with it, the folded model is not the same function: output 'y'")
+    assert report["weights_removed"] == 0
+
+
+def test_force_is_for_a_strategy(run):
+    save()
+    code, _, err = run("fold", "m.onnx", "--dry-run", "--force")
+    assert code == 2
+    assert "to force needs a strategy" in err
 
 
 def wrong() -> ir.Model:

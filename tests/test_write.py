@@ -223,7 +223,7 @@ def test_a_copy_where_the_kernel_cannot(monkeypatch):
 def test_a_weight_that_overflows_when_it_is_written(monkeypatch):
     external(dtype=np.float16)
     fold_streams = pipeline.fold_streams
-    for options in ({"verify": False, "output": "f.onnx"}, {"verify": True}):
+    for options in ({"verify": False, "output": "f.onnx"}, {"strict": True}):
         with monkeypatch.context() as patch:
 
             def overlooked(*arguments, patch=patch):
