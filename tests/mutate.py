@@ -341,8 +341,13 @@ def _work(seeds: list[int], connection: Any) -> None:
         connection.send((seed, results, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
 
 
-def run_all(seeds: list[int]) -> tuple[Counter[str], dict[int, str], int]:
-    """Run ``seeds`` in processes; return the exit codes, the failures, and the peak memory."""
+def run_all(
+    seeds: list[int], tell: Callable[[str], None] = lambda text: None
+) -> tuple[Counter[str], dict[int, str], int]:
+    """Run ``seeds`` in processes; return the exit codes, the failures, and the peak memory.
+
+    ``tell`` is told of each failure when it is found, and how far the run is.
+    """
     codes, failures, peak = Counter[str](), {}, 0
     context = multiprocessing.get_context("fork")
     while seeds:
@@ -351,12 +356,13 @@ def run_all(seeds: list[int]) -> tuple[Counter[str], dict[int, str], int]:
         process.start()
         sender.close()
         why = ""
-        while seeds:
+        while seeds and not why:
             try:
-                if not receiver.poll(SECONDS):
+                if receiver.poll(SECONDS):
+                    seed, results, memory = receiver.recv()
+                else:
                     why = f"does not end within {SECONDS} s"
                     break
-                seed, results, memory = receiver.recv()
             except EOFError:
                 process.join()
                 why = f"the process ended with {process.exitcode}"
@@ -364,10 +370,15 @@ def run_all(seeds: list[int]) -> tuple[Counter[str], dict[int, str], int]:
             seeds, peak = seeds[1:], max(peak, memory)
             if isinstance(results, str):
                 failures[seed] = results
+                tell(f"--- mutant {seed}\n{results}")
             else:
                 codes.update(f"{name}: {text[0]}" for name, text in results.items())
+            if len(seeds) % 500 == 0:
+                tell(f"{len(seeds)} to go, {len(failures)} failures")
         if why:
-            failures[seeds[0]], seeds = why, seeds[1:]
+            failures[seeds[0]] = why
+            tell(f"--- mutant {seeds[0]}\n{why}")
+            seeds = seeds[1:]
         process.kill()
         process.join()
     return codes, failures, peak
@@ -375,9 +386,9 @@ def run_all(seeds: list[int]) -> tuple[Counter[str], dict[int, str], int]:
 
 def main(count: int, start: int = 0) -> int:
     """Run mutants ``start`` to ``start + count`` and print what became of them."""
-    codes, failures, peak = run_all(list(range(start, start + count)))
-    for seed, why in failures.items():
-        print(f"--- mutant {seed}\n{why}")
+    codes, failures, peak = run_all(
+        list(range(start, start + count)), lambda text: print(text, flush=True)
+    )
     for name, times in sorted(codes.items()):
         print(f"{name}: {times}")
     print(f"{count} mutants, {len(failures)} failures, at most {peak // 1024} MiB")
