@@ -18,9 +18,12 @@ def in_order(model: ir.Model) -> ir.Model:
     The sort is stable, in the graph, in the bodies of control flow and in functions.
 
     Raises:
-        MalformedError: Nodes wait for each other, or read what nothing writes.
+        MalformedError: Nodes wait for each other, read what nothing writes, or do not fit the
+            function that they call.
     """
     graphs = [model.graph, *(function.graph for function in model.functions.values())]
+    for node in (each for graph in graphs for each in graph.all_nodes()):
+        _check_node(node, model)
     unsorted = [graph for graph in graphs if not _is_sorted(graph)]
     if not unsorted:
         return model
@@ -77,6 +80,20 @@ def _is_sorted(graph: ir.Graph, written: set[ir.Value] | None = None) -> bool:
         if value not in written:
             raise MalformedError(f"nothing writes the output '{value.name}'")
     return is_sorted
+
+
+def _check_node(node: ir.Node, model: ir.Model) -> None:
+    """Refuse calls that do not fit their function, and what cannot be written."""
+    function = model.functions.get(node.op_identifier())
+    if function is not None and (
+        len(node.inputs) > len(function.inputs) or len(node.outputs) != len(function.outputs)
+    ):
+        raise MalformedError(f"{_named(node)} does not fit the function that it calls")
+    if node.device_configurations:
+        try:
+            ir.to_proto(node)
+        except Exception as error:
+            raise MalformedError(f"{_named(node)} has a device that is not known") from error
 
 
 def _is_written(value: ir.Value) -> bool:

@@ -96,7 +96,7 @@ def widen(model: ir.Model, to: ir.DataType, *, rounded: bool = False) -> ir.Mode
     copy = model.clone()
     inline_all(copy)
     if copy.functions:
-        raise UsageError(f"function '{next(iter(copy.functions))[1]}' is for another opset")
+        raise UsageError(f"function '{next(iter(copy.functions))[1]}' cannot be inlined")
     results = _rounded_results(copy) if rounded else []
     for value in _values(copy):
         _widen_value(value, narrow, to)

@@ -138,6 +138,21 @@ def test_values_that_are_not_written_once(change, reason):
         onnx_fold.inspect(made)
 
 
+@pytest.mark.parametrize("kind", ["input", "output"])
+def test_a_call_with_more_than_the_function_takes(kind):
+    made = mutate.function()
+    getattr(made.graph.node[0], kind).append("z" if kind == "output" else "x")
+    with pytest.raises(InvalidModelError, match="a node f does not fit the function"):
+        onnx_fold.inspect(made)
+
+
+def test_a_device_that_is_not_known():
+    made = model()
+    made.graph.node[0].device_configurations.add()
+    with pytest.raises(InvalidModelError, match="MatMul has a device that is not known"):
+        onnx_fold.inspect(made)
+
+
 def test_an_error_that_nobody_expected(tmp_path, monkeypatch, run):  # noqa: F811
     """With a model that is valid it is an error of the program: the library raises, a sentence."""
     monkeypatch.chdir(tmp_path)
