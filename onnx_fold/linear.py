@@ -404,8 +404,8 @@ def label(node: ir.Node, weight: Constant | None = None) -> str:
         return name.removesuffix(".weight")
     if node.name and node.name.startswith("/"):
         return ".".join(node.name.split("/")[1:-1]) or node.name
-    results = ", ".join(value.name or "" for value in node.outputs)
-    return node.name or f"{node.op_type} -> {results}"
+    result = node.outputs[0].name if node.outputs else "nothing"
+    return node.name or f"{node.op_type} -> {result}"
 
 
 MAX_LABELS = 3
