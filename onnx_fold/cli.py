@@ -148,6 +148,33 @@ def _parse_size(context: click.Context, option: click.Parameter, value: str | No
     return size
 
 
+def _parse_shape(context: click.Context, option: click.Parameter, values: tuple[str, ...]) -> Any:
+    shapes = []
+    for value in values:
+        try:
+            pairs = (item.split("=") for item in value.split(","))
+            shapes.append({name.strip(): int(size) for name, size in pairs})
+        except ValueError as error:
+            raise click.BadParameter(f"{value!r} is not like batch=2,seq=16") from error
+    return shapes or None
+
+
+def _running(command: Callable[..., None]) -> Callable[..., None]:
+    """The options that decide on which inputs models are compared."""
+    shape = click.option(
+        "--shape",
+        "shapes",
+        multiple=True,
+        callback=_parse_shape,
+        metavar="batch=2,seq=16",
+        help="Sizes of the symbolic dimensions to compare at; may be given several times.",
+    )
+    inputs = click.option(
+        "--inputs", type=ModelPath, metavar="FILE.npz", help="Inputs to compare on, by name."
+    )
+    return shape(inputs(command))
+
+
 @cli.command(short_help="Fold MODEL: same function, fewer weights.")
 @click.argument("model", type=ModelPath)
 @click.option("-o", "--output", type=ModelPath, help="File to write; never the input.")
@@ -184,6 +211,7 @@ def _parse_size(context: click.Context, option: click.Parameter, value: str | No
 @click.option(
     "--strict", is_flag=True, help="Fail if a fold does not pass, in place of leaving it out."
 )
+@_running
 @_PROVIDER
 @_QUIET
 def fold(
@@ -242,32 +270,17 @@ def inspect(model: Path, as_json: bool, **options: Any) -> None:
     _show(report, as_json)
 
 
-def _parse_shape(context: click.Context, option: click.Parameter, values: tuple[str, ...]) -> Any:
-    shapes = []
-    for value in values:
-        try:
-            pairs = (item.split("=") for item in value.split(","))
-            shapes.append({name.strip(): int(size) for name, size in pairs})
-        except ValueError as error:
-            raise click.BadParameter(f"{value!r} is not like batch=2,seq=16") from error
-    return shapes or None
-
-
 @cli.command(short_help="Check that two models compute the same function.")
 @click.argument("original", type=ModelPath)
 @click.argument("folded", type=ModelPath)
 @_PROVIDER
 @click.option("--samples", default=1, show_default=True, help="Random inputs of each shape.")
+@_running
 @click.option(
-    "--shape",
-    "shapes",
-    multiple=True,
-    callback=_parse_shape,
-    metavar="batch=2,seq=16",
-    help="Sizes of the symbolic dimensions; may be given several times.",
+    "--tolerance",
+    type=float,
+    help="Relative error that no output may exceed, however large the original's own is.",
 )
-@click.option("--inputs", type=ModelPath, metavar="FILE.npz", help="Inputs to run, by name.")
-@click.option("--tolerance", type=float, help="Relative error that always passes.")
 @click.option("--greedy", type=int, metavar="N", help="Let both models write N tokens, too.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def verify(original: Path, folded: Path, as_json: bool, **options: Any) -> None:

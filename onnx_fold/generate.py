@@ -5,27 +5,31 @@ and values is the next step's cache. A decoder without one reads the whole seque
 
 **Do two models write the same?** The original writes N tokens. The folded model reads the same
 prompt and the original's tokens, with its own cache, and must find each of them the most likely.
-The comparison stops at the first difference. There both models have read the same tokens, so their
-logits ``l_o`` and ``l_f`` are comparable. Let ``a`` be the original's token and ``b`` the folded
-model's; by how far each model prefers its own are the margins
+Where it does not, both models have read the same tokens, so their logits ``l_o`` and ``l_f`` are
+comparable, also with those of the original in a wider type, ``l_r``. Let ``a`` be the original's
+token and ``b`` the folded model's; by how far each model prefers its own are the margins
 
     m_o = l_o[a] - l_o[b],    m_f = l_f[b] - l_f[a],    both at least 0, and
-    m_o + m_f = (l_o[a] - l_f[a]) + (l_f[b] - l_o[b]),
+    m_o + m_f = (l_o[a] - l_f[a]) + (l_f[b] - l_o[b]).
 
-the sum of two errors of the folded model. An error of one logit up to ``limit * max |l_o|`` counts
-as rounding, where ``limit`` is the relative error that the parity check allows the logits (see
-:mod:`onnx_fold.judge`). So the first difference is a tie within rounding, which passes, if
+With the errors at this very step, ``e_o = rms(l_o - l_r)`` and ``e_f = rms(l_f - l_r)`` over the
+vocabulary, that sum of four errors has the deviation ``sqrt(2 (e_o² + e_f²))``. The difference is a
+tie within rounding, which passes, if
 
-    m_o + m_f <= 2 * limit * max |l_o|,
+    m_o + m_f <= 4 sqrt(2 (e_o² + e_f²))    and    e_f <= max_ratio * (e_o + u rms(l_r)),
 
-and otherwise a failure.
+as in the rule of :mod:`onnx_fold.judge`, with the unit roundoff ``u``; otherwise it is a failure.
+Ties are counted, and the comparison goes on after them. Without a reference ``l_o`` takes the place
+of ``l_r``, and the relative error that the outputs may have that of ``max_ratio * u``.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 import numpy as np
@@ -251,8 +255,9 @@ class GreedyParity:
     Attributes:
         tokens: How many tokens the original wrote.
         equal: Whether the folded model would have written the same.
-        ok: Whether they are equal, or differ first by a tie within rounding.
-        position: Number of equal tokens before the first difference, None if there is none.
+        ok: Whether they are equal but for ties within rounding.
+        ties: How many of these there are.
+        position: Number of tokens before the first difference that is no tie, or the first tie.
         token_original: The original's token there, ``a``.
         token_folded: The folded model's, ``b``.
         margin_original: ``l_o[a] - l_o[b]``.
@@ -263,6 +268,7 @@ class GreedyParity:
     tokens: int
     equal: bool = True
     ok: bool = True
+    ties: int = 0
     position: int | None = None
     token_original: int | None = None
     token_folded: int | None = None
@@ -270,16 +276,36 @@ class GreedyParity:
     margin_folded: float | None = None
     limit: float | None = None
 
+    def __bool__(self) -> bool:
+        return self.ok
+
     def __str__(self) -> str:
         if self.equal:
             return f"greedy decoding: both write the same {self.tokens} tokens"
-        verdict = "a tie within" if self.ok else "more than"
-        return (
-            f"greedy decoding: both write the same {self.position} of {self.tokens} tokens, then"
-            f" {self.token_original} (ahead by {self.margin_original:.2g}) became"
-            f" {self.token_folded} (ahead by {self.margin_folded:.2g}), {verdict} rounding"
-            f" ({self.limit:.2g})"
+        there = (
+            f"{self.token_original} (ahead by {self.margin_original:.2g}) became"
+            f" {self.token_folded} (ahead by {self.margin_folded:.2g})"
         )
+        if self.ok:
+            return (
+                f"greedy decoding: both write the same tokens at {self.tokens - self.ties} of"
+                f" {self.tokens} places, at {self.ties} there is a tie within rounding; at the"
+                f" first, after {self.position}, {there}, in sum at most {self.limit:.2g}"
+            )
+        before = f", {self.ties} of them ties within rounding," if self.ties else ","
+        return (
+            f"greedy decoding: both write the same {self.position} of {self.tokens} tokens{before}"
+            f" then {there}, more than rounding ({self.limit:.2g})"
+        )
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A place where the folded model prefers another token."""
+
+    position: int
+    original: Array
+    folded: Array
 
 
 @dataclass
@@ -296,7 +322,8 @@ class GreedyCheck:
     start: Mapping[str, Array]
     tokens: int
     _written: list[tuple[int, Array]] = field(default_factory=list, init=False)
-    _other: tuple[int, Array] | None = field(default=None, init=False)
+    _steps: list[_Step] = field(default_factory=list, init=False)
+    _references: dict[int, Array] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         if self.tokens < 1:
@@ -323,43 +350,79 @@ class GreedyCheck:
             raise UsageError(f"the original stops after {count} tokens: {error}") from error
 
     def run_folded(self, function: Function) -> None:
-        """Let the folded model read the original's tokens up to the first that differs.
+        """Let the folded model read the original's tokens, and note where it prefers others.
 
         Raises:
             RunFailedError: It cannot run on the inputs of a step.
         """
-        self._other = None
+        self._steps = [
+            _Step(position, self._written[position][1], logits)
+            for position, logits in self._read(function)
+            if int(logits.argmax()) != self._written[position][0]
+        ]
+
+    def run_reference(self, function: Function) -> None:
+        """Let the original in a wider type read them too, as far as that is asked for.
+
+        Raises:
+            RunFailedError: It cannot run on the inputs of a step.
+        """
+        wanted = {step.position for step in self._steps}
+        if wanted:
+            read = itertools.islice(self._read(function), max(wanted) + 1)
+            self._references = {place: logits for place, logits in read if place in wanted}
+
+    def _read(self, function: Function) -> Iterator[tuple[int, Array]]:
+        """Yield the logits at each place of the original's text."""
         decoding = Decoding(self.decoder, function, self.start)
         ids: list[int] = self.start[self.decoder.token_ids][0].tolist()
         for position, (token, _) in enumerate(self._written):
-            logits = decoding.read(ids)
-            if int(logits.argmax()) != token:
-                self._other = position, logits
-                return
+            yield position, decoding.read(ids)
             ids = [token]
 
-    def judge(self, limit: float) -> GreedyParity:
+    def judge(self, max_ratio: float, roundoff: float, tolerance: float) -> GreedyParity:
         """Return the result by the rule of this module.
 
         Args:
-            limit: The relative error that the parity check allows the logits.
+            max_ratio: How many times the original's own error the folded model may have.
+            roundoff: The unit roundoff of the type.
+            tolerance: The relative error that the logits may have where there is no reference.
         """
-        if self._other is None:
-            return GreedyParity(len(self._written))
-        position, folded = self._other
-        token, original = self._written[position]
-        wide_o, wide_f = original.astype(np.float64), folded.astype(np.float64)
-        other = int(folded.argmax())
-        margins = float(wide_o[token] - wide_o[other]), float(wide_f[other] - wide_f[token])
-        bound = 2 * limit * float(np.abs(wide_o[np.isfinite(wide_o)]).max())
-        return GreedyParity(
-            tokens=len(self._written),
-            equal=False,
-            ok=sum(margins) <= bound,
-            position=position,
-            token_original=token,
-            token_folded=other,
-            margin_original=margins[0],
-            margin_folded=margins[1],
-            limit=bound,
-        )
+        result = GreedyParity(len(self._written), equal=not self._steps)
+        for step in self._steps:
+            reference = self._references.get(step.position)
+            allowed = tolerance if reference is None else max_ratio * roundoff
+            found = _tie(step, reference, max_ratio, allowed)
+            if result.position is None or not found.ok:
+                result = replace(found, tokens=result.tokens, ties=result.ties)
+            if not found.ok:
+                break
+            result.ties += 1
+        return result
+
+
+def _tie(step: _Step, reference: Array | None, max_ratio: float, allowed: float) -> GreedyParity:
+    """Return the margins of one difference and whether they are a tie."""
+    original, folded = step.original.astype(np.float64), step.folded.astype(np.float64)
+    exact = original if reference is None else reference.astype(np.float64)
+    finite = np.isfinite(original) & np.isfinite(folded) & np.isfinite(exact)
+    own, error = (_rms(each[finite] - exact[finite]) for each in (original, folded))
+    most = max_ratio * own + allowed * _rms(exact[finite])
+    limit = 4 * math.sqrt(2 * (own**2 + min(error, most) ** 2))
+    a, b = int(original.argmax()), int(folded.argmax())
+    margins = float(original[a] - original[b]), float(folded[b] - folded[a])
+    return GreedyParity(
+        tokens=0,
+        equal=False,
+        ok=error <= most and sum(margins) <= limit,
+        position=step.position,
+        token_original=a,
+        token_folded=b,
+        margin_original=margins[0],
+        margin_folded=margins[1],
+        limit=limit,
+    )
+
+
+def _rms(array: Array) -> float:
+    return float(np.sqrt(np.mean(np.square(array)))) if array.size else 0.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -25,8 +26,10 @@ __all__ = [
     "has_cache",
     "index_limits",
     "input_shapes",
+    "input_symbols",
     "make_inputs",
     "model_inputs",
+    "symbol_sizes",
     "token_counts",
 ]
 
@@ -92,7 +95,8 @@ def make_inputs(
     of them), else from the input that they belong to (``input_ids`` is ``[batch, seq]``), else 3; a
     symbol has one size everywhere. Fixed dimensions stay as they are.
 
-    Indices are in the range of the smallest constant table that they are looked up in. Masks are 1
+    Indices are in the range of the smallest constant table that they are looked up in, and look up
+    all of its rows before they repeat one. Masks are 1
     except for the last row of a batch, where a few keys are hidden: the first ones of the cache, or
     without a cache the last ones, so that no query is left without a key (its softmax would have no
     defined value). Additive float masks are 0. Positions count from ``past``. Floats, and so the
@@ -190,6 +194,26 @@ def input_shapes(
     """
     wanted = {"batch": batch, "seq": seq, "past": past if has_cache(model) else 0}
     return _resolve(model_inputs(model), wanted, sizes or {})
+
+
+def input_symbols(model: ir.Model) -> list[str]:
+    """Return the names of the symbolic dimensions of the inputs that must be fed, in their order.
+
+    Raises:
+        UsageError: An input is not a tensor, or has an unknown rank.
+    """
+    dims = (dim.value for _, _, dim in _symbols(model_inputs(model)))
+    return list(dict.fromkeys(name for name in dims if name is not None and _is_plain(name)))
+
+
+def symbol_sizes(model: ir.Model, *, batch: int = 1, seq: int = 8) -> dict[str, int]:
+    """Return the size that :func:`make_inputs` gives to each symbolic dimension, by its name."""
+    shapes = input_shapes(model, batch=batch, seq=seq)
+    return {
+        dim.value: shapes[_name(value)][axis]
+        for value, axis, dim in _symbols(model_inputs(model))
+        if dim.value is not None and _is_plain(dim.value)
+    }
 
 
 def _name(value: ir.Value) -> str:
@@ -359,9 +383,18 @@ def _fill(
         return cached if "use_cache" in name else np.asarray(rng.random(shape) < 0.5)
     if dtype.is_integer():
         counted = _counted(name, shape, tokens, limit)
-        drawn = rng.integers(0, limit or 2, shape) if counted is None else counted
+        drawn = _drawn(shape, limit, rng) if counted is None else counted
         return np.array(np.broadcast_to(drawn, shape).astype(dtype.numpy()))
     return np.asarray(rng.standard_normal(shape)).astype(dtype.numpy())
+
+
+def _drawn(shape: tuple[int, ...], limit: int | None, rng: np.random.Generator) -> Array:
+    """Return indices in random order, none twice before each was there once: 0 and 1 at random."""
+    if limit is None:
+        return rng.integers(0, 2, shape)
+    size = math.prod(shape)
+    rounds = [rng.permutation(limit) for _ in range(math.ceil(size / max(1, limit)))]
+    return np.concatenate([*rounds, np.empty(0, np.int64)])[:size].reshape(shape)
 
 
 def _counted(

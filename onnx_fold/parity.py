@@ -7,11 +7,12 @@ Both models run on the same inputs, one after another, the original also in a wi
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -19,7 +20,6 @@ import numpy as np
 import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from onnx_fold import runtime
@@ -27,12 +27,14 @@ from onnx_fold.arguments import several
 from onnx_fold.basis import MAX_RATIO
 from onnx_fold.environment import environment
 from onnx_fold.errors import InvalidModelError, UsageError
+from onnx_fold.feeds import frozen_feeds, make_feeds
 from onnx_fold.files import ModelSource, blames_models, load, weight_bytes
 from onnx_fold.generate import Decoder, Function, GreedyCheck, GreedyParity
-from onnx_fold.inputs import Arrays, given_inputs, has_cache, make_inputs
+from onnx_fold.inputs import Arrays
 from onnx_fold.judge import Feed, Judge, OutputParity, Run
-from onnx_fold.report import figures_table
+from onnx_fold.parity_table import parity_table
 from onnx_fold.runtime import Array, MissingKernelError, RunFailedError
+from onnx_fold.stored import StoredParity, compare_stored
 from onnx_fold.widen import SIXTEEN_BITS, is_float, precision, widen
 
 __all__ = ["ParityReport", "signature_difference", "verify"]
@@ -41,6 +43,12 @@ logger = logging.getLogger(__name__)
 
 REFERENCE_LIMIT = 8 * 2**30
 """Bytes of widened weights up to which a reference is computed."""
+
+STORED_LIMIT = 2**30
+"""Bytes of widened weights up to which they are compared as stored."""
+
+STORED_RUNS = 2
+"""Inputs, the largest ones, on which they are."""
 
 EVALUATOR_LIMIT = 2 * 2**30
 """The same for ``onnx.reference``, which holds every weight twice."""
@@ -59,6 +67,7 @@ class ParityReport:
         shapes: The inputs that were run, in words.
         notes: What a reader must know to judge the numbers.
         scope: What was run; empty if it was both models whole.
+        stored: How far the weights differ, as stored, if that was compared.
         greedy: Whether both models write the same tokens, if that was asked.
         environment: Machine and versions, see :func:`onnx_fold.environment.environment`.
     """
@@ -71,8 +80,13 @@ class ParityReport:
     shapes: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     scope: str = ""
+    stored: StoredParity | None = None
     greedy: GreedyParity | None = None
     environment: dict[str, Any] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        """Whether the models compute the same function: ``assert verify(a, b)`` means it."""
+        return self.ok
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report for JSON; infinity and NaN become None."""
@@ -82,14 +96,18 @@ class ParityReport:
     def __rich__(self) -> RenderableType:
         """Return a table of the outputs, the verdict, and the notes."""
         verdict = Text("same function", "bold green") if self.ok else Text("differs", "bold red")
+        if self.ok and (left_out := max((o.left_out for o in self.outputs), default=0.0)):
+            verdict.append(
+                f" but for up to {100 * left_out:.3g} % of an output, left out", "default"
+            )
         if self.scope:
             verdict.append(f" in {self.scope}", "default")
         if self.reason:
             verdict.append(f": {self.reason}", "default")
         notes = [Text(f"- {note}", "dim") for note in self.notes]
-        table = [_table(self)] if self.outputs else []
-        text = [Text(str(self.greedy))] if self.greedy and self.greedy.ok else []
-        return Group(*table, *text, verdict, *notes)
+        table = [parity_table(self)] if self.outputs else []
+        checks = [check for check in (self.stored, self.greedy) if check is not None and check.ok]
+        return Group(*table, *(Text(str(check)) for check in checks), verdict, *notes)
 
 
 @blames_models
@@ -118,10 +136,11 @@ def verify(
         provider: ``"cpu"``, ``"cuda"`` or ``"auto"``.
         samples: Random inputs of each shape.
         shapes: Sizes of the inputs: ``batch``, ``seq``, ``past``, or the name of any symbolic
-            dimension. By default ``batch=1, seq=8`` (``past=5`` if the model has a cache), then
-            ``batch=2, seq=16`` with an empty cache.
+            dimension. By default short and long ones, one row and many, one token, and other
+            sizes for dimensions of other names, see :mod:`onnx_fold.feeds`; where the original
+            runs none of these, sizes that its graph holds.
         inputs: The inputs to run instead of random ones: arrays by name, or an ``.npz`` file.
-        tolerance: See the rule; by default by the type of the weights.
+        tolerance: A relative error that no output may exceed; it only tightens the rule.
         max_ratio: See the rule.
         reference: Run the original in a wider type too; without it the tolerance decides.
         emulate: Run 16-bit models in float32, each operator's result rounded to 16 bits (which is
@@ -152,8 +171,10 @@ def verify(
         check = GreedyCheck(decoder, decoder.start(inputs, seed), greedy)
         inputs = None if inputs is None else check.start
     sizes = None if shapes is None else several(shapes)
-    feeds = _feeds(before, inputs, sizes, samples, seed)
-    run = _Runner(provider, emulate, report.notes, check)
+    feeds = make_feeds(before, inputs, sizes, samples, seed)
+    free = inputs is None and shapes is None
+    more = frozen_feeds(before, seed) if free else ()
+    run = _Runner(provider, emulate, report.notes, check, more)
     try:
         runs = run.pair((original, before), (folded, after), feeds)
     except _FoldedFailedError as error:
@@ -167,9 +188,12 @@ def verify(
     failed = [
         f"output '{output.name}': {output.reason}" for output in report.outputs if output.reason
     ]
+    if reference and not failed:
+        report.stored = run.stored(before, after, runs)
+        if report.stored is not None and not report.stored.ok:
+            failed.append(str(report.stored))
     if check is not None:
-        limits = {output.name: output.limit for output in report.outputs}
-        report.greedy = check.judge(limits[check.decoder.logits] or 0.0)
+        report.greedy = judge.greedy(check)
         if not report.greedy.ok:
             failed.insert(0, str(report.greedy))
     report.ok = not failed
@@ -213,44 +237,6 @@ def _shapes_agree(x: ir.Shape, y: ir.Shape) -> bool:
     )
 
 
-def _feeds(
-    model: ir.Model,
-    inputs: str | os.PathLike[str] | Mapping[str, Array] | None,
-    shapes: Sequence[Mapping[str, int]] | None,
-    samples: int,
-    seed: int,
-) -> list[Feed]:
-    if inputs is not None:
-        if shapes is not None:
-            raise UsageError("pass either inputs or shapes, not both")
-        return [Feed("given inputs", given_inputs(model, inputs))]
-    if samples < 1 or (shapes is not None and not shapes):
-        raise UsageError("nothing to run: at least one sample and one shape are needed")
-    defaults: list[dict[str, int]] = [{"batch": 1, "seq": 8}, {"batch": 2, "seq": 16}]
-    if has_cache(model):
-        defaults[0]["past"], defaults[1]["past"] = 5, 0
-    feeds: list[Feed] = []
-    for sizes in shapes or defaults:
-        _check_sizes(model, sizes)
-        known: Any = {name: sizes[name] for name in ("batch", "seq", "past") if name in sizes}
-        label = " ".join(f"{name}={size}" for name, size in sizes.items())
-        for _ in range(samples):
-            arrays = make_inputs(model, **known, sizes=sizes, seed=seed + len(feeds))
-            feeds.append(Feed(label, arrays, optional=shapes is None))
-    return feeds
-
-
-def _check_sizes(model: ir.Model, sizes: Mapping[str, int]) -> None:
-    dims = (dim for value in model.graph.inputs for dim in value.shape or ())
-    symbols = {str(dim) for dim in dims if isinstance(dim, ir.SymbolicDim)}
-    unknown = sorted(set(sizes) - symbols - {"batch", "seq", "past"})
-    if unknown:
-        raise UsageError(
-            f"unknown dimension '{unknown[0]}': expected batch, seq, past or one of the model's own"
-            f" ({_listed(sorted(symbols))})"
-        )
-
-
 # --- Running -------------------------------------------------------------------------------------
 
 
@@ -266,6 +252,7 @@ class _Runner:
     emulate: bool | None
     notes: list[str]
     greedy: GreedyCheck | None = None
+    more: Iterable[Feed] = ()
 
     def pair(
         self,
@@ -313,9 +300,7 @@ class _Runner:
     ) -> list[Run]:
         """Run both models, on floats widened ``to`` the type that they expect."""
         function = _widening(engine(original), to)
-        runs = [run for feed in feeds if (run := self._try(function, feed))]
-        if not runs:
-            raise UsageError(f"{self.notes.pop()}; pass shapes or inputs that fit the model")
+        runs = self._original(function, feeds)
         if self.greedy is not None:
             self.greedy.run_original(function)
         try:
@@ -328,23 +313,35 @@ class _Runner:
             raise _FoldedFailedError(str(error)) from error
         return runs
 
-    def _try(self, function: Function, feed: Feed) -> Run | None:
-        try:
-            return Run(feed, function(feed.arrays))
-        except RunFailedError as error:
-            if not feed.optional:
-                raise
-            self.notes.append(f"{feed.label} was skipped, the original does not run it: {error}")
-            return None
+    def _original(self, function: Function, feeds: list[Feed]) -> list[Run]:
+        """Run the original on ``feeds``; if it runs none of them, on the first of more it does."""
+        runs: list[Run] = []
+        failed: list[str] = []
+        for feed in itertools.chain(feeds, self.more):
+            if feed.group and feed.group in (run.feed.group for run in runs):
+                continue
+            if feed.group == "frozen" and runs:
+                break
+            try:
+                runs.append(Run(feed, function(feed.arrays)))
+            except RunFailedError as error:
+                if not feed.optional:
+                    raise
+                if not feed.group:
+                    failed.append(
+                        f"{feed.label} was skipped, the original does not run it: {error}"
+                    )
+        if not runs:
+            raise UsageError(f"{failed[-1]}; pass shapes or inputs that fit the model")
+        self.notes += failed
+        return runs
 
     def reference(self, model: ir.Model, runs: list[Run]) -> None:
         """Run ``model`` in a wider type where that can be done, else say why not."""
-        dtype = precision(model)
-        to = ir.DataType.FLOAT if dtype in SIXTEEN_BITS else ir.DataType.DOUBLE
-        size = weight_bytes(model) * to.itemsize / dtype.itemsize
-        if dtype == ir.DataType.DOUBLE or size > REFERENCE_LIMIT:
+        to, size = _wider(model)
+        if to is None or size > REFERENCE_LIMIT:
             why = (
-                "no wider type" if dtype == to else f"its weights would take {size / 2**30:.0f} GiB"
+                "no wider type" if to is None else f"its weights would take {size / 2**30:.0f} GiB"
             )
             self.notes.append(f"no reference ({why}): the tolerance decides")
             return
@@ -358,25 +355,72 @@ class _Runner:
         for run, reference in zip(runs, outputs, strict=True):
             run.reference = reference
 
+    def stored(
+        self, original: ir.Model, folded: ir.Model, runs: Sequence[Run]
+    ) -> StoredParity | None:
+        """Compare the weights as stored, where that can be done in time and in memory."""
+        to, size = _wider(original)
+        if to is None or precision(original) == to:
+            return None
+        if size > STORED_LIMIT:
+            self.notes.append(
+                f"weights were not compared as stored, which would take {size / 2**30:.0f} GiB"
+            )
+            return None
+
+        def engine(model: ir.Model) -> Function:
+            return _widening(functools.partial(runtime.run, runtime.session(model)), to)
+
+        feeds = sorted((run.feed.arrays for run in runs), key=_elements)[-STORED_RUNS:]
+        try:
+            return compare_stored(original, folded, feeds, to, precision(original), engine)
+        except (InvalidModelError, RunFailedError) as error:
+            logger.debug("weights were not compared as stored: %s", error)
+            return None
+
     def _wide_outputs(
         self, wide: ir.Model, feeds: list[Arrays], to: ir.DataType, size: float
     ) -> list[Arrays]:
         for provider in dict.fromkeys((self.provider, "cpu")):
             try:
-                function = functools.partial(runtime.run, runtime.session(wide, provider))
-                return [*map(_widening(function, to), feeds)]
+                session = runtime.session(wide, provider)
+                return self._run_wide(functools.partial(runtime.run, session), feeds, to)
             except (InvalidModelError, RunFailedError) as error:
                 if provider == "cpu" and size > EVALUATOR_LIMIT:
                     raise
                 logger.debug("no reference on %s: %s", provider, error)
-        outputs = [*map(_widening(evaluator(wide), to), feeds)]
+        outputs = self._run_wide(evaluator(wide), feeds, to)
         self.notes.append("the reference was computed by onnx.reference")
         return outputs
 
+    def _run_wide(self, engine: Function, feeds: list[Arrays], to: ir.DataType) -> list[Arrays]:
+        function = _widening(engine, to)
+        outputs = [*map(function, feeds)]
+        if self.greedy is not None:
+            self.greedy.run_reference(function)
+        return outputs
+
+
+def _wider(model: ir.Model) -> tuple[ir.DataType | None, float]:
+    """Return the type in which a reference is computed, and the bytes of the weights in it."""
+    dtype = precision(model)
+    to = ir.DataType.FLOAT if dtype in SIXTEEN_BITS else ir.DataType.DOUBLE
+    narrow = {ir.DataType.FLOAT, *SIXTEEN_BITS}
+    if dtype == to and not any(value.dtype in narrow for value in _values(model)):
+        return None, 0.0
+    return to, weight_bytes(model) * to.itemsize / dtype.itemsize
+
 
 def _has_sixteen_bits(model: ir.Model) -> bool:
-    values = (v for node in model.graph.all_nodes() for v in (*node.inputs, *node.outputs) if v)
-    return precision(model) in SIXTEEN_BITS or any(v.dtype in SIXTEEN_BITS for v in values)
+    return precision(model) in SIXTEEN_BITS or any(v.dtype in SIXTEEN_BITS for v in _values(model))
+
+
+def _values(model: ir.Model) -> Iterator[ir.Value]:
+    return (v for node in model.graph.all_nodes() for v in (*node.inputs, *node.outputs) if v)
+
+
+def _elements(arrays: Arrays) -> int:
+    return sum(array.size for array in arrays.values())
 
 
 def _widening(function: Function, to: ir.DataType | None) -> Function:
@@ -415,60 +459,6 @@ def evaluator(model: ir.Model) -> Function:
 def _short(error: Exception) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 120 else f"{text[:117]}..."
-
-
-# --- Showing -------------------------------------------------------------------------------------
-
-
-_COLUMNS: Sequence[tuple[str, str, str]] = (
-    ("relative", "relative_error", ".1e"),
-    ("original", "error_original", ".1e"),
-    ("folded", "error_folded", ".1e"),
-    ("ratio", "ratio", ".3g"),
-    ("limit", "limit", ".1e"),
-    ("top-1", "top1_agreement", ".1%"),
-    ("KL", "kl_divergence", ".1e"),
-)
-
-
-_ROWS = 12
-
-
-def _table(report: ParityReport) -> Table:
-    """Return a row for each output, of many only those nearest their limit; no empty columns."""
-    columns = [c for c in _COLUMNS if any(getattr(o, c[1]) is not None for o in report.outputs)]
-    rows = report.outputs
-    captions = []
-    if any(name == "error_original" for _, name, _ in columns):
-        captions.append("original, folded: relative error against a wider reference")
-    if len(rows) > _ROWS:
-        captions.append(f"{len(rows) - _ROWS} further outputs lie deeper within their limits")
-        rows = sorted(rows, key=_margin)[:_ROWS]
-    table = figures_table(
-        f"Parity in {report.dtype.lower()} on {report.provider}: {_inputs(report.shapes)}",
-        "; ".join(captions) or None,
-    )
-    table.add_column("output", overflow="fold")
-    for heading, _, _ in columns:
-        table.add_column(heading, justify="right", no_wrap=True)
-    for output in rows:
-        cells = [_cell(getattr(output, name), form) for _, name, form in columns]
-        table.add_row(output.name, *cells, style=None if output.ok else "red")
-    return table
-
-
-def _margin(output: OutputParity) -> tuple[bool, float]:
-    error = output.relative_error if output.error_folded is None else output.error_folded
-    return output.ok, -error / output.limit if output.limit else 0.0
-
-
-def _inputs(shapes: Sequence[str]) -> str:
-    times = {shape: shapes.count(shape) for shape in shapes}
-    return ", ".join(f"{shape} ({n}x)" if n > 1 else shape for shape, n in times.items())
-
-
-def _cell(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form) if value else "0"
 
 
 def _finite(value: Any) -> Any:

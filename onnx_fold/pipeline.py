@@ -141,6 +141,8 @@ def fold(
     target: str | None = None,
     verify: bool | str = True,
     strict: bool = False,
+    shapes: Mapping[str, int] | Iterable[Mapping[str, int]] | None = None,
+    inputs: str | os.PathLike[str] | Mapping[str, Array] | None = None,
     provider: str = "auto",
     executor: Executor | None = None,
     progress: Report = ignore,
@@ -186,6 +188,8 @@ def fold(
             ``"auto"`` or True the latter where both models do not fit in memory. A fold that does
             not pass is taken back, and the rest is kept.
         strict: Take nothing back: one fold that does not pass fails the whole.
+        shapes: Sizes of the inputs to compare with, see :func:`onnx_fold.verify`.
+        inputs: The inputs to compare with, see there too.
         provider: Where to verify: ``"cpu"``, ``"cuda"`` or ``"auto"``.
         executor: Evaluates and writes the weights, in place of threads: one job a tensor, which is
             independent of the others and can be pickled. Its workers must see the same files.
@@ -206,6 +210,8 @@ def fold(
             protected.
     """
     mode = "auto" if verify is True else verify
+    if inputs is not None and shapes is not None:
+        raise UsageError("pass either inputs or shapes, not both")
     source = Path(model) if isinstance(model, str | os.PathLike) else None
     destination = _target(source, output, in_place)
     if mode and mode not in CHECKS:
@@ -228,7 +234,9 @@ def fold(
     _check_names(original, options.protect)
     seen = None if calibrate is None else record(original, calibrate, provider)
     plan = partial(_plan, original, passes, options, seen)
-    place = source, destination, in_place, mode, provider, shard_size, executor, delete_old_data
+    sizes = None if shapes is None else list(several(shapes))
+    how = {"provider": provider, "shapes": sizes, "inputs": inputs}
+    place = source, destination, in_place, mode, how, shard_size, executor, delete_old_data
     finish = _Finish(*place, progress)
     if not mode:
         progress("folding", 0, 0)
@@ -275,7 +283,7 @@ class _Finish:
     destination: Path | None
     in_place: bool
     mode: bool | str
-    provider: str
+    how: Mapping[str, Any]
     shard_size: int | None
     executor: Executor | None
     delete_old_data: bool
@@ -330,9 +338,10 @@ class _Finish:
         after = load(folded)
         fits = self.mode != "auto" or fits_in_memory(result.original, after)
         if self.mode == "full" or (self.mode == "auto" and fits):
-            return parity_check(result.source or result.original, folded, provider=self.provider)
+            return parity_check(result.source or result.original, folded, **self.how)
         before = inline(result.original)
-        report = verify_sampled(before, after, result.report.folded, provider=self.provider)
+        provider = self.how["provider"]
+        report = verify_sampled(before, after, result.report.folded, provider=provider)
         if not fits:
             note = "the models are not run whole: together they do not fit in memory"
             report.notes.insert(0, note)

@@ -157,6 +157,10 @@ class FoldReport:
     is_plan: bool = False
     old_data: dict[str, str] = field(default_factory=dict)
 
+    def __bool__(self) -> bool:
+        """False if the result was verified and is not the same function."""
+        return self.verification is None or self.verification.ok
+
     @property
     def folded(self) -> list[StreamReport]:
         """The streams that were folded."""
@@ -187,7 +191,7 @@ class FoldReport:
             "quantised": self.quantised,
             "proof": self.proof.to_dict() if self.proof else None,
             "taken_back": dict(self.taken_back),
-            "verification": self.verification.to_dict() if self.verification else None,
+            "verification": None if self.verification is None else self.verification.to_dict(),
             "old_data": self.old_data,
         }
 

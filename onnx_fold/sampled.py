@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
+from onnx_fold.basis import MAX_STREAM_RATIO
 from onnx_fold.environment import environment
 from onnx_fold.errors import InvalidModelError, UsageError
 from onnx_fold.memory import available_memory
@@ -87,7 +88,7 @@ def _compare(
 ) -> bool:
     """Add the comparison of two pieces to ``report``; return whether they could be run."""
     try:
-        piece = verify(*pieces, provider=provider, seed=seed)
+        piece = verify(*pieces, provider=provider, max_ratio=MAX_STREAM_RATIO, seed=seed)
     except (InvalidModelError, UsageError):
         return False
     report.ok &= piece.ok

@@ -23,17 +23,18 @@ from onnx_ir.passes.common import ShapeInferencePass
 from onnx_fold.errors import UsageError
 from onnx_fold.inline import inline_all
 
-__all__ = ["SIXTEEN_BITS", "is_float", "precision", "unit_roundoff", "widen"]
+__all__ = ["FRACTION_BITS", "SIXTEEN_BITS", "is_float", "precision", "unit_roundoff", "widen"]
 
 SIXTEEN_BITS = frozenset({ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 """The float types that are widened to float32."""
 
-_UNIT_ROUNDOFF = {
-    ir.DataType.DOUBLE: 2.0**-53,
-    ir.DataType.FLOAT: 2.0**-24,
-    ir.DataType.FLOAT16: 2.0**-11,
-    ir.DataType.BFLOAT16: 2.0**-8,
+FRACTION_BITS = {
+    ir.DataType.DOUBLE: 53,
+    ir.DataType.FLOAT: 24,
+    ir.DataType.FLOAT16: 11,
+    ir.DataType.BFLOAT16: 8,
 }
+"""The float types of weights, and how many binary digits each holds."""
 
 _TYPE_ATTRIBUTES = frozenset(
     {"to", "dtype", "output_dtype", "output_datatype", "softmax_precision"}
@@ -52,7 +53,7 @@ _EXACT = frozenset({
 
 def unit_roundoff(dtype: ir.DataType | None) -> float:
     """Return the largest relative error of one rounding to ``dtype``, or to float32 if unknown."""
-    return _UNIT_ROUNDOFF.get(dtype or ir.DataType.FLOAT, _UNIT_ROUNDOFF[ir.DataType.FLOAT])
+    return 2.0 ** -FRACTION_BITS.get(dtype or ir.DataType.FLOAT, 24)
 
 
 def is_float(array: np.ndarray[Any, np.dtype[Any]]) -> bool:
@@ -62,7 +63,7 @@ def is_float(array: np.ndarray[Any, np.dtype[Any]]) -> bool:
 
 def precision(model: ir.Model) -> ir.DataType:
     """Return the float type of most weight bytes; without weights that of an input or output."""
-    held = dict.fromkeys(_UNIT_ROUNDOFF, 0)
+    held = dict.fromkeys(FRACTION_BITS, 0)
     for tensor in _constants(model):
         if tensor.dtype in held:
             held[tensor.dtype] += tensor.nbytes

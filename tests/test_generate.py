@@ -168,46 +168,64 @@ def test_the_first_difference_and_its_margins():
     assert (found.tokens, found.equal, found.ok, found.position) == (20, False, False, 5)
     assert (found.token_original, found.token_folded) == (6, 7)
     assert (found.margin_original, found.margin_folded) == (1, 0.75)
-    assert found.limit == pytest.approx(2 * report.outputs[0].limit * 10)
+    size = np.sqrt((100 + 81) / VOCABULARY)  # what is allowed: 8 roundings of a typical logit
+    assert found.limit == pytest.approx(4 * np.sqrt(2) * 8 * 2**-24 * size)
     assert report.reason == (
         "greedy decoding: both write the same 5 of 20 tokens, then 6 (ahead by 1) became 7"
-        " (ahead by 0.75), more than rounding (0.002)"
+        " (ahead by 0.75), more than rounding (1.3e-05)"
     )
     assert json.loads(json.dumps(report.to_dict()))["greedy"]["position"] == 5
 
 
-@pytest.mark.parametrize(("gain", "ok"), [(0.0004, True), (0.5, False)])
+ULP = 2.0**-20  # between 8 and 16
+
+
+@pytest.mark.parametrize(("gain", "ok"), [(ULP, True), (1e-3, False)])
 def test_a_tie_passes_if_both_margins_are_within_rounding(gain, ok):
     original, folded = counting(), counting()
-    original[5, 7] = 10 - 0.0005
-    folded[5, 7] = 10 + gain
+    original[5, 7], folded[5, 7] = 10 - ULP, 10 + gain
     report = verify(markov(original), markov(folded), inputs={"ids": [[0]]}, greedy=20)
-    assert (report.ok, report.greedy.ok) == (ok, ok)
+    assert (report.ok, report.greedy.ok, bool(report.greedy)) == (ok, ok, ok)
     assert (report.greedy.equal, report.greedy.position) == (False, 5)
-    assert report.greedy.margin_original == pytest.approx(0.0005, rel=1e-2)
+    assert report.greedy.margin_original == pytest.approx(ULP)
     assert report.greedy.margin_folded == pytest.approx(gain, rel=1e-2)
-    assert report.greedy.limit == pytest.approx(0.002)
     assert ("a tie within rounding" if ok else "more than rounding") in str(report.greedy)
     assert verify(markov(original), markov(folded), inputs={"ids": [[0]]}).ok
 
 
-def test_a_tolerance_decides_over_ties_too():
+def test_ties_are_counted_and_what_comes_after_them_is_seen():
     original, folded = counting(), counting()
-    original[5, 7], folded[5, 7] = 9.9995, 10.0004
-    models = markov(original), markov(folded)
-    strict = verify(*models, inputs={"ids": [[0]]}, greedy=20, tolerance=1e-5, max_ratio=0)
-    assert strict.outputs[0].ok
-    assert not strict.greedy.ok
+    original[5, 7], folded[5, 7] = 10 - ULP, 10 + ULP
+    report = verify(markov(original), markov(folded), inputs={"ids": [[0]]}, greedy=20)
+    assert report.greedy.ties == 2  # the text comes twice to token 5
+    assert "18 of 20 places, at 2 there is a tie" in str(report.greedy)
+    folded[7, 1] = 10.5
+    report = verify(markov(original), markov(folded), inputs={"ids": [[0]]}, greedy=20)
+    assert not report.ok
+    assert (report.greedy.ties, report.greedy.position) == (1, 7)
+    assert "1 of them ties within rounding, then 0" in str(report.greedy)
+
+
+def test_in_bfloat16_a_clear_difference_is_no_tie():
+    """A limit of the norm times the largest logit would let nearly everything pass."""
+    kind = ir.DataType.BFLOAT16.numpy()
+    original = counting().astype(kind)
+    folded = original.copy()
+    folded[5, 7] = kind.type(10.25)  # 9 became 10.25
+    text = f"m (int64[b, s] ids) => (bfloat16[b, s, {VOCABULARY}] y) {{ y = Gather(table, ids) }}"
+    report = verify(
+        model(text, table=original), model(text, table=folded), inputs={"ids": [[0]]}, greedy=20
+    )
+    assert not report.greedy.ok
 
 
 def test_scores_of_minus_infinity_are_tokens_that_are_never_written():
     original, folded = counting(), counting()
     original[:, 3] = folded[:, 3] = -np.inf
-    original[5, 7], folded[5, 7] = 9.9995, 10.0004
+    original[5, 7], folded[5, 7] = 10 - ULP, 10 + ULP
     report = verify(markov(original), markov(folded), inputs={"ids": [[3]]}, greedy=9)
     assert report.ok
     assert report.greedy.position == 2
-    assert report.greedy.limit == pytest.approx(0.002)
 
 
 def test_a_folded_model_that_breaks_down_on_the_way():
@@ -281,7 +299,8 @@ def test_a_fold_writes_what_the_original_writes(exported, preset, exporter, opti
     assert result.report.folded
     report = verify(path, result.model, greedy=64)
     assert report.ok, report.reason
-    assert (report.greedy.tokens, report.greedy.equal) == (64, True)
+    assert report.greedy.tokens == 64
+    assert report.greedy.equal or report.greedy.ties < 4
 
 
 def test_a_broken_fold_of_a_decoder_with_a_cache(exported):

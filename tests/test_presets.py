@@ -136,5 +136,5 @@ def test_same_input_gives_same_bytes(exported, tmp_path):
 def test_other_widths_than_the_papers_in_16_bits(exported, tmp_path, preset):
     path = exported(preset, dtype="float16")
     result = check(path, tmp_path, expected(PRESETS[preset]))
-    parity = onnx_fold.verify(path, result.model, tolerance=0, emulate=True)
-    assert parity.ok, parity.reason  # by the ratio alone
+    parity = onnx_fold.verify(path, result.model, emulate=True)
+    assert parity.ok, parity.reason
