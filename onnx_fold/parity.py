@@ -44,6 +44,9 @@ logger = logging.getLogger(__name__)
 REFERENCE_LIMIT = 8 * 2**30
 """Bytes of widened weights up to which a reference is computed."""
 
+RUN_ONCE = {"session.disable_prepacking": "1"}
+"""ONNX Runtime packs a second copy of the weights, which pays off after many runs."""
+
 STORED_LIMIT = 2**30
 """Bytes of widened weights up to which they are compared as stored."""
 
@@ -288,7 +291,9 @@ class _Runner:
         return self._both(self._session, wide[0], wide[1], feeds, to)
 
     def _session(self, model: ModelSource) -> Function:
-        return functools.partial(runtime.run, runtime.session(model, self.provider))
+        return functools.partial(
+            runtime.run, runtime.session(model, self.provider, config=RUN_ONCE)
+        )
 
     def _both(
         self,
@@ -383,7 +388,7 @@ class _Runner:
     ) -> list[Arrays]:
         for provider in dict.fromkeys((self.provider, "cpu")):
             try:
-                session = runtime.session(wide, provider)
+                session = runtime.session(wide, provider, config=RUN_ONCE)
                 return self._run_wide(functools.partial(runtime.run, session), feeds, to)
             except (InvalidModelError, RunFailedError) as error:
                 if provider == "cpu" and size > EVALUATOR_LIMIT:
