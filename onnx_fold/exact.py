@@ -44,6 +44,9 @@ __all__ = ["Multiplier", "checked", "exact", "values"]
 _BLOCK = 2**22
 """Elements of a leaf that are widened at a time."""
 
+_KEPT = 2
+"""LU factors that are kept."""
+
 _ROWS, _SUMS = 4, 2
 """Rows of a stored weight that are compared, and sums of all rows."""
 
@@ -100,6 +103,8 @@ def _parts(node: Expression, defined: bool) -> Sequence[Expression]:
 
 def _widened(node: Expression, known: Mapping[Expression, Expression], defined: bool) -> Expression:
     parts = _parts(node, defined)
+    if isinstance(node, Part):
+        return Take(cast(node.source, np.float64), node.indices, node.axis)
     if not parts:
         return node if node.dtype.kind in "iub" else cast(node, np.float64)
     if node.definition is not None or isinstance(node, Cast):
@@ -120,10 +125,10 @@ def values(expression: Expression) -> Array:
 
 
 class Multiplier:
-    """Multiplies rows by exact matrices; LU factors are kept, so that each is computed once."""
+    """Multiplies rows by exact matrices; the last LU factors are kept, for the next product."""
 
     def __init__(self) -> None:
-        self._factors: dict[int, tuple[Factors, Any]] = {}
+        self._factors: dict[Factors, Any] = {}
 
     def times(self, x: Array, matrix: Expression, *, transposed: bool = False) -> Array:
         """``x @ matrix``, or ``x @ matrixᵀ``, float64 ``[n, r] @ [r, c]``.
@@ -162,10 +167,11 @@ class Multiplier:
         return _by_blocks(x, values(matrix) if leaf is None else leaf, transposed)
 
     def _solve(self, node: Solve, rows: Array, *, transposed: bool) -> Array:
-        key = id(node.factors)
-        if key not in self._factors:
-            self._factors[key] = node.factors, EXACTLY.lu_factor(values(node.factors.x))
-        return EXACTLY.lu_solve(self._factors[key][1], rows.T, transposed).T
+        if node.factors not in self._factors:
+            while len(self._factors) >= _KEPT:
+                del self._factors[next(iter(self._factors))]
+            self._factors[node.factors] = EXACTLY.lu_factor(values(node.factors.x))
+        return EXACTLY.lu_solve(self._factors[node.factors], rows.T, transposed).T
 
     def _taken(self, x: Array, matrix: Take, transposed: bool) -> Array:
         indices: Indices = evaluate(matrix.indices)

@@ -32,10 +32,11 @@ Operand: TypeAlias = Array | Expression
 
 
 class Interpreter:
-    """Runs models; LU factors that one of them needed are kept for the next."""
+    """Runs models; weights and LU factors that one of them needed may serve the next."""
 
     def __init__(self) -> None:
         self._multiplier = Multiplier()
+        self._weights: dict[ir.TensorProtocol, Expression] = {}
 
     def run(self, model: ir.Model, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """The outputs of ``model``, by name, floats in float64.
@@ -49,7 +50,7 @@ class Interpreter:
                 onnx.reference does not know, or one that needs a large weight whole.
         """
         weights = {
-            value.name: _weight(value.const_value)
+            value.name: self._weight(value.const_value)
             for value in model.graph.initializers.values()
             if value.const_value is not None
         }
@@ -63,6 +64,15 @@ class Interpreter:
             results = self._node(node, operands, graph.opset_imports)
             known.update(zip(node.outputs, results, strict=False))
         return {str(value.name): _whole(known[value], "the graph") for value in graph.outputs}
+
+    def _weight(self, tensor: ir.TensorProtocol) -> Operand:
+        if tensor.dtype == ir.DataType.STRING:
+            return tensor.numpy()
+        if tensor.size < LARGE or len(tensor.shape) < 2:
+            return values(exact(of_tensor(tensor)))
+        if tensor not in self._weights:
+            self._weights[tensor] = exact(of_tensor(tensor))
+        return self._weights[tensor]
 
     def _node(
         self, node: ir.Node, operands: Sequence[Operand | None], opsets: Mapping[str, int]
@@ -104,14 +114,6 @@ def _by_reference(
 
 def _wide(array: Array) -> Array:
     return array.astype(np.float64) if is_float(array) else array
-
-
-def _weight(tensor: ir.TensorProtocol) -> Operand:
-    if tensor.dtype == ir.DataType.STRING:
-        return tensor.numpy()
-    expression = exact(of_tensor(tensor))
-    is_large = tensor.size >= LARGE and len(tensor.shape) > 1
-    return expression if is_large else values(expression)
 
 
 def _whole(operand: Operand, reader: str) -> Array:

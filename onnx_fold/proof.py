@@ -224,9 +224,11 @@ def _prove_streams(original: ir.Model, folded: ir.Model, streams: Sequence[Strea
     changed = frozenset[str]().union(*(stream.changed for stream in streams))
     proof = Proof(scope="each stream")
     largest = 0.0
+    interpreter = Interpreter()
     for stream in streams:
         try:
-            largest = max(largest, _compare_pieces(models, stream, changed))
+            error = _compare_pieces(interpreter, models, stream, changed)
+            largest = max(largest, error)
             proof.proved.append(stream.name)
         except _CannotRunError as reason:
             proof.unproved[stream.name] = str(reason)
@@ -236,12 +238,14 @@ def _prove_streams(original: ir.Model, folded: ir.Model, streams: Sequence[Strea
 
 
 def _compare_pieces(
-    models: tuple[ir.Model, ir.Model], stream: StreamReport, changed: frozenset[str]
+    interpreter: Interpreter,
+    models: tuple[ir.Model, ir.Model],
+    stream: StreamReport,
+    changed: frozenset[str],
 ) -> float:
     pieces = cut(models, stream, changed)
     if pieces is None:
         raise _CannotRunError("it cannot be cut out of the model")
-    interpreter = Interpreter()
     before, after = pieces
     try:
         pairs = _ran(functools.partial(interpreter.run, before), before, enough=1)
