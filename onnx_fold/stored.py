@@ -29,9 +29,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes.common import InlinePass, LiftConstantsToInitializersPass, ShapeInferencePass
+from onnx_ir.passes.common import LiftConstantsToInitializersPass, ShapeInferencePass
 
 from onnx_fold.generate import Function
+from onnx_fold.inline import inline_all
 from onnx_fold.inputs import Arrays
 from onnx_fold.runtime import Array
 from onnx_fold.widen import FRACTION_BITS, unit_roundoff, widen
@@ -408,7 +409,7 @@ def _prepared(model: ir.Model) -> ir.Model:
     """Return a copy in which functions are inlined, large constants initializers, types known."""
     copy = model.clone()
     if copy.functions:
-        InlinePass()(copy)
+        inline_all(copy)
     LiftConstantsToInitializersPass()(copy)
     if any(value.dtype is None for node in copy.graph for value in node.outputs if value.name):
         ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(copy)
