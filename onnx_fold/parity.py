@@ -379,7 +379,7 @@ class _Runner:
         feeds = sorted((run.feed.arrays for run in runs), key=_elements)[-STORED_RUNS:]
         try:
             return compare_stored(original, folded, feeds, to, precision(original), engine)
-        except (InvalidModelError, RunFailedError) as error:
+        except (InvalidModelError, UsageError) as error:
             logger.debug("weights were not compared as stored: %s", error)
             return None
 

@@ -127,8 +127,8 @@ class _DiffersError(Exception):
 
 def _compare_whole(original: ir.Model, folded: ir.Model) -> float:
     """The largest difference of two models; the same engine runs both."""
-    wide = widen(original, ir.DataType.DOUBLE)
     try:
+        wide = widen(original, ir.DataType.DOUBLE)
         try:
             pairs = _ran(_in_onnxruntime(wide), wide)
             engine = _in_onnxruntime
