@@ -11,9 +11,11 @@ from typing import TypeAlias
 
 import numpy as np
 import onnx_ir as ir
+from rich.filesize import decimal
 
 from onnx_fold.errors import UsageError
 from onnx_fold.inline import inline_all
+from onnx_fold.memory import available_memory
 from onnx_fold.npz import read_npz, refuse_unknown
 from onnx_fold.runtime import Array
 from onnx_fold.widen import is_float
@@ -113,13 +115,15 @@ def make_inputs(
         given: Inputs that are known already; their symbolic dimensions have the sizes seen there.
 
     Raises:
-        UsageError: An input is not a tensor, has an unknown rank, or a dimension is impossible.
+        UsageError: An input is not a tensor, has an unknown rank, a dimension is impossible, or
+            all of them do not fit in memory.
     """
     inputs, given = model_inputs(model), given or {}
     seen = {**_seen_sizes(inputs, given), **(sizes or {})}
     shapes = input_shapes(model, batch=batch, seq=seq, past=past, sizes=seen)
     _, tokens, past = token_counts(model, shapes)
     seq = tokens or seq
+    _check_memory(shapes.values())
     limits = index_limits(model)
     rng = np.random.default_rng(seed)
     made = {
@@ -128,6 +132,12 @@ def make_inputs(
         if (name := _name(value)) not in given and name not in without
     }
     return {**made, **given}
+
+
+def _check_memory(shapes: Iterable[Sequence[int]]) -> None:
+    total = sum(8 * math.prod(shape) for shape in shapes)  # they are drawn in float64
+    if total > available_memory() // 2:
+        raise UsageError(f"the inputs of the model take {decimal(total)}: too much for the memory")
 
 
 def _seen_sizes(inputs: Sequence[ir.Value], given: Mapping[str, Array]) -> dict[str, int]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import onnx
 import onnx_ir as ir
@@ -39,6 +40,24 @@ _ONE = frozenset(name for name in _DATA.values() if not name.endswith("s")) | {"
 """Those of them that hold one value, which must be there."""
 
 
+_FIELDS = {
+    ir.DataType.FLOAT: ("float_data", 1),
+    ir.DataType.COMPLEX64: ("float_data", 2),
+    ir.DataType.DOUBLE: ("double_data", 1),
+    ir.DataType.COMPLEX128: ("double_data", 2),
+    ir.DataType.INT64: ("int64_data", 1),
+    ir.DataType.UINT32: ("uint64_data", 1),
+    ir.DataType.UINT64: ("uint64_data", 1),
+    ir.DataType.STRING: ("string_data", 1),
+}
+"""Where a tensor has its elements that has no bytes, and how many for one; else in int32_data."""
+
+_TEXTS = tuple(
+    onnx.TensorProto.DESCRIPTOR.fields_by_name[name]
+    for name in ("name", "doc_string", "external_data")
+)
+
+
 class MalformedError(Exception):
     """A model breaks a rule of ONNX; the message says which."""
 
@@ -48,7 +67,7 @@ def well_formed(proto: onnx.ModelProto) -> onnx.ModelProto:
 
     Raises:
         MalformedError: A name is no text, an attribute is not of its type, or a tensor has a type
-            or sizes that cannot be, or fewer bytes than they take.
+            or sizes that cannot be, or other data than they take.
     """
     notes = [_broken_notes(message) for message in _messages(proto)]
     if not any(notes):
@@ -66,9 +85,16 @@ def _messages(message: Message) -> Iterator[Message]:
     while todo:
         message = todo.pop()
         yield message
-        for field, value in message.ListFields():
+        for field, value in _fields(message):
             if field.message_type is not None:
                 todo.extend(value if field.is_repeated else [value])
+
+
+def _fields(message: Message) -> list[tuple[Any, Any]]:
+    """The fields of ``message``, but for the data of tensors, which would be copied."""
+    if isinstance(message, onnx.TensorProto):
+        return [(field, getattr(message, field.name)) for field in _TEXTS]
+    return list(message.ListFields())
 
 
 def _broken_notes(message: Message) -> list[str]:
@@ -78,7 +104,7 @@ def _broken_notes(message: Message) -> list[str]:
     elif isinstance(message, onnx.TensorProto):
         _check_tensor(message)
     broken = []
-    for field, value in message.ListFields():
+    for field, value in _fields(message):
         if field.type != FieldDescriptor.TYPE_STRING:
             continue
         for text in value if field.is_repeated else (value,):
@@ -110,5 +136,17 @@ def _check_tensor(tensor: onnx.TensorProto) -> None:
         bits = 0 if dtype == ir.DataType.STRING else dtype.bitwidth
     except (TypeError, ValueError):
         raise MalformedError(f"{name} is of the unknown type {tensor.data_type}") from None
-    if tensor.HasField("raw_data") and 8 * tensor.ByteSize() < bits * math.prod(tensor.dims):
-        raise MalformedError(f"{name} has fewer bytes than its shape {list(tensor.dims)} takes")
+    size = math.prod(tensor.dims)
+    if tensor.data_location == onnx.TensorProto.EXTERNAL:
+        return
+    if tensor.HasField("raw_data"):
+        there, takes, unit = len(tensor.raw_data), math.ceil(size * bits / 8), "bytes"
+    else:
+        field, per_element = _FIELDS.get(dtype, ("int32_data", 1))
+        there, takes, unit = len(getattr(tensor, field)), size * per_element, "elements"
+        if bits < 8 and dtype != ir.DataType.STRING:  # several of them in one of int32_data
+            return
+    if there != takes:
+        raise MalformedError(
+            f"{name} has {there} {unit}, but its shape {list(tensor.dims)} takes {takes}"
+        )

@@ -40,7 +40,7 @@ from onnx_fold import cli
 from onnx_fold.errors import OnnxFoldError
 
 WIDTH = 8
-SECONDS = 60
+SECONDS = 120
 """After which a mutant counts as one that never ends."""
 
 MEMORY = 12 * 2**30

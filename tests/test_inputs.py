@@ -180,3 +180,12 @@ def test_which_output_becomes_which_cache(past, present, links):
     assert [cache_links(source).get(name) for name in names] == [
         None if link is None else outputs[link] for link in links
     ]
+
+
+def test_inputs_that_do_not_fit_in_memory():
+    model = ir.from_onnx_text(
+        '<ir_version: 10, opset_import: ["": 18]>'
+        " g (float[84662395338752, 8] x) => (float[n, 8] y) { y = Neg(x) }"
+    )
+    with pytest.raises(UsageError, match="too much for the memory"):
+        make_inputs(model)

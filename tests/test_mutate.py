@@ -113,7 +113,10 @@ def test_attributes_of_another_type(fields, reason):
     [
         (lambda t: t.dims.append(-1), r"'P' has an impossible shape: \[4, 4, -1\]"),
         (lambda t: t.dims.extend([2**40, 2**40]), "'P' has an impossible shape"),
-        (lambda t: t.dims.append(9), r"'P' has fewer bytes than its shape \[4, 4, 9\] takes"),
+        (lambda t: t.dims.append(9), r"'P' has 64 bytes, but its shape \[4, 4, 9\] takes 576"),
+        (lambda t: setattr(t, "raw_data", bytes(65)), "'P' has 65 bytes"),
+        (lambda t: setattr(t, "data_type", 7), "'P' has 64 bytes, .* takes 128"),
+        (lambda t: t.ClearField("raw_data"), "'P' has 0 elements, .* takes 16"),
         (lambda t: setattr(t, "data_type", 99), "'P' is of the unknown type 99"),
     ],
 )
