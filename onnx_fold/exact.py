@@ -47,6 +47,10 @@ _BLOCK = 2**22
 _KEPT = 2
 """LU factors that are kept."""
 
+_DIGITS = 1e-8
+"""What the unit roundoff of the storage type is taken for at least: a weight that is stored in
+float64 was computed in it too, and has lost digits to the condition of its matrices."""
+
 _ROWS, _SUMS = 4, 2
 """Rows of a stored weight that are compared, and sums of all rows."""
 
@@ -220,7 +224,8 @@ def checked(tensor: FoldedTensor) -> Array:
     """
     array = tensor.evaluated()
     whole = exact(tensor.expression, defined=False)
-    if array.size and not _is_rounded(array, whole, unit_roundoff(tensor.dtype)):
+    unit = max(unit_roundoff(tensor.dtype), _DIGITS)
+    if array.size and not _is_rounded(array, whole, unit):
         raise WrongWeightError(f"folded weight '{tensor.name}' is not stored as it was proved")
     return array
 

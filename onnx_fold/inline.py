@@ -7,7 +7,7 @@ inlined; an activation or a norm ends a stream inlined or not.
 from __future__ import annotations
 
 import onnx_ir as ir
-from onnx_ir.passes.common import InlinePass
+from onnx_ir.passes.common import InlinePass, RemoveUnusedFunctionsPass
 
 from onnx_fold.commute import RULES
 from onnx_fold.linear import OPERATORS
@@ -27,9 +27,13 @@ def inline(model: ir.Model) -> ir.Model:
 
 
 def inline_all(model: ir.Model) -> None:
-    """Replace all calls in ``model`` but those of functions that are for other opsets."""
+    """Replace all calls in ``model`` but those of functions that are for other opsets.
+
+    Functions that are called nowhere are removed.
+    """
     if model.functions:
         InlinePass(lambda function: _has_opsets_of(model, function))(model)
+        RemoveUnusedFunctionsPass()(model)
 
 
 def _has_opsets_of(model: ir.Model, function: ir.Function) -> bool:

@@ -243,6 +243,21 @@ def test_what_is_stored_is_what_was_proved_rounded_to_nearest(kind):
             checked(Wrong(tensor.expression, tensor.dtype, tensor.name))
 
 
+def test_a_weight_that_is_stored_in_float64_may_have_lost_digits():
+    skewed = normal(D, D, dtype=np.float64) @ np.diag(np.logspace(0, -5, D))
+    right = Held(normal(D, 5, dtype=np.float64))
+    expression = Product(Held(normal(9, D, dtype=np.float64)), Solve(Factors(Held(skewed)), right))
+    checked(FoldedTensor(expression, ir.DataType.DOUBLE, "w"))
+
+    class Noisy(FoldedTensor):
+        def evaluated(self) -> Array:
+            array = super().evaluated()
+            return array + 1e-6 * np.abs(array).max()
+
+    with pytest.raises(WrongWeightError):
+        checked(Noisy(expression, ir.DataType.DOUBLE, "w"))
+
+
 # --- Multiplying by what is not evaluated ---------------------------------------------------------
 
 

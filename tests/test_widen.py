@@ -109,3 +109,15 @@ def test_precision_is_the_type_of_most_weights():
     )
     assert precision(model("m (double[1] x) => () { }")) == ir.DataType.DOUBLE
     assert precision(model("m (int64[1] x) => () { }")) == ir.DataType.FLOAT
+
+
+def test_a_function_that_is_called_nowhere_hinders_nothing():
+    text = """
+        <ir_version: 9, opset_import: ["": 18, "my": 1]>
+        m (float16[n] x) => (float16[n] y) { y = Neg(x) }
+        <domain: "my", opset_import: ["": 17]>
+        twice (a) => (b) { b = Add(a, a) }
+    """
+    source = ir.from_onnx_text(text)
+    assert not widen(source, ir.DataType.DOUBLE).functions
+    assert len(source.functions) == 1
