@@ -5,8 +5,8 @@ the tables of ``docs/accuracy.md`` up to date; ``--quick`` measures the small ca
 
 Every figure is an error ratio: the relative error of the folded model over that of the original in
 the same precision, both against a wider reference. Two levels are measured. *Streams*: O writes
-``x``, Q, K and V read it, errors of q, k and v by ``onnx_fold.basis.probe``. *Models*: whole
-skipless transformers, exported, folded and run in ONNX Runtime, errors of the logits by
+``x``, Q, K and V read it, errors of q, k and v by ``onnx_fold.algebra.basis.probe``. *Models*:
+whole skipless transformers, exported, folded and run in ONNX Runtime, errors of the logits by
 ``onnx_fold.verify``; 16 bits are emulated, each operator's result is rounded.
 """
 
@@ -36,11 +36,16 @@ import onnx_ir as ir
 from matrices import KINDS, Matrix, State, StreamWeights
 
 import onnx_fold
-from onnx_fold.basis import Basis, Side, probe, product_dtype
-from onnx_fold.expression import Held, evaluate
+from onnx_fold.algebra.basis import (
+    Basis,
+    Side,
+    probe,
+    product_dtype,
+)
+from onnx_fold.algebra.expression import Held, evaluate
+from onnx_fold.algebra.selection import select_blocks, select_rows
 from onnx_fold.models.config import SkiplessConfig
 from onnx_fold.passes import PASSES
-from onnx_fold.selection import select_blocks, select_rows
 
 if TYPE_CHECKING:
     from onnx_fold.models.skipless import SkiplessTransformer
@@ -554,7 +559,7 @@ def _plot_streams(figure: Any, streams: Sequence[Mapping[str, Any]]) -> None:
         axis.set(xscale="log", yscale="log", title=f"{kind} weights", xlabel="d")
         axis.set_xticks(list(SEEDS), [str(width) for width in SEEDS])
         axis.minorticks_off()
-        _grid(axis, onnx_fold.basis.MAX_STREAM_RATIO)
+        _grid(axis, onnx_fold.algebra.basis.MAX_STREAM_RATIO)
     axes[0].set_ylabel("error ratio")
     handles = [Line2D([], [], color=COLOURS[name], label=name) for name in names]
     handles += [Line2D([], [], color="black", ls=ls, label=name) for name, ls in styles.items()]
@@ -574,7 +579,7 @@ def _plot_models(figure: Any, models: Sequence[Mapping[str, Any]]) -> None:
         labels = [f"{each['model']} {each['d']}" for each in group]
         axis.set_xticks(range(len(group)), labels, rotation=40, ha="right")
         axis.set(yscale="log", title=dtype)
-        _grid(axis, onnx_fold.basis.MAX_RATIO)
+        _grid(axis, onnx_fold.algebra.basis.MAX_RATIO)
     axes[0].set_ylabel("error ratio")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False)

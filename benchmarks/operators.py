@@ -3,7 +3,7 @@
 ``python benchmarks/operators.py --provider cpu`` times single layers, random weights, in pairs: the
 layer as exporters write it against the layer as a fold leaves it. It writes
 ``docs/operators-cpu.json`` and a table of it, ``docs/operators-cpu.md``. The constants of
-``onnx_fold.cost.TARGETS`` are read off that table; the last column checks them.
+``onnx_fold.engine.cost.TARGETS`` are read off that table; the last column checks them.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ import onnx
 import onnx_ir as ir
 
 import onnx_fold
-from onnx_fold.cost import TARGETS, Work
-from onnx_fold.environment import environment
+from onnx_fold.engine.cost import TARGETS
+from onnx_fold.rewriting.rewrite import Work
+from onnx_fold.runtime.environment import environment
 
 WIDTHS = 64, 128, 256, 512, 1024, 2048, 4096
 TOKENS = 128

@@ -31,11 +31,11 @@ import onnx
 import onnx_ir as ir
 
 import onnx_fold
-from onnx_fold.cost import cost
+from onnx_fold.engine.cost import cost
 from onnx_fold.errors import OnnxFoldError
+from onnx_fold.files.write import write
 from onnx_fold.models.export import export
-from onnx_fold.timing import Phase
-from onnx_fold.write import write
+from onnx_fold.speed.timing import Phase
 
 MODELS = ("small-gqa", "tinyllama-1.1b:2")
 PACKAGES = ("onnxsim", "onnxslim", "onnxruntime", "onnxscript", "onnx-fold")

@@ -31,14 +31,15 @@ from pathlib import Path
 from typing import Any
 
 import onnx_fold
-from onnx_fold import BenchReport, runtime
-from onnx_fold.device import HOST, find_device
-from onnx_fold.environment import environment, gpu_memory_used
+from onnx_fold import BenchReport
+from onnx_fold.algebra.device import HOST, find_device
 from onnx_fold.errors import MissingExtraError, UsageError
 from onnx_fold.models import presets
 from onnx_fold.models.export import export
-from onnx_fold.plot import plot
-from onnx_fold.timing import decimals
+from onnx_fold.runtime import sessions
+from onnx_fold.runtime.environment import environment, gpu_memory_used
+from onnx_fold.speed.plot import plot
+from onnx_fold.speed.timing import decimals
 
 TRAINED = "char-gqa"
 """The model that the package brings along, trained, in float32."""
@@ -113,7 +114,7 @@ def start(case: Case, provider: str, device: str) -> dict[str, Any]:
     if device != "cpu" and find_device(device) is HOST:
         raise UsageError(f"torch cannot use {device}; --device cpu folds on the processor")
     with resources.as_file(resources.files("onnx_fold.models") / f"{TRAINED}.onnx") as path:
-        return {"placement": runtime.placement(runtime.session(path, provider))}
+        return {"placement": sessions.placement(sessions.session(path, provider))}
 
 
 def export_model(case: Case) -> dict[str, Any]:
@@ -145,8 +146,8 @@ def fold_model(case: Case, device: str, target: str) -> dict[str, Any]:
 def place_nodes(case: Case, provider: str) -> dict[str, Any]:
     """Say which provider runs what."""
     return {
-        "original": runtime.placement(runtime.session(case.source, provider)),
-        "folded": runtime.placement(runtime.session(case.target, provider)),
+        "original": sessions.placement(sessions.session(case.source, provider)),
+        "folded": sessions.placement(sessions.session(case.target, provider)),
     }
 
 

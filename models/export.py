@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, get_args
 import onnx_ir as ir
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
-from onnx_fold import files
+from onnx_fold.base.progress import Report, ignore
 from onnx_fold.errors import CannotWriteError, MissingExtraError, UsageError
+from onnx_fold.files import load
+from onnx_fold.files.targets import check_format, check_target
+from onnx_fold.files.write import saving
 from onnx_fold.models import presets
 from onnx_fold.models.config import SkiplessConfig, num_parameters
-from onnx_fold.progress import Report, ignore
-from onnx_fold.targets import check_format, check_target
-from onnx_fold.write import saving
 
 if TYPE_CHECKING:
     from onnx_fold.models.skipless import SkiplessTransformer
@@ -207,7 +207,7 @@ def _to_torchscript(
             output_names=list(outputs),
             opset_version=opset,
         )
-    return files.load(file)
+    return load.load(file)
 
 
 def _signature(

@@ -13,19 +13,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from onnx_fold.check.parity import ParityReport, verify
     from onnx_fold.errors import (
         CannotWriteError,
-        CheckFailedError,
         InvalidModelError,
         MissingExtraError,
         NotFiniteError,
         OnnxFoldError,
         UsageError,
     )
-    from onnx_fold.parity import ParityReport, verify
-    from onnx_fold.pipeline import FoldResult, InspectReport, fold, inspect
-    from onnx_fold.report import FoldReport
-    from onnx_fold.timing import BenchReport, bench
+    from onnx_fold.pipeline import (
+        FoldResult,
+        InspectReport,
+        fold,
+        inspect,
+    )
+    from onnx_fold.report.fold import CheckFailedError, FoldReport
+    from onnx_fold.speed.timing import BenchReport, bench
 else:
 
     def __getattr__(name: str) -> object:
@@ -60,15 +64,16 @@ __all__ = [
 ]
 
 _MODULES = {
-    "BenchReport": "timing",
-    "FoldReport": "report",
+    "BenchReport": "speed.timing",
+    "CheckFailedError": "report.fold",
+    "FoldReport": "report.fold",
     "FoldResult": "pipeline",
     "InspectReport": "pipeline",
-    "ParityReport": "parity",
-    "bench": "timing",
+    "ParityReport": "check.parity",
+    "bench": "speed.timing",
     "fold": "pipeline",
     "inspect": "pipeline",
-    "verify": "parity",
+    "verify": "check.parity",
 }
 """Where the names of this module come from; those of errors from ``errors``."""
 

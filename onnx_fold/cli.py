@@ -22,7 +22,7 @@ from onnx_fold import __version__, errors
 if TYPE_CHECKING:  # else imported where needed: help and version come at once
     from rich.console import Console
 
-    from onnx_fold.progress import Report
+    from onnx_fold.base.progress import Report
 
 ModelPath = click.Path(dir_okay=False, path_type=Path)
 
@@ -241,7 +241,7 @@ def fold(
         with _progress(quiet) as progress:
             check = not no_verify and verify
             result = onnx_fold.fold(model, verify=check, progress=progress, **options)
-    except errors.CheckFailedError as error:
+    except onnx_fold.CheckFailedError as error:
         if report is not None:
             _write_json(report, error.report.to_dict())
         console.print(error.report)
@@ -324,10 +324,10 @@ _SEVERAL = "; may be given several times"
 def bench(original: Path, folded: Path, plot: Path | None, as_json: bool, **options: Any) -> None:
     """Time ORIGINAL and FOLDED side by side, prefill and decode, beside the bytes ratio."""
     import onnx_fold
-    from onnx_fold import plot as drawing
+    from onnx_fold.speed import plot as drawing
 
     if plot is not None:
-        from onnx_fold.targets import check_target, inputs_of
+        from onnx_fold.files.targets import check_target, inputs_of
 
         check_target(plot, inputs_of(original, folded))
         drawing.check(plot)
@@ -375,7 +375,7 @@ def export(preset: str, output: Path, quiet: bool, **options: Any) -> None:
 @cli.command(short_help="List the presets, and what folding saves.")
 def presets() -> None:
     """List the presets, and what folding saves of each shape: the paper's table."""
-    from onnx_fold.report import presets_table
+    from onnx_fold.models.savings import presets_table
 
     _console().print(presets_table())
 
@@ -394,7 +394,12 @@ def demo(**options: Any) -> None:
 
 def _check_targets(output: Path | None, report: Path | None, model: Path, *inputs: Path) -> None:
     """Refuse before the work what could not be written after it."""
-    from onnx_fold.targets import check_format, check_target, collide, inputs_of
+    from onnx_fold.files.targets import (
+        check_format,
+        check_target,
+        collide,
+        inputs_of,
+    )
 
     if output is not None:
         check_format(output)
@@ -413,7 +418,7 @@ def _old_data(left: dict[str, str]) -> Iterator[str]:
 
 
 def _write_json(path: Path, data: dict[str, Any]) -> None:
-    from onnx_fold.output import replacing
+    from onnx_fold.files.output import replacing
 
     with replacing(path) as folder:
         (folder / path.name).write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n")
@@ -452,7 +457,7 @@ def _status(text: str) -> Iterator[Callable[[str], None]]:
 @contextlib.contextmanager
 def _progress(quiet: bool) -> Iterator[Report]:
     """What a long command is at, on standard error."""
-    from onnx_fold.progress import shown
+    from onnx_fold.base.progress import shown
 
     with shown(_errors(quiet)) as report:
         yield report

@@ -14,11 +14,11 @@ from rich.padding import Padding
 from rich.text import Text
 
 from onnx_fold.errors import UsageError
-from onnx_fold.files import load
-from onnx_fold.generate import Decoder, greedy
+from onnx_fold.files.load import load
 from onnx_fold.pipeline import fold
-from onnx_fold.runtime import resolve_provider, run, session
-from onnx_fold.timing import bench
+from onnx_fold.runtime.generate import Decoder, greedy
+from onnx_fold.runtime.sessions import resolve_provider, run, session
+from onnx_fold.speed.timing import bench
 
 PROMPT = "def read_lines(path):\n    "
 

@@ -5,25 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from onnx_fold.report import FoldReport
+    pass
 
 
 class OnnxFoldError(Exception):
     """Base of all errors raised on purpose: the message is meant for the user."""
 
     exit_code = 1
-
-
-class CheckFailedError(OnnxFoldError):
-    """Two models do not compute the same function.
-
-    Attributes:
-        report: The :class:`onnx_fold.FoldReport` of the fold that failed.
-    """
-
-    def __init__(self, message: str, report: FoldReport) -> None:
-        super().__init__(message)
-        self.report = report
 
 
 class WeightError(OnnxFoldError):

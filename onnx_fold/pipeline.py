@@ -15,30 +15,47 @@ from typing import Any
 import onnx_ir as ir
 from rich.console import Group, RenderableType
 
-from onnx_fold.arguments import several
-from onnx_fold.attention import Attention, find_attention
-from onnx_fold.calibrate import Activations, record
-from onnx_fold.cost import TARGETS, Saving, cost
-from onnx_fold.device import Array, find_device
-from onnx_fold.errors import CheckFailedError, UsageError, WeightError
-from onnx_fold.files import ModelSource, blames_models, external_tensors, load
-from onnx_fold.folding import PIVOTS, FoldPass, Options, fold_streams
-from onnx_fold.inline import inline
-from onnx_fold.linear import find_linears, label
-from onnx_fold.order import put_back
-from onnx_fold.output import clean, left_over, replacing
-from onnx_fold.parity import ParityReport
-from onnx_fold.parity import verify as parity_check
+from onnx_fold.algebra.device import Array, find_device
+from onnx_fold.base.arguments import several
+from onnx_fold.base.progress import Report, ignore
+from onnx_fold.base.tables import new_table
+from onnx_fold.check.parity import ParityReport
+from onnx_fold.check.parity import verify as parity_check
+from onnx_fold.check.sampled import fits_in_memory, verify_sampled
+from onnx_fold.engine.cost import TARGETS, Saving, cost
+from onnx_fold.engine.folding import (
+    PIVOTS,
+    FoldPass,
+    Options,
+    fold_streams,
+)
+from onnx_fold.errors import UsageError, WeightError
+from onnx_fold.files.load import (
+    ModelSource,
+    blames_models,
+    external_tensors,
+    load,
+)
+from onnx_fold.files.order import put_back
+from onnx_fold.files.output import clean, left_over, replacing
+from onnx_fold.files.targets import check_format, check_place, check_target
+from onnx_fold.files.write import (
+    data_of,
+    evaluate,
+    obsolete_data,
+    saving,
+)
+from onnx_fold.graph.inline import inline
+from onnx_fold.graph.linear import find_linears, label
+from onnx_fold.graph.quantised import find_quantised
 from onnx_fold.passes import PASSES
-from onnx_fold.progress import Report, ignore
-from onnx_fold.quantised import find_quantised
-from onnx_fold.report import FoldReport, new_table
-from onnx_fold.runtime import onnxruntime
-from onnx_fold.sampled import fits_in_memory, verify_sampled
-from onnx_fold.stream import find_streams
-from onnx_fold.targets import check_format, check_place, check_target
+from onnx_fold.report.attention import Attention, find_attention
+from onnx_fold.report.fold import CheckFailedError, FoldReport
+from onnx_fold.runtime.calibrate import record
+from onnx_fold.runtime.sessions import onnxruntime
+from onnx_fold.streams.activations import Activations
+from onnx_fold.streams.stream import find_streams
 from onnx_fold.trust import Folded, proved, within_limits
-from onnx_fold.write import data_of, evaluate, obsolete_data, saving
 
 CHECKS = ("auto", "full", "sampled")
 """Ways to verify a fold: both models whole, some of the folded streams, or whichever fits."""
@@ -171,9 +188,9 @@ def fold(
         skip: Names of passes not to run.
         protect: Names of initializers, nodes or values whose streams are left alone.
         tolerance: Largest predicted relative error of one fold. It only tightens: the default of
-            the storage type, :data:`onnx_fold.basis.TOLERANCES`, and
-            :data:`onnx_fold.basis.MAX_STREAM_RATIO` times the error of the original hold in any
-            case.
+            the storage type, :data:`onnx_fold.algebra.basis.TOLERANCES`, and
+            :data:`onnx_fold.algebra.basis.MAX_STREAM_RATIO` times the error of the original hold
+            in any case.
         force: With ``strategy``: take its folds whatever their predicted error. They are proved
             and judged as any other, and nothing is taken back.
         calibrate: Inputs, as arrays by name or an ``.npz`` file. The original runs on them once;
@@ -183,8 +200,8 @@ def fold(
             processor does it, with a logged warning, where torch or the device is missing.
         target: Leave folds that take longer on this provider, ``"cpu"`` or ``"cuda"``, than what
             they save; None folds whatever saves weights, and reports which these are.
-        verify: Prove each fold in float64 (:mod:`onnx_fold.proof`), then compare the models in
-            ONNX Runtime: ``"full"`` runs both, ``"sampled"`` a few of the folded streams,
+        verify: Prove each fold in float64 (:mod:`onnx_fold.check.proof`), then compare the models
+            in ONNX Runtime: ``"full"`` runs both, ``"sampled"`` a few of the folded streams,
             ``"auto"`` or True the latter where both models do not fit in memory. A fold that does
             not pass is taken back, and the rest is kept.
         strict: Take nothing back: one fold that does not pass fails the whole.

@@ -14,12 +14,13 @@ from typing import TypeAlias
 
 import onnx_ir as ir
 
-from onnx_fold.errors import CheckFailedError, WeightError
-from onnx_fold.inline import inline
-from onnx_fold.parity import ParityReport
-from onnx_fold.progress import Report
-from onnx_fold.proof import prove
-from onnx_fold.report import CandidateReport, FoldReport
+from onnx_fold.base.progress import Report
+from onnx_fold.check.parity import ParityReport
+from onnx_fold.check.proof import prove
+from onnx_fold.engine.outcome import CandidateReport
+from onnx_fold.errors import WeightError
+from onnx_fold.graph.inline import inline
+from onnx_fold.report.fold import CheckFailedError, FoldReport
 
 __all__ = ["Folded", "Plan", "proved", "within_limits"]
 

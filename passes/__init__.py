@@ -6,7 +6,7 @@ A new strategy is a new file here and one entry in :data:`PASSES`.
 from onnx_fold.passes.absorb import AbsorbPass
 from onnx_fold.passes.interpolate import InterpolatePass
 from onnx_fold.passes.merge import MergePass
-from onnx_fold.passes.select import SelectPass
+from onnx_fold.passes.select_heads import SelectPass
 
 __all__ = ["PASSES", "AbsorbPass", "InterpolatePass", "MergePass", "SelectPass"]
 

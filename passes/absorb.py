@@ -14,18 +14,36 @@ from functools import partial
 import numpy as np
 import onnx_ir as ir
 
-from onnx_fold.basis import Basis, Side
-from onnx_fold.constants import constant
-from onnx_fold.expression import FoldedTensor, reshape, scale, take
-from onnx_fold.folding import Candidate, FoldPass, attempt
-from onnx_fold.fused import Columns, ComputedShape, Fused, Part, compute_shapes, fused
-from onnx_fold.heads import role
-from onnx_fold.linear import Edge, Linear, compact
-from onnx_fold.operators import operator
-from onnx_fold.rebase import become_identity, rebase, stored_matrix, weights_of
-from onnx_fold.report import CandidateReport
-from onnx_fold.rewrite import CannotRewriteError, Rewrite, new_constant, new_node, new_split
-from onnx_fold.stream import Stream
+from onnx_fold.algebra.basis import Basis, Side
+from onnx_fold.algebra.expression import (
+    FoldedTensor,
+    reshape,
+    scale,
+    take,
+)
+from onnx_fold.engine.folding import Candidate, FoldPass, attempt
+from onnx_fold.engine.outcome import CandidateReport
+from onnx_fold.graph.constants import constant
+from onnx_fold.graph.edit import new_constant, new_node, new_split
+from onnx_fold.graph.linear import Edge, Linear, compact
+from onnx_fold.graph.operators import operator
+from onnx_fold.rewriting.rebase import (
+    become_identity,
+    rebase,
+    stored_matrix,
+    weights_of,
+)
+from onnx_fold.rewriting.rewrite import CannotRewriteError, Rewrite
+from onnx_fold.streams.fused import (
+    Columns,
+    ComputedShape,
+    Fused,
+    Part,
+    compute_shapes,
+    fused,
+)
+from onnx_fold.streams.heads import role
+from onnx_fold.streams.stream import Stream
 
 
 class AbsorbPass(FoldPass):

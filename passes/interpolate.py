@@ -16,19 +16,37 @@ from dataclasses import replace
 import numpy as np
 import onnx_ir as ir
 
-from onnx_fold.basis import Basis, Side
-from onnx_fold.bias import carry_biases
-from onnx_fold.device import Array
-from onnx_fold.expression import FoldedTensor, Spool, cast, evaluate, scale, transpose
-from onnx_fold.folding import Candidate, FoldPass, Options, attempt
-from onnx_fold.heads import role
-from onnx_fold.linear import Linear, compact
-from onnx_fold.permute import Hidden, hidden_stream, permute
-from onnx_fold.rebase import Rebased, rebase, weights_of
-from onnx_fold.report import CandidateReport
-from onnx_fold.rewrite import Rewrite, new_constant, new_integers, new_node, new_split
-from onnx_fold.selection import RowSelection
-from onnx_fold.stream import Stream
+from onnx_fold.algebra.basis import Basis, Side
+from onnx_fold.algebra.device import Array
+from onnx_fold.algebra.expression import (
+    FoldedTensor,
+    Spool,
+    cast,
+    evaluate,
+    scale,
+    transpose,
+)
+from onnx_fold.algebra.selection import RowSelection
+from onnx_fold.engine.folding import (
+    Candidate,
+    FoldPass,
+    Options,
+    attempt,
+)
+from onnx_fold.engine.outcome import CandidateReport
+from onnx_fold.graph.edit import (
+    new_constant,
+    new_integers,
+    new_node,
+    new_split,
+)
+from onnx_fold.graph.linear import Linear, compact
+from onnx_fold.rewriting.bias import carry_biases
+from onnx_fold.rewriting.permute import Hidden, hidden_stream, permute
+from onnx_fold.rewriting.rebase import Rebased, rebase, weights_of
+from onnx_fold.rewriting.rewrite import Rewrite
+from onnx_fold.streams.heads import role
+from onnx_fold.streams.stream import Stream
 
 
 class InterpolatePass(FoldPass):

@@ -10,15 +10,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from onnx_fold.basis import Basis, Side, TableSide
-from onnx_fold.bias import carry_biases
-from onnx_fold.folding import Candidate, FoldPass, attempt
-from onnx_fold.linear import Linear, compact
-from onnx_fold.rebase import become_identity, in_place, rebase, weights_of
-from onnx_fold.report import CandidateReport
-from onnx_fold.resize import resize_stream
-from onnx_fold.rewrite import CannotRewriteError, Rewrite
-from onnx_fold.stream import Stream
+from onnx_fold.algebra.basis import Basis, Side, TableSide
+from onnx_fold.engine.folding import Candidate, FoldPass, attempt
+from onnx_fold.engine.outcome import CandidateReport
+from onnx_fold.graph.linear import Linear, compact
+from onnx_fold.rewriting.bias import carry_biases
+from onnx_fold.rewriting.rebase import (
+    become_identity,
+    in_place,
+    rebase,
+    weights_of,
+)
+from onnx_fold.rewriting.resize import resize_stream
+from onnx_fold.rewriting.rewrite import CannotRewriteError, Rewrite
+from onnx_fold.streams.stream import Stream
 
 
 class MergePass(FoldPass):

@@ -12,9 +12,9 @@ import onnxruntime as ort
 from google.protobuf.message import Message
 
 import onnx_fold
-from onnx_fold.files import load
+from onnx_fold.files.load import load
 from onnx_fold.pipeline import FoldResult
-from onnx_fold.stream import Stream, find_streams
+from onnx_fold.streams.stream import Stream, find_streams
 
 TOLERANCE = {"float64": 1e-9, "float32": 1e-4, "float16": 3e-2, "bfloat16": 6e-2}
 

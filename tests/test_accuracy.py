@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnx_fold.basis import Basis
-from onnx_fold.expression import Held, evaluate
-from onnx_fold.selection import RowSelection, select_rows
+from onnx_fold.algebra.basis import Basis
+from onnx_fold.algebra.expression import Held, evaluate
+from onnx_fold.algebra.selection import RowSelection, select_rows
 
 ROOT = Path(__file__).parents[1]
 DTYPES = ("fp32", "fp16", "bf16")

@@ -4,7 +4,7 @@ import pytest
 from helpers import graph, normal
 
 import onnx_fold
-from onnx_fold.arguments import several
+from onnx_fold.base.arguments import several
 from onnx_fold.errors import UsageError
 
 

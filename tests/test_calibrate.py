@@ -6,8 +6,8 @@ import pytest
 from helpers import assert_same_function, fold, graph, normal
 
 import onnx_fold
-from onnx_fold.calibrate import record
 from onnx_fold.errors import UsageError
+from onnx_fold.runtime.calibrate import record
 
 HELD = {"M": normal(9, 16, seed=1), "O": normal(16, 6, seed=2), "R": normal(6, 64, seed=3)}
 

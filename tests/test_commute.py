@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from helpers import chain, folded, normal, operators, refused, stream_of
 
-from onnx_fold.commute import RULES
+from onnx_fold.graph.commute import RULES
 
 
 def ints(*values: int) -> np.ndarray:

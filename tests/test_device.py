@@ -14,11 +14,16 @@ from test_expression import Pair, trees
 
 import onnx_fold
 from onnx_fold import pipeline
-from onnx_fold.basis import Basis
-from onnx_fold.device import HOST, TorchDevice, find_device
+from onnx_fold.algebra.basis import Basis
+from onnx_fold.algebra.device import HOST, TorchDevice, find_device
+from onnx_fold.algebra.expression import (
+    FoldedTensor,
+    Held,
+    cast,
+    evaluate,
+)
+from onnx_fold.algebra.selection import select_rows
 from onnx_fold.errors import UsageError
-from onnx_fold.expression import FoldedTensor, Held, cast, evaluate
-from onnx_fold.selection import select_rows
 
 pytest.importorskip("torch")
 TORCH = TorchDevice("cpu")

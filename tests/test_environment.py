@@ -10,9 +10,9 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from onnx_fold import environment as module
-from onnx_fold.environment import GPU_FIELDS, environment, gpu_memory_used
 from onnx_fold.errors import MissingExtraError
+from onnx_fold.runtime import environment as module
+from onnx_fold.runtime.environment import GPU_FIELDS, environment, gpu_memory_used
 
 ANSWERS = {
     "name": "NVIDIA H200",

@@ -11,9 +11,8 @@ from helpers import normal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnx_fold.basis import Basis, Side, probe
-from onnx_fold.errors import NotFiniteError
-from onnx_fold.expression import (
+from onnx_fold.algebra.basis import Basis, Side, probe
+from onnx_fold.algebra.expression import (
     SAMPLE,
     Broadcast,
     Concatenate,
@@ -36,7 +35,8 @@ from onnx_fold.expression import (
     take,
     transpose,
 )
-from onnx_fold.selection import RowSelection
+from onnx_fold.algebra.selection import RowSelection
+from onnx_fold.errors import NotFiniteError
 
 SIZES = st.integers(1, 6)
 Pair = tuple[Expression, np.ndarray]

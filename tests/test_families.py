@@ -10,7 +10,7 @@ import onnx_ir as ir
 import pytest
 
 import onnx_fold
-from onnx_fold.report import FoldReport
+from onnx_fold.report.fold import FoldReport
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")

@@ -5,8 +5,8 @@ import onnx_ir as ir
 import pytest
 from helpers import folded, graph, normal, operators, refused, square
 
-from onnx_fold.attention import find_attention
-from onnx_fold.stream import find_streams
+from onnx_fold.report.attention import find_attention
+from onnx_fold.streams.stream import find_streams
 
 D, H, S = 12, 4, 3  # width, heads, head size
 Q, K, V = (square(D, seed=seed) for seed in (1, 2, 3))

@@ -16,7 +16,7 @@ import onnxruntime as ort
 import pytest
 
 import onnx_fold
-from onnx_fold.linear import find_linears
+from onnx_fold.graph.linear import find_linears
 from onnx_fold.models.presets import PRESETS
 
 pytest.importorskip("torch")

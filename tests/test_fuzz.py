@@ -13,8 +13,9 @@ from helpers import feeds, fold, outputs, proto, weights
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 
-from onnx_fold.constants import FLOATS
-from onnx_fold.widen import SIXTEEN_BITS, unit_roundoff, widen
+from onnx_fold.algebra.precision import SIXTEEN_BITS, unit_roundoff
+from onnx_fold.graph.constants import FLOATS
+from onnx_fold.graph.widen import widen
 
 EXAMPLES = int(os.environ.get("ONNX_FOLD_FUZZ", "0"))
 BUDGET = settings(

@@ -8,11 +8,12 @@ import onnx_ir as ir
 import pytest
 from helpers import fold, model, normal
 
-from onnx_fold import cli, runtime
+from onnx_fold import cli
+from onnx_fold.check.parity import verify
 from onnx_fold.errors import UsageError
-from onnx_fold.files import load
-from onnx_fold.generate import Decoder, Decoding, greedy
-from onnx_fold.parity import verify
+from onnx_fold.files.load import load
+from onnx_fold.runtime import sessions
+from onnx_fold.runtime.generate import Decoder, Decoding, greedy
 
 VOCABULARY = 8
 
@@ -68,7 +69,7 @@ def cached(
 
 
 def function_of(source):
-    return functools.partial(runtime.run, runtime.session(source))
+    return functools.partial(sessions.run, sessions.session(source))
 
 
 def written(source, start, tokens: int) -> list[int]:

@@ -5,9 +5,9 @@ import onnx_ir as ir
 import pytest
 from helpers import model
 
-from onnx_fold import runtime
 from onnx_fold.errors import UsageError
-from onnx_fold.inputs import cache_links, index_limits, make_inputs
+from onnx_fold.runtime import sessions
+from onnx_fold.runtime.inputs import cache_links, index_limits, make_inputs
 
 BFLOAT16 = ir.DataType.BFLOAT16.numpy()
 
@@ -44,7 +44,7 @@ def test_inputs_of_a_decoder_agree_on_their_sizes():
     }
     assert inputs["past_key_values_0_key"].dtype == np.float16
     np.testing.assert_array_equal(inputs["position_ids"][0], np.arange(5, 11))
-    outputs = runtime.run(runtime.session(decoder()), inputs)
+    outputs = sessions.run(sessions.session(decoder()), inputs)
     np.testing.assert_array_equal(outputs["mask"], inputs["attention_mask"])
 
 

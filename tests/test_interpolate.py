@@ -6,7 +6,7 @@ from helpers import fold, folded, graph, normal, operators, refused
 
 from onnx_fold.errors import UsageError
 from onnx_fold.passes import InterpolatePass
-from onnx_fold.stream import find_streams
+from onnx_fold.streams.stream import find_streams
 
 D, F, N = 6, 16, 9
 FFN = {"M": normal(N, F, seed=1), "O": normal(F, D, seed=2), "R": normal(D, 64, seed=3)}

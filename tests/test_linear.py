@@ -5,8 +5,8 @@ import onnx_ir as ir
 import pytest
 from helpers import graph, normal, outputs
 
-from onnx_fold.expression import evaluate
-from onnx_fold.linear import Linear, compact, find_linears
+from onnx_fold.algebra.expression import evaluate
+from onnx_fold.graph.linear import Linear, compact, find_linears
 
 X = normal(3, 4, seed=9)
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from onnx_fold import memory
+from onnx_fold.base import memory
 
 GIB = 2**30
 

@@ -13,8 +13,8 @@ from onnx.numpy_helper import to_array
 from onnx.reference import ReferenceEvaluator
 from onnx_ir.convenience import replace_all_uses_with
 
-from onnx_fold.constants import FLOATS
-from onnx_fold.inputs import make_inputs
+from onnx_fold.graph.constants import FLOATS
+from onnx_fold.runtime.inputs import make_inputs
 
 DATA = Path(onnx.__file__).parent / "backend" / "test" / "data"
 MAX_WIDTH = 64  # of a square matrix that is multiplied in front of an operator

@@ -10,9 +10,9 @@ import pytest
 from helpers import graph, normal
 
 import onnx_fold
-from onnx_fold import npz
 from onnx_fold.errors import InvalidModelError, UsageError
-from onnx_fold.inputs import given_inputs
+from onnx_fold.runtime import npz
+from onnx_fold.runtime.inputs import given_inputs
 
 GIB = 2**30
 

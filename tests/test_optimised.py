@@ -21,8 +21,8 @@ from helpers import (
 )
 
 import onnx_fold
-from onnx_fold.cost import closed_streams
 from onnx_fold.models.presets import PRESETS
+from onnx_fold.models.savings import closed_streams
 
 # --- Real exports, through real optimisers -------------------------------------------------------
 

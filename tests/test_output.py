@@ -12,8 +12,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from onnx_fold import files, output, write
 from onnx_fold.errors import CannotWriteError
+from onnx_fold.files import load, output, write
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +42,7 @@ def names() -> set[str]:
 
 def content(name: str = "f.onnx") -> float:
     """The value of all weights."""
-    held = files.load(name).graph.initializers.values()
+    held = load.load(name).graph.initializers.values()
     (value,) = {float(x) for tensor in held for x in np.unique(tensor.const_value.numpy())}
     return value
 
@@ -104,7 +104,7 @@ def test_a_symbolic_link_is_replaced_and_its_target_stays():
 def test_another_folder():
     Path("in").mkdir()
     save(matrices(5.0), "in/f.onnx")
-    save(files.load("in/f.onnx"), "g.onnx", shard_size=None)
+    save(load.load("in/f.onnx"), "g.onnx", shard_size=None)
     assert {path.name for path in Path("in").iterdir()} == {"f.onnx", "f.onnx.data"}
     shutil.rmtree("in")
     assert content("g.onnx") == 5.0
@@ -117,7 +117,7 @@ def test_another_folder():
 def test_a_full_disk(monkeypatch, calls):
     save(matrices(1.0))
     save(matrices(5.0), "in.onnx")
-    source = files.load("in.onnx") if len(calls) > 1 else matrices(2.0)
+    source = load.load("in.onnx") if len(calls) > 1 else matrices(2.0)
     before = names()
 
     def full(*_):
@@ -297,7 +297,8 @@ def test_killed_at_50_random_moments():
 _INTERRUPTED = """
     import os, signal, sys, threading, time
     from pathlib import Path
-    from onnx_fold import cli, write
+    from onnx_fold import cli
+    from onnx_fold.files import write
     real = write.run_jobs
     def slow(*arguments):
         real(*arguments)

@@ -8,9 +8,10 @@ import pytest
 from rich.console import Console
 
 import onnx_fold
-from onnx_fold import judge, parity, runtime
+from onnx_fold.check import judge, parity
+from onnx_fold.check.parity import verify
 from onnx_fold.errors import InvalidModelError, UsageError
-from onnx_fold.parity import verify
+from onnx_fold.runtime import sessions
 
 BFLOAT16 = ir.DataType.BFLOAT16.numpy()
 
@@ -450,7 +451,7 @@ def test_bfloat16_is_emulated_on_the_cpu_and_said():
     assert report.outputs[0].dtype == "BFLOAT16"
     assert any("rounded to BFLOAT16" in note for note in report.notes)
     assert 1e-4 < report.outputs[0].error_original < 0.05
-    with pytest.raises(runtime.MissingKernelError):
+    with pytest.raises(sessions.MissingKernelError):
         verify(chain("bfloat16"), chain("bfloat16", folded=True), emulate=False)
 
 

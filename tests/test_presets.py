@@ -10,9 +10,9 @@ import onnx_ir as ir
 import pytest
 
 import onnx_fold
-from onnx_fold.cost import closed_streams
 from onnx_fold.models.config import SkiplessConfig
 from onnx_fold.models.presets import PRESETS
+from onnx_fold.models.savings import closed_streams
 
 pytest.importorskip("torch")
 from onnx_fold.models.export import export

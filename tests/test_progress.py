@@ -4,7 +4,7 @@ import io
 
 from rich.console import Console
 
-from onnx_fold import progress
+from onnx_fold.base import progress
 
 
 def test_a_bar_on_a_terminal():

@@ -10,12 +10,15 @@ import pytest
 from helpers import fold, graph, normal, proto
 
 import onnx_fold
-from onnx_fold import exact as exact_module
-from onnx_fold import proof as proof_module
-from onnx_fold.device import Array
-from onnx_fold.errors import WrongWeightError
-from onnx_fold.exact import Multiplier, checked, exact, values
-from onnx_fold.expression import (
+from onnx_fold.algebra import exact as exact_module
+from onnx_fold.algebra.device import Array
+from onnx_fold.algebra.exact import (
+    Multiplier,
+    checked,
+    exact,
+    values,
+)
+from onnx_fold.algebra.expression import (
     Cast,
     Concatenate,
     Diagonal,
@@ -31,9 +34,11 @@ from onnx_fold.expression import (
     Transpose,
     take,
 )
-from onnx_fold.proof import prove
-from onnx_fold.rewrite import Rewrite
-from onnx_fold.runtime import MissingKernelError
+from onnx_fold.check import proof as proof_module
+from onnx_fold.check.proof import prove
+from onnx_fold.errors import WrongWeightError
+from onnx_fold.rewriting.rewrite import Rewrite
+from onnx_fold.runtime.sessions import MissingKernelError
 
 D, F = 6, 16
 TYPES = {"float": np.float32, "float16": np.float16, "bfloat16": ir.DataType.BFLOAT16.numpy()}
@@ -87,7 +92,7 @@ def planned(model: ir.Model, strategy: str) -> onnx_fold.FoldResult:
 def test_right_folds_are_proved(strategy, kind, is_large, monkeypatch):
     if is_large:
         monkeypatch.setattr(proof_module, "WHOLE", 0)
-        monkeypatch.setattr("onnx_fold.interpreter.LARGE", 1)
+        monkeypatch.setattr("onnx_fold.check.interpreter.LARGE", 1)
     result = planned(MODELS[strategy](kind), strategy)
     proof = prove(result.original, result.model, result.report.folded)
     assert proof.proved == [stream.name for stream in result.report.folded]
@@ -159,7 +164,7 @@ def cases() -> Iterator[tuple[str, str]]:
 def test_a_wrong_fold_is_caught(strategy, fault, kind, is_large, plant, monkeypatch):
     if is_large:
         monkeypatch.setattr(proof_module, "WHOLE", 0)
-        monkeypatch.setattr("onnx_fold.interpreter.LARGE", 1)
+        monkeypatch.setattr("onnx_fold.check.interpreter.LARGE", 1)
     hit = plant(strategy, fault)
     result = planned(MODELS[strategy](kind), strategy)
     if not hit:
@@ -305,7 +310,7 @@ def test_an_operator_without_a_kernel_for_float64_is_not_proved(monkeypatch):
         for node in model.graph:
             if node.op_type == "Relu":
                 node.domain, node.op_type = "com.microsoft", "FastGelu"
-    monkeypatch.setattr(proof_module.runtime, "session", missing)
+    monkeypatch.setattr(proof_module.sessions, "session", missing)
     monkeypatch.setattr(proof_module, "cut", lambda *_: (result.original, result.model))
     proof = prove(result.original, result.model, result.report.folded)
     assert not proof.failed

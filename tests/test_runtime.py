@@ -9,8 +9,8 @@ import onnx_ir as ir
 import pytest
 from helpers import graph, model, normal
 
-from onnx_fold import runtime
 from onnx_fold.errors import InvalidModelError, MissingExtraError, UsageError
+from onnx_fold.runtime import sessions
 
 BFLOAT16 = ir.DataType.BFLOAT16.numpy()
 
@@ -25,9 +25,9 @@ def test_session_takes_any_source(kind, tmp_path):
         source = tmp_path / "m.onnx"
     elif kind == "proto":
         source = ir.to_proto(source)
-    session = runtime.session(source, threads=1, optimize=False)
+    session = sessions.session(source, threads=1, optimize=False)
     np.testing.assert_array_equal(
-        runtime.run(session, {"x": np.ones(3, np.float32)})["y"], [2, 2, 2]
+        sessions.run(session, {"x": np.ones(3, np.float32)})["y"], [2, 2, 2]
     )
 
 
@@ -39,17 +39,17 @@ def test_session_of_a_loaded_model_with_external_data_from_another_folder(tmp_pa
     ir.save(source, tmp_path / "a" / "m.onnx", external_data="m.data", size_threshold_bytes=0)
     monkeypatch.chdir(tmp_path)
     loaded = ir.load("a/m.onnx")
-    y = runtime.run(runtime.session(loaded), {"x": np.ones((2, 3), np.float32)})["y"]
+    y = sessions.run(sessions.session(loaded), {"x": np.ones((2, 3), np.float32)})["y"]
     assert y.shape == (2, 4)
     assert isinstance(loaded.graph.initializers["w"].const_value, ir.ExternalTensor)
 
 
 def test_session_of_a_model_over_the_protobuf_limit_goes_through_a_folder(monkeypatch):
-    monkeypatch.setattr(runtime, "PROTOBUF_LIMIT", 16)
+    monkeypatch.setattr(sessions, "PROTOBUF_LIMIT", 16)
     source = model(
         "m (float[2, 3] x) => (float[2, 4] y) { y = MatMul(x, w) }", w=np.eye(3, 4, dtype="f4")
     )
-    y = runtime.run(runtime.session(source), {"x": np.ones((2, 3), np.float32)})["y"]
+    y = sessions.run(sessions.session(source), {"x": np.ones((2, 3), np.float32)})["y"]
     np.testing.assert_array_equal(y, [[1, 1, 1, 0]] * 2)
     assert not isinstance(source.graph.initializers["w"].const_value, ir.ExternalTensor)
 
@@ -58,25 +58,25 @@ def test_session_without_onnxruntime(monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     for provider in ("cpu", "auto"):
         with pytest.raises(MissingExtraError, match=r"onnx-fold\[cpu\]"):
-            runtime.session(ir.from_onnx_text(DOUBLER), provider)
+            sessions.session(ir.from_onnx_text(DOUBLER), provider)
 
 
 def test_session_rejects_an_unknown_provider():
     with pytest.raises(UsageError, match="unknown provider 'tpu'"):
-        runtime.session(ir.from_onnx_text(DOUBLER), "tpu")
+        sessions.session(ir.from_onnx_text(DOUBLER), "tpu")
 
 
 def test_cuda_in_a_build_without_it_is_an_error_and_auto_is_cpu(monkeypatch):
-    ort = runtime.onnxruntime()
+    ort = sessions.onnxruntime()
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
     with pytest.raises(UsageError, match="built without CUDA"):
-        runtime.session(ir.from_onnx_text(DOUBLER), "cuda")
-    assert runtime.resolve_provider("auto") == "cpu"
+        sessions.session(ir.from_onnx_text(DOUBLER), "cuda")
+    assert sessions.resolve_provider("auto") == "cpu"
 
 
 def cuda_build(monkeypatch, session, preload=lambda: None):
     """Make the installed onnxruntime look like one for CUDA, whose sessions are ``session``."""
-    ort = runtime.onnxruntime()
+    ort = sessions.onnxruntime()
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider"])
     monkeypatch.setattr(ort, "preload_dlls", preload)
     monkeypatch.setattr(ort, "InferenceSession", session)
@@ -104,9 +104,9 @@ def test_cuda_that_does_not_start_is_an_error_not_a_silent_fall_back(monkeypatch
     with pytest.raises(
         UsageError, match=r"could not start CUDA: check the driver.*onnx-fold\[cuda\]"
     ):
-        runtime.session(ir.from_onnx_text(DOUBLER), "cuda")
+        sessions.session(ir.from_onnx_text(DOUBLER), "cuda")
     assert capfd.readouterr() == ("", "")
-    assert runtime.resolve_provider("auto") == "cpu"
+    assert sessions.resolve_provider("auto") == "cpu"
 
 
 @pytest.mark.parametrize(
@@ -129,10 +129,10 @@ def test_the_missing_library_is_named(monkeypatch, tmp_path, library, message):
     provider.touch()
     ort = cuda_build(monkeypatch, DroppedSession)
     monkeypatch.setattr(ort, "__file__", str(tmp_path / "__init__.py"))
-    monkeypatch.setattr(runtime.ctypes, "CDLL", load)
+    monkeypatch.setattr(sessions.ctypes, "CDLL", load)
     with pytest.raises(UsageError, match=message):
-        runtime.session(ir.from_onnx_text(DOUBLER), "cuda")
-    assert runtime.resolve_provider("auto") == "cpu"
+        sessions.session(ir.from_onnx_text(DOUBLER), "cuda")
+    assert sessions.resolve_provider("auto") == "cpu"
 
 
 CUDA_FAILURE = """\
@@ -148,13 +148,13 @@ def test_a_cuda_failure_is_no_fault_of_the_model(monkeypatch):
     cuda_build(monkeypatch, fail)
     said = "could not start CUDA: CUDA failure 35: CUDA driver version is insufficient for CUDA"
     with pytest.raises(UsageError, match=rf"{said} runtime version; check the driver"):
-        runtime.session(ir.from_onnx_text(DOUBLER), "cuda")
-    assert runtime.resolve_provider("auto") == "cpu"
+        sessions.session(ir.from_onnx_text(DOUBLER), "cuda")
+    assert sessions.resolve_provider("auto") == "cpu"
 
 
 def cuda_that_runs(*on_cpu):
     """Sessions that say that all runs on CUDA but ``on_cpu``, and run it on the CPU."""
-    real = runtime.onnxruntime().InferenceSession
+    real = sessions.onnxruntime().InferenceSession
 
     class Session(real):
         def __init__(self, source, options, providers, enable_fallback):
@@ -185,16 +185,16 @@ def layers():
 
 def test_shape_arithmetic_may_run_on_the_cpu(monkeypatch):
     cuda_build(monkeypatch, cuda_that_runs("Shape", "Gather", "Range"))
-    placed = runtime.placement(runtime.session(layers(), "cuda"))
+    placed = sessions.placement(sessions.session(layers(), "cuda"))
     assert placed["CUDAExecutionProvider"]["MatMul"] == 3
     assert placed["CPUExecutionProvider"] == {"Shape": 1, "Gather": 1, "Range": 1}
-    assert runtime.resolve_provider("auto") == "cuda"
+    assert sessions.resolve_provider("auto") == "cuda"
 
 
 def test_a_layer_on_the_cpu_is_a_missing_kernel_and_small_products_are_not(monkeypatch):
     cuda_build(monkeypatch, cuda_that_runs("MatMul", "Range"))
-    with pytest.raises(runtime.MissingKernelError) as caught:
-        runtime.session(layers(), "cuda")
+    with pytest.raises(sessions.MissingKernelError) as caught:
+        sessions.session(layers(), "cuda")
     assert "no CUDA kernel for MatMul 'layer' (float), and would run it on the CPU" in str(
         caught.value
     )
@@ -208,8 +208,8 @@ def test_nodes_that_onnx_runtime_named_count_and_the_first_three_are_said(monkey
         text += f"[a{i}] {'y' if i == 4 else f'y{i}'} = Add(h{i}, b) "
     source = graph(text + "}", **{name: a.astype(np.float16) for name, a in gemm.items()})
     cuda_build(monkeypatch, cuda_that_runs("Gemm"))
-    with pytest.raises(runtime.MissingKernelError, match=r"Gemm 'l0.*' \(float16\).* and 2 more"):
-        runtime.session(source, "cuda")
+    with pytest.raises(sessions.MissingKernelError, match=r"Gemm 'l0.*' \(float16\).* and 2 more"):
+        sessions.session(source, "cuda")
 
 
 def test_where_onnx_runtime_does_not_tell_a_warning_says_so(monkeypatch, caplog):
@@ -221,8 +221,8 @@ def test_where_onnx_runtime_does_not_tell_a_warning_says_so(monkeypatch, caplog)
             return ["CUDAExecutionProvider", "CPUExecutionProvider"]
 
     cuda_build(monkeypatch, Old)
-    session = runtime.session(ir.from_onnx_text(DOUBLER), "cuda")
-    assert runtime.placement(session) is None
+    session = sessions.session(ir.from_onnx_text(DOUBLER), "cuda")
+    assert sessions.placement(session) is None
     assert "does not tell on which provider a node runs" in caplog.text
 
 
@@ -232,39 +232,39 @@ def test_auto_is_cpu_where_cuda_starts_and_cannot_compute(monkeypatch):
             raise RuntimeError("CUDA error cudaErrorNoKernelImageForDevice")
 
     cuda_build(monkeypatch, Session)
-    assert runtime.resolve_provider("auto") == "cpu"
+    assert sessions.resolve_provider("auto") == "cpu"
 
 
 def test_session_of_what_is_no_model(tmp_path):
     with pytest.raises(InvalidModelError, match="cannot read"):
-        runtime.session(tmp_path / "missing.onnx")
+        sessions.session(tmp_path / "missing.onnx")
     (tmp_path / "bad.onnx").write_bytes(b"not a model")
     with pytest.raises(InvalidModelError, match=r"bad\.onnx") as caught:
-        runtime.session(tmp_path / "bad.onnx")
+        sessions.session(tmp_path / "bad.onnx")
     assert "\n" not in str(caught.value)
 
 
 def test_session_without_a_kernel_says_which():
     source = model("m (bfloat16[n] x) => (bfloat16[n] y) { y = Tanh(x) }")
-    with pytest.raises(runtime.MissingKernelError, match="Tanh"):
-        runtime.session(source)
+    with pytest.raises(sessions.MissingKernelError, match="Tanh"):
+        sessions.session(source)
 
 
 def test_run_with_bfloat16():
-    session = runtime.session(
+    session = sessions.session(
         model("m (bfloat16[n, 2] x) => (bfloat16[2, n] y) { y = Transpose(x) }")
     )
     x = np.arange(6).reshape(3, 2).astype(BFLOAT16)
-    y = runtime.run(session, {"x": x})["y"]
+    y = sessions.run(session, {"x": x})["y"]
     assert y.dtype == BFLOAT16
     np.testing.assert_array_equal(y, x.T)
-    assert runtime.run(session, {"x": x[:0]})["y"].shape == (2, 0)
+    assert sessions.run(session, {"x": x[:0]})["y"].shape == (2, 0)
 
 
 @pytest.mark.parametrize("shape", [(2, 3), (0, 3), ()])
 def test_values_of_a_device_are_filled_from_the_bits(monkeypatch, shape):
     """The host stands in for the device: the same calls, but for where the memory is."""
-    value = runtime.onnxruntime().OrtValue
+    value = sessions.onnxruntime().OrtValue
     make = value.ortvalue_from_shape_and_type
 
     def allocate(shape, kind, device):
@@ -273,9 +273,9 @@ def test_values_of_a_device_are_filled_from_the_bits(monkeypatch, shape):
 
     monkeypatch.setattr(value, "ortvalue_from_shape_and_type", allocate)
     x = np.full(shape, 1.5).astype(BFLOAT16)
-    held = runtime.to_ort_value(x, "cuda")
+    held = sessions.to_ort_value(x, "cuda")
     assert held.data_type() == "tensor(bfloat16)"
-    np.testing.assert_array_equal(runtime._to_numpy(held), x, strict=True)
+    np.testing.assert_array_equal(sessions._to_numpy(held), x, strict=True)
 
 
 def test_run_with_sequences_strings_and_scalars():
@@ -286,7 +286,7 @@ def test_run_with_sequences_strings_and_scalars():
     )
     x = np.arange(4, dtype=np.float32)
     s = np.array(["a", "b"], dtype=object)
-    outputs = runtime.run(runtime.session(source), {"s": s, "b": np.array(True), "x": x})
+    outputs = sessions.run(sessions.session(source), {"s": s, "b": np.array(True), "x": x})
     assert list(outputs) == ["t", "c", "parts[0]", "parts[1]"]
     np.testing.assert_array_equal(outputs["parts[1]"], [2, 3])
     assert not outputs["c"]
@@ -296,5 +296,5 @@ def test_run_with_sequences_strings_and_scalars():
     "inputs", [{}, {"x": np.ones(1, np.float64)}, {"x": np.ones(1, "f4"), "z": np.ones(1, "f4")}]
 )
 def test_run_with_the_wrong_inputs(inputs):
-    with pytest.raises(runtime.RunFailedError, match="cannot run"):
-        runtime.run(runtime.session(ir.from_onnx_text(DOUBLER)), inputs)
+    with pytest.raises(sessions.RunFailedError, match="cannot run"):
+        sessions.run(sessions.session(ir.from_onnx_text(DOUBLER)), inputs)

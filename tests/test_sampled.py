@@ -5,8 +5,8 @@ import onnx_ir as ir
 import pytest
 from helpers import fold, graph, normal
 
-from onnx_fold import sampled
-from onnx_fold.sampled import fits_in_memory, verify_sampled
+from onnx_fold.check import sampled
+from onnx_fold.check.sampled import fits_in_memory, verify_sampled
 
 D = 16
 

@@ -12,10 +12,10 @@ import onnx_ir as ir
 import pytest
 from helpers import fold, graph, normal
 
-from onnx_fold import expression
-from onnx_fold.basis import Basis
-from onnx_fold.expression import Held, Part, Stored
-from onnx_fold.selection import RowSelection
+from onnx_fold.algebra import expression
+from onnx_fold.algebra.basis import Basis
+from onnx_fold.algebra.expression import Held, Part, Stored
+from onnx_fold.algebra.selection import RowSelection
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "scale.py"
 

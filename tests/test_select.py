@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from helpers import fold, folded, graph, normal, operators, refused
 
-from onnx_fold.attention import find_attention
-from onnx_fold.selection import select_blocks
-from onnx_fold.stream import find_streams
+from onnx_fold.algebra.selection import select_blocks
+from onnx_fold.report.attention import find_attention
+from onnx_fold.streams.stream import find_streams
 
 D, HD = 8, 2
 

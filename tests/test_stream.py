@@ -5,10 +5,10 @@ import onnx_ir as ir
 import pytest
 from helpers import chain, fold, folded, graph, normal, refused, square, stream_of
 
-from onnx_fold.expression import FoldedTensor, Held
-from onnx_fold.rewrite import Rewrite
-from onnx_fold.stream import Stream
-from onnx_fold.widen import unit_roundoff
+from onnx_fold.algebra.expression import FoldedTensor, Held
+from onnx_fold.algebra.precision import unit_roundoff
+from onnx_fold.rewriting.rewrite import Rewrite
+from onnx_fold.streams.stream import Stream
 
 D = 4
 W = {name: normal(D, D, seed=i) for i, name in enumerate("OQKV")}

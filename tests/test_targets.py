@@ -13,8 +13,9 @@ import pytest
 from helpers import assert_whole, externalise, graph, normal, outputs
 
 import onnx_fold
-from onnx_fold import cli, neighbours, output
+from onnx_fold import cli
 from onnx_fold.errors import CannotWriteError
+from onnx_fold.files import neighbours, output
 
 D = 16
 

@@ -10,15 +10,20 @@ import pytest
 from helpers import model as named
 from rich.console import Console
 
-from onnx_fold import runtime
-from onnx_fold.cost import bytes_read
+from onnx_fold.engine.cost import bytes_read
 from onnx_fold.errors import CannotWriteError, MissingExtraError, UsageError
-from onnx_fold.inputs import cache_links
-from onnx_fold.plot import plot
-from onnx_fold.profile import side_by_side
-from onnx_fold.runtime import MissingKernelError
-from onnx_fold.steps import Decode, cache_values, step_values
-from onnx_fold.timing import BenchReport, _paired, _phase, bench
+from onnx_fold.runtime import sessions
+from onnx_fold.runtime.inputs import cache_links
+from onnx_fold.runtime.sessions import MissingKernelError
+from onnx_fold.speed.operator_times import side_by_side
+from onnx_fold.speed.plot import plot
+from onnx_fold.speed.steps import Decode, cache_values, step_values
+from onnx_fold.speed.timing import (
+    BenchReport,
+    _paired,
+    _phase,
+    bench,
+)
 
 
 def model(*, folded: bool = False, cached: bool = False, length: str = "seq", dtype: str = "float"):
@@ -113,7 +118,7 @@ def test_pairs_alternate_and_warm_up_is_not_counted():
 
 def test_both_models_are_loaded_again_in_the_other_order(monkeypatch):
     names, loaded = {}, []
-    session = runtime.session
+    session = sessions.session
 
     def written(source, *arguments, **options):
         loaded.append(names[id(source)])
@@ -121,7 +126,7 @@ def test_both_models_are_loaded_again_in_the_other_order(monkeypatch):
 
     original, folded = model(cached=True), model(cached=True, folded=True)
     names.update({id(original): "original", id(folded): "folded"})
-    monkeypatch.setattr(runtime, "session", written)
+    monkeypatch.setattr(sessions, "session", written)
     report = run(original, folded, repeats=3, tokens=4)
     assert loaded == ["original", "folded", "folded", "original"]
     assert [(p.name, p.pairs) for p in report.phases] == [("prefill", 4), ("decode", 4)]
@@ -140,7 +145,7 @@ def test_decode_feeds_each_step_what_the_last_one_left():
     shape = 2, 1, 3
     cache = cache_values(source, 2, 3, "cpu", seed=0)
     steps = [step_values(source, shape, "cpu", seed=i) for i in range(3)]
-    decode = Decode(runtime.session(source), cache, steps, cache_links(source), "cpu")
+    decode = Decode(sessions.session(source), cache, steps, cache_links(source), "cpu")
     for _ in range(2):  # a loop can be run again
         decode.reset()
         for _ in steps:

@@ -6,8 +6,8 @@ import onnx_ir as ir
 import pytest
 from helpers import model
 
-from onnx_fold import runtime
-from onnx_fold.widen import precision, widen
+from onnx_fold.graph.widen import precision, widen
+from onnx_fold.runtime import sessions
 
 BFLOAT16 = ir.DataType.BFLOAT16.numpy()
 
@@ -39,7 +39,7 @@ def test_widening_keeps_values_and_leaves_the_model_alone():
     assert isinstance(weight, ir.LazyTensor)
     assert weight.numpy()[0] == np.float32(np.float16(0.1))
     x = np.array([3.0], np.float32)
-    y = runtime.run(runtime.session(wide), {"x": x, "c": np.array(True)})["y"]
+    y = sessions.run(sessions.session(wide), {"x": x, "c": np.array(True)})["y"]
     assert y[0] == 3 * np.float32(np.float16(0.1))
 
 
@@ -62,7 +62,7 @@ def test_rounding_is_that_of_the_narrow_type(dtype):
 
     wide = x.astype(np.float32)
     expected = narrow(narrow(np.tanh(narrow(wide @ w))) + wide)
-    y = runtime.run(runtime.session(rounded), {"x": wide})["y"]
+    y = sessions.run(sessions.session(rounded), {"x": wide})["y"]
     np.testing.assert_array_equal(y, narrow(y))
     # A sum near a tie may round the other way: one unit in the last place, and seldom.
     np.testing.assert_allclose(y, expected, rtol=2.0**-7, atol=2.0**-7)
@@ -76,7 +76,7 @@ def test_widening_to_double():
     )
     wide = widen(source, ir.DataType.DOUBLE)
     onnx.checker.check_model(ir.to_proto(wide), full_check=True)
-    y = runtime.run(runtime.session(wide), {"x": np.ones(2)})["y"]
+    y = sessions.run(sessions.session(wide), {"x": np.ones(2)})["y"]
     assert y.dtype == np.float64
     with pytest.raises(ValueError, match="cannot widen"):
         widen(source, ir.DataType.FLOAT16)
@@ -92,7 +92,7 @@ def test_widening_of_functions():
     source = ir.from_onnx_text(text)
     wide = widen(source, ir.DataType.FLOAT, rounded=True)
     assert len(source.functions) == 1
-    y = runtime.run(runtime.session(wide), {"x": np.ones(2, np.float32)})["y"]
+    y = sessions.run(sessions.session(wide), {"x": np.ones(2, np.float32)})["y"]
     np.testing.assert_array_equal(y, [2, 2])
 
 

@@ -1,0 +1,78 @@
+"""What folding saves of a skipless transformer, by its shape alone."""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+from onnx_fold.base.tables import new_table
+from onnx_fold.engine.cost import Cost, Saving
+from onnx_fold.models.config import SkiplessConfig, num_parameters
+from onnx_fold.models.presets import PRESETS
+from onnx_fold.streams.heads import attention_kind
+
+
+def closed_streams(config: SkiplessConfig) -> int:
+    """Number of streams of a skipless transformer that lose ``d²`` weights each.
+
+    A serial block has two, one in front of Q, K and V and one between P and the FFN; a parallel
+    block has one, in front of it. One more lies between the last block and the head. A model with
+    norms and skips has none.
+    """
+    if config.residual:
+        return 0
+    return config.num_hidden_layers * (1 if config.parallel else 2) + 1
+
+
+def predicted(config: SkiplessConfig, streams_per_block: int | None = None) -> Saving:
+    """Saving of a shape, by the formula: ``d²`` for each closed stream, at two bytes a weight.
+
+    Args:
+        config: The shape.
+        streams_per_block: Count this many streams in each block instead of what an exact rewrite
+            folds. The paper counts 2 for parallel blocks too, which is an architecture to train.
+    """
+    weights = num_parameters(config)
+    streams = (
+        closed_streams(config)
+        if streams_per_block is None
+        else config.num_hidden_layers * streams_per_block
+    )
+    left = weights - streams * config.hidden_size**2
+    return Saving(Cost(weights, 2 * weights), Cost(left, 2 * left))
+
+
+def presets_table() -> Table:
+    """What folding saves of each preset, by its shape; for the large ones the paper's table.
+
+    The paper (arXiv 2404.12362) counts P and Q of parallel blocks too. That is an architecture to
+    train; an exact rewrite of a trained parallel model removes one of them.
+    """
+    table = new_table("Presets")
+    table.add_column("preset", no_wrap=True)
+    table.add_column("attention")
+    table.add_column("block", no_wrap=True)
+    for column in ("d", "layers", "weights", "folded", "saved", "decode", "by the paper"):
+        table.add_column(column, justify="right")
+    for name, shape in PRESETS.items():
+        exact, paper = predicted(shape), predicted(shape, streams_per_block=2)
+        heads, kv_heads = shape.num_attention_heads, shape.num_key_value_heads
+        table.add_row(
+            name,
+            f"{attention_kind(heads, kv_heads)} {heads}/{kv_heads}",
+            f"{'parallel' if shape.parallel else 'serial'} {shape.ffn}",
+            str(shape.hidden_size),
+            str(shape.num_hidden_layers),
+            _short(exact.before.weights),
+            _short(exact.after.weights),
+            f"{exact.share:.0%}",
+            f"{exact.speedup:.2f}x",
+            f"{paper.share:.0%}, {paper.speedup:.2f}x",
+        )
+    return table
+
+
+def _short(count: int) -> str:
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return str(count)

@@ -1,0 +1,265 @@
+"""Folded weights as they are before they are rounded, in float64: what the proof multiplies by.
+
+:func:`exact` widens an expression: every leaf is read as it is stored and everything else is
+computed in float64. :func:`times` multiplies by such a matrix without evaluating it: ``x (P R)`` is
+``(x P) R``, and ``x (T⁻¹ R)`` is a triangular solve for the rows of ``x``. So a few rows go
+through a folded weight of any size for the price of its leaves, and every element of it takes part.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+import scipy.linalg
+
+from onnx_fold.algebra.device import Array, Host, Indices
+from onnx_fold.algebra.expression import (
+    Cast,
+    Computed,
+    Concatenate,
+    Diagonal,
+    Expression,
+    Factors,
+    FoldedTensor,
+    Part,
+    Product,
+    Scale,
+    Solve,
+    Sum,
+    Take,
+    Transpose,
+    cast,
+    evaluate,
+    take,
+)
+from onnx_fold.algebra.precision import unit_roundoff
+from onnx_fold.errors import WrongWeightError
+
+__all__ = ["Multiplier", "checked", "exact", "values"]
+
+_BLOCK = 2**22
+"""Elements of a leaf that are widened at a time."""
+
+_KEPT = 2
+"""LU factors that are kept."""
+
+_DIGITS = 1e-8
+"""What the unit roundoff of the storage type is taken for at least: a weight that is stored in
+float64 was computed in it too, and has lost digits to the condition of its matrices."""
+
+_ROWS, _SUMS = 4, 2
+"""Rows of a stored weight that are compared, and sums of all rows."""
+
+
+@dataclass(frozen=True)
+class _Exactly(Host):
+    """The processor, with a least-squares solution where a matrix is singular."""
+
+    def lu_factor(self, matrix: Array) -> Any:
+        with np.errstate(all="ignore"):
+            return matrix, super().lu_factor(matrix)
+
+    def lu_solve(self, factors: Any, rhs: Array, transposed: bool) -> Array:
+        matrix, known = factors
+        with np.errstate(all="ignore"):
+            solved = super().lu_solve(known, rhs, transposed)
+        if np.isfinite(solved).all():
+            return solved
+        found: Array = scipy.linalg.lstsq(matrix.T if transposed else matrix, rhs)[0]
+        return found
+
+
+EXACTLY = _Exactly()
+
+
+def exact(expression: Expression, *, defined: bool = True) -> Expression:
+    """``expression`` in float64 throughout: stored numbers as they are, nothing rounded since.
+
+    Args:
+        expression: What a folded weight is given by.
+        defined: Replace a matrix that was computed ahead of time, as the coefficients of an
+            interpolation are, by what defines it.
+    """
+    known: dict[Expression, Expression] = {}
+    todo = [expression]
+    while todo:  # a chain of folds may be deeper than Python's stack
+        node = todo[-1]
+        missing = [part for part in _parts(node, defined) if part not in known]
+        if missing:
+            todo.extend(missing)
+        else:
+            known[todo.pop()] = _widened(node, known, defined)
+    return known[expression]
+
+
+def _parts(node: Expression, defined: bool) -> Sequence[Expression]:
+    """What has to be widened before ``node``."""
+    if defined and node.definition is not None:
+        return (node.definition,)
+    if isinstance(node, Computed):
+        return (node.x,)
+    return () if isinstance(node, Part) else node.operands
+
+
+def _widened(node: Expression, known: Mapping[Expression, Expression], defined: bool) -> Expression:
+    parts = _parts(node, defined)
+    if isinstance(node, Part):
+        return Take(cast(node.source, np.float64), node.indices, node.axis)
+    if not parts:
+        return node if node.dtype.kind in "iub" else cast(node, np.float64)
+    if node.definition is not None or isinstance(node, Cast):
+        return known[parts[0]]
+    changed: dict[str, Any] = {}
+    for each in fields(node):  # type: ignore[arg-type]
+        value = getattr(node, each.name)
+        if isinstance(value, Expression):
+            changed[each.name] = known[value]
+        elif isinstance(value, tuple) and value and isinstance(value[0], Expression):
+            changed[each.name] = tuple(known[part] for part in value)
+    return replace(node, **changed)  # type: ignore[type-var]
+
+
+def values(expression: Expression) -> Array:
+    """The elements of an expression made by :func:`exact`."""
+    return evaluate(expression, EXACTLY)
+
+
+class Multiplier:
+    """Multiplies rows by exact matrices; the last LU factors are kept, for the next product."""
+
+    def __init__(self) -> None:
+        self._factors: dict[Factors, Any] = {}
+
+    def times(self, x: Array, matrix: Expression, *, transposed: bool = False) -> Array:
+        """``x @ matrix``, or ``x @ matrixᵀ``, float64 ``[n, r] @ [r, c]``.
+
+        Args:
+            x: The rows.
+            matrix: An expression made by :func:`exact`, of rank 2.
+            transposed: Multiply by its transpose.
+        """
+        match matrix:
+            case Transpose():
+                return self.times(x, matrix.x, transposed=not transposed)
+            case Scale():
+                return self.times(x, matrix.x, transposed=transposed) * matrix.factor
+            case Sum() if all(term.shape == matrix.shape for term in matrix.terms):
+                terms = (self.times(x, term, transposed=transposed) for term in matrix.terms)
+                return sum(terms, np.zeros(()))
+            case Product():
+                parts = [matrix.left, matrix.right]
+                for part in reversed(parts) if transposed else parts:
+                    x = self.times(x, part, transposed=transposed)
+                return x
+            case Solve() if transposed:
+                inside = self.times(x, matrix.rhs, transposed=True)
+                return self._solve(matrix, inside, transposed=matrix.transposed)
+            case Solve():
+                solved = self._solve(matrix, x, transposed=not matrix.transposed)
+                return self.times(solved, matrix.rhs)
+            case Take():
+                return self._taken(x, matrix, transposed)
+            case Concatenate():
+                return self._joined(x, matrix, transposed)
+            case Diagonal():
+                return x * values(matrix.x)
+        leaf = (matrix.x if isinstance(matrix, Cast) else matrix).stored()
+        return _by_blocks(x, values(matrix) if leaf is None else leaf, transposed)
+
+    def _solve(self, node: Solve, rows: Array, *, transposed: bool) -> Array:
+        if node.factors not in self._factors:
+            while len(self._factors) >= _KEPT:
+                del self._factors[next(iter(self._factors))]
+            self._factors[node.factors] = EXACTLY.lu_factor(values(node.factors.x))
+        return EXACTLY.lu_solve(self._factors[node.factors], rows.T, transposed).T
+
+    def _taken(self, x: Array, matrix: Take, transposed: bool) -> Array:
+        indices: Indices = evaluate(matrix.indices)
+        if (matrix.axis == 1) != transposed:  # columns of the result
+            return self.times(x, matrix.x, transposed=transposed)[:, indices]
+        placed = np.zeros((matrix.x.shape[matrix.axis], len(x)))
+        np.add.at(placed, indices, x.T)
+        return self.times(placed.T, matrix.x, transposed=transposed)
+
+    def _joined(self, x: Array, matrix: Concatenate, transposed: bool) -> Array:
+        if (matrix.axis == 1) != transposed:
+            parts = [self.times(x, part, transposed=transposed) for part in matrix.parts]
+            return np.concatenate(parts, axis=1)
+        ends = np.cumsum([part.shape[matrix.axis] for part in matrix.parts])
+        pieces = zip(np.split(x, ends[:-1], axis=1), matrix.parts, strict=True)
+        products = (self.times(piece, part, transposed=transposed) for piece, part in pieces)
+        return sum(products, np.zeros(()))
+
+
+def _by_blocks(x: Array, matrix: Array, transposed: bool) -> Array:
+    """``x @ matrix`` (or its transpose) in float64; some of its rows are widened at a time."""
+    step = max(1, _BLOCK // max(1, matrix.shape[1]))
+    blocks = range(0, len(matrix), step)
+    if transposed:
+        parts = [x @ matrix[at : at + step].astype(np.float64, copy=False).T for at in blocks]
+        return np.concatenate(parts, axis=1)
+    total: Array = np.zeros((len(x), matrix.shape[1]))
+    for at in blocks:
+        total += x[:, at : at + step] @ matrix[at : at + step].astype(np.float64, copy=False)
+    return total
+
+
+# --- What is stored ------------------------------------------------------------------------------
+
+
+def checked(tensor: FoldedTensor) -> Array:
+    """The values of a folded weight as they are stored, compared with those that were proved.
+
+    A few rows are compared element by element: each must be the proved number rounded to nearest.
+    All others take part in sums of rows with random signs, which may differ by what rounding makes
+    of a sum.
+
+    Raises:
+        NotFiniteError: One of them is NaN or overflows the storage type.
+        WrongWeightError: They are not what was proved.
+    """
+    array = tensor.evaluated()
+    whole = exact(tensor.expression, defined=False)
+    unit = max(unit_roundoff(tensor.dtype), _DIGITS)
+    if array.size and not _is_rounded(array, whole, unit):
+        raise WrongWeightError(f"folded weight '{tensor.name}' is not stored as it was proved")
+    return array
+
+
+def _is_rounded(array: Array, whole: Expression, unit: float) -> bool:
+    generator = np.random.default_rng(0)
+    squares = _mean_squares(array.reshape(-1, array.shape[-1] if array.ndim else 1))
+    noise = unit * math.sqrt(float(np.mean(squares)))
+    noise += float(np.nextafter(np.zeros((), array.dtype), np.ones((), array.dtype)))
+    if array.ndim < 2:
+        expected = values(whole)
+        return _is_near(array, expected, unit * np.abs(expected) + noise)
+    picked = generator.integers(0, len(array), _ROWS)
+    if array.ndim > 2:
+        expected = values(take(whole, picked, 0))
+        return _is_near(array[picked], expected, unit * np.abs(expected) + noise)
+    mixed = np.zeros((_ROWS + _SUMS, len(array)))
+    mixed[np.arange(_ROWS), picked] = 1.0
+    mixed[_ROWS:] = generator.choice([-1.0, 1.0], (_SUMS, len(array)))
+    rows, sums = np.split(Multiplier().times(mixed, whole), [_ROWS])
+    size = math.sqrt(len(array)) * (unit * np.sqrt(squares) + noise)
+    return _is_near(array[picked], rows, unit * np.abs(rows) + noise) and _is_near(
+        _by_blocks(mixed[_ROWS:], array, transposed=False), sums, 8.0 * size
+    )
+
+
+def _is_near(actual: Array, expected: Array, limit: Array) -> bool:
+    return bool((np.abs(actual.astype(np.float64) - expected) <= limit).all())
+
+
+def _mean_squares(array: Array) -> Array:
+    """The mean square of each column."""
+    total: Array = np.zeros(array.shape[1])
+    step = max(1, _BLOCK // array.shape[1])
+    for at in range(0, len(array), step):
+        total += np.square(array[at : at + step], dtype=np.float64).sum(axis=0)
+    return total / len(array)

@@ -1,0 +1,30 @@
+"""The float types of weights, and how finely each rounds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+SIXTEEN_BITS = frozenset({ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
+"""The float types that are widened to float32."""
+
+
+FRACTION_BITS = {
+    ir.DataType.DOUBLE: 53,
+    ir.DataType.FLOAT: 24,
+    ir.DataType.FLOAT16: 11,
+    ir.DataType.BFLOAT16: 8,
+}
+"""The float types of weights, and how many binary digits each holds."""
+
+
+def unit_roundoff(dtype: ir.DataType | None) -> float:
+    """Return the largest relative error of one rounding to ``dtype``, or to float32 if unknown."""
+    return 2.0 ** -FRACTION_BITS.get(dtype or ir.DataType.FLOAT, 24)
+
+
+def is_float(array: np.ndarray[Any, np.dtype[Any]]) -> bool:
+    """Whether ``array`` holds floats, bfloat16 included."""
+    return array.dtype.kind == "f" or array.dtype in (t.numpy() for t in SIXTEEN_BITS)

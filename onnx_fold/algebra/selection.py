@@ -1,0 +1,291 @@
+"""Rows, or blocks of columns, of a matrix that are a good basis of all of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from onnx_fold.algebra.device import (
+    HOST,
+    Array,
+    Device,
+    Indices,
+    Shape,
+    converted,
+    subtract,
+)
+from onnx_fold.algebra.expression import (
+    Computed,
+    Expression,
+    Factors,
+    Held,
+    Solve,
+    Spool,
+    Spread,
+    evaluate,
+    take,
+    transpose,
+)
+
+
+class RowSelection:
+    """The rows of a matrix ``[f, d]`` that are its basis, selected when they are first needed.
+
+    Attributes:
+        matrix: The matrix.
+        free: The rows that were selected among.
+        order: All rows, the basis first, ``[f]``.
+        placed: All rows as they are to stand, the basis first or last, ``[f]``.
+        placed_free: Those of ``placed`` that are free, counted from the first free one.
+        basis: The rows of the basis, ``[d, d]``.
+        rest: ``B``, ``[f - d, d]``: the other rows in terms of the basis, as it is stored.
+    """
+
+    def __init__(
+        self,
+        matrix: Expression,
+        dtype: ir.DataType,
+        seen: Array | None = None,
+        spool: Spool | None = None,
+        device: Device = HOST,
+        *,
+        free: slice | None = None,
+        is_last: bool = False,
+    ) -> None:
+        """Select among the rows of ``matrix``.
+
+        Args:
+            matrix: The matrix, in the type in which to select.
+            dtype: The type in which ``B`` is to be stored.
+            seen: Activations ``[n, f]``: rows count as much as they are used by these.
+            spool: Where to keep ``B`` until it is written.
+            device: Where to select.
+            free: The rows to select among, more than ``d``, all if None: the last ones if the basis
+                is to stand last, else the first ones. The others stay where they are.
+            is_last: Whether the basis is to stand last.
+        """
+        self.matrix = matrix
+        self.free = slice(0, matrix.shape[0]) if free is None else free
+        self.order: Expression = _Order(self, "order")
+        self.placed: Expression = _Order(self, "placed")
+        self.placed_free: Expression = _Order(self, "placed_free")
+        self.rest: Expression = _Rest(self, dtype.numpy())
+        self.basis = take(matrix, take(self.order, slice(matrix.shape[1]), 0), 0)
+        self._seen = seen
+        self._spool = spool or Spool()
+        self._device = device
+        self._is_last = is_last
+
+    @cached_property
+    def selected(self) -> tuple[Indices, Expression]:
+        """The order of the rows, and ``B`` as it is stored."""
+        order, rest = self._select()
+        return order, self._spool.add(converted(rest, self.rest.dtype))
+
+    def _select(self) -> tuple[Indices, Array]:
+        matrix = evaluate(self.matrix, self._device)
+        if self._seen is None:
+            return self._select_free(matrix)
+        scale = np.sqrt(np.mean(self._seen**2, axis=0))
+        scale = np.maximum(scale, 1e-3 * scale.max(initial=1e-30))[:, None]
+        order, rest = self._select_free((matrix * scale).astype(matrix.dtype))
+        ordered = scale[order]
+        width = matrix.shape[1]
+        return order, rest / ordered[width:] * ordered[:width].T
+
+    def _select_free(self, matrix: Array) -> tuple[Indices, Array]:
+        """Select among the free rows, and express the others by these."""
+        order, rest = select_rows(matrix[self.free], device=self._device)
+        if len(order) == len(matrix):
+            return order, rest
+        width = matrix.shape[1]
+        order += self.free.start
+        kept = np.delete(np.arange(len(matrix)), self.free)
+        factors = self._device.lu_factor(self._device.load(matrix[order[:width]]))
+        others = self._device.load(np.ascontiguousarray(matrix[kept].T))
+        ours = self._device.fetch(self._device.lu_solve(factors, others, transposed=True)).T
+        parts = [(kept, ours), (order[width:], rest)]
+        if not self._is_last:
+            parts.reverse()  # those that stay come behind
+        places, coefficients = zip(*parts, strict=True)
+        return np.concatenate((order[:width], *places)), np.concatenate(coefficients)
+
+    @cached_property
+    def orders(self) -> dict[str, Indices]:
+        """``order``, ``placed`` and ``placed_free`` by their names."""
+        order = self.selected[0]
+        placed = np.roll(order, -self.matrix.shape[1]) if self._is_last else order
+        free = placed[self.free] - self.free.start
+        return {"order": order, "placed": placed, "placed_free": free}
+
+    @cached_property
+    def formula(self) -> Expression:
+        """What ``rest`` is by definition, not rounded: ``O₂ O₁⁻¹``."""
+        width = self.matrix.shape[1]
+        others = take(self.matrix, take(self.order, slice(width, None), 0), 0)
+        return transpose(Solve(Factors(self.basis), transpose(others), transposed=True))
+
+    def rebuilt(self, rest: Expression) -> Expression:
+        """``[I; B]`` with its rows where they were, ``[f, d]``."""
+        return Spread(Held(np.arange(self.matrix.shape[1])), rest, self.order)
+
+
+@dataclass(frozen=True, eq=False)
+class _Order(Expression):
+    selection: RowSelection
+    name: str
+
+    @property
+    def shape(self) -> Shape:
+        free = self.selection.free
+        return (
+            free.stop - free.start
+            if self.name == "placed_free"
+            else self.selection.matrix.shape[0],
+        )
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return np.dtype(np.intp)
+
+    def compute(self, device: Device, *operands: Any) -> Any:
+        return device.load(self.selection.orders[self.name])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Held, (self.selection.orders[self.name],)
+
+
+@dataclass(frozen=True, eq=False)
+class _Rest(Expression):
+    selection: RowSelection
+    storage: np.dtype[Any]
+
+    @property
+    def shape(self) -> Shape:
+        rows, width = self.selection.matrix.shape
+        return rows - width, width
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self.storage
+
+    @property
+    def definition(self) -> Expression:
+        return self.selection.formula
+
+    def stored(self) -> Array | None:
+        return self.selection.selected[1].stored()
+
+    def compute(self, device: Device, *operands: Any) -> Any:
+        return self.selection.selected[1].compute(device)
+
+    def take(self, indices: Expression, axis: int) -> Expression:
+        """Some rows or columns; they are selected now if they were not before."""
+        taken = self.selection.selected[1].take(indices, axis)
+        return Computed(taken, self.definition.take(indices, axis))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Held, (evaluate(self.selection.selected[1]),)
+
+
+def select_rows(
+    matrix: Array, bound: float = 1.1, max_rounds: int = 100, device: Device = HOST
+) -> tuple[Indices, Array]:
+    """Find rows of ``matrix`` that are a good basis of all its rows.
+
+    LU with partial pivoting picks ``d`` of the ``f`` rows, and swaps make their volume larger until
+    the others depend on them with coefficients of at most ``bound`` (Goreinov et al. 2010, "How to
+    find a good submatrix").
+
+    Args:
+        matrix: ``[f, d]``, with ``f > d``, float32 or float64.
+        bound: Largest coefficient to accept.
+        max_rounds: Give up after so many rounds of swaps.
+        device: Where to eliminate.
+
+    Returns:
+        The order of the rows, ``[f]``, the basis first; and ``B``, ``[f - d, d]`` in the type of
+        ``matrix``, with ``matrix[order[d:]] = B @ matrix[order[:d]]``. It needs no inverse of the
+        basis, so it exists and is bounded even where ``matrix`` has a rank below ``d``.
+    """
+    order, b = device.eliminate(matrix)
+    for _ in range(max_rounds):
+        if not _swap(b, order, bound):
+            break
+    return order, b
+
+
+def _swap(b: Array, order: Indices, bound: float, watched: int = 256) -> bool:
+    """One round of swaps between the rows of ``b`` with the largest entries and the basis.
+
+    Swapping row ``i`` with the basis row ``j`` is ``B - (B[:, j] + e_i) (B[i] - e_j) / B[i, j]``.
+    It is done at once in the rows that are watched; the rest follows in one product.
+
+    Returns:
+        Whether there was anything to swap.
+    """
+    width = b.shape[1]
+    largest = np.maximum(b.max(axis=1), -b.min(axis=1))
+    rows = np.argsort(-largest)[:watched]
+    part = b[rows]
+    left: list[Array] = []
+    right: list[Array] = []
+    for _ in range(watched):
+        i, j = np.unravel_index(np.argmax(np.abs(part)), part.shape)
+        pivot = part[i, j]
+        if not abs(pivot) > bound:
+            break
+        column, row = b[:, j].copy(), part[i] / pivot
+        for u, v in zip(left, right, strict=True):
+            column -= u * v[j]
+        column[rows[i]] += 1.0
+        row[j] -= 1.0 / pivot
+        part -= np.outer(column[rows], row)
+        left.append(column)
+        right.append(row)
+        outside = width + rows[i]
+        order[j], order[outside] = order[outside], order[j]
+    if left:
+        subtract(b, np.stack(left, axis=1), np.stack(right))
+    return bool(left)
+
+
+def select_blocks(matrix: Array, size: int) -> Indices:
+    """Find blocks of ``size`` columns that together are a good basis of the rows' space.
+
+    QR with block pivoting: each step takes the block whose part outside the span of those taken
+    before has the largest smallest singular value.
+
+    Args:
+        matrix: ``[d, n · size]`` with ``n · size >= d``, float32 or float64; ``d`` is a multiple
+            of ``size``.
+        size: Columns of a block.
+
+    Returns:
+        The ``d / size`` blocks taken, in ascending order.
+    """
+    width, columns = matrix.shape
+    left = np.array(matrix.T, order="C")
+    blocks = np.arange(columns // size)
+    shape = (-1, size, width)
+    gram = _gram(left.reshape(shape))
+    taken: list[int] = []
+    for _ in range(width // size):
+        best = int(np.argmax(np.linalg.eigvalsh(gram)[:, 0]))
+        taken.append(int(blocks[best]))
+        q = np.linalg.qr(left.reshape(shape)[best].T)[0]
+        others = np.arange(len(blocks)) != best
+        left = np.ascontiguousarray(left.reshape(shape)[others]).reshape(-1, width)
+        blocks, inside = blocks[others], left @ q
+        left -= inside @ q.T
+        gram = gram[others] - _gram(inside.reshape(-1, size, size))
+    return np.array(sorted(taken), dtype=np.intp)
+
+
+def _gram(blocks: Array) -> Array:
+    """The products of each block's rows with each other, float64 ``[n, size, size]``."""
+    return (blocks @ blocks.transpose(0, 2, 1)).astype(np.float64)

@@ -1,0 +1,439 @@
+"""The rule of the parity check: when are the outputs of two models those of the same function?
+
+Both models run on the same inputs, and every output ``a`` of the original is compared with ``b`` of
+the folded model. Two equal functions differ by their rounding errors, so the question is how large
+these may be. The yardstick is the original's own: it also runs in a wider type (float32 for 16
+bits, float64 for float32), with the same weights, which gives the reference ``r``, and
+
+    error of the original  e_o = ||a - r||_2 / ||r||_2
+    error of the folded    e_f = ||b - r||_2 / ||r||_2.
+
+**The rule.** A float output passes if ``e_f`` is at most the limit
+
+    min(max_ratio * (e_o + u), 4 * sqrt(u)),
+
+where ``u`` is the unit roundoff of the type (2^-24 for float32): an original may happen to be exact
+where the folded model rounds once, and no whole output passes once half of the digits
+are lost (``sqrt(u)``, and two bits) of the narrowest type that the graph computes in. That must
+hold
+
+- of each input shape by itself,
+- of the whole output,
+- of its worst row ``[..., :]`` and of its worst channel: the largest of ``||b_i - r_i|| / s_i``
+  against the largest of ``||a_i - r_i|| / s_i``, where ``s_i`` is ``||r_i||``, or the root mean
+  square of all of them where that is larger. A small row has no small errors, and the worst one of
+  the original is no matter of chance, as its error of the very same row would be.
+
+Where the output has logits, ``KL(softmax(r) || softmax(b))`` is at most ``max_ratio^2`` times that
+of the original (it grows with the square of an error) and of logits that are rounded once more; and
+where the most likely token is another one it must be a tie: ``r`` prefers its own by at most
+``2 * max_ratio`` times the largest error of one logit of the original.
+
+Of a float64 model with narrower parts the reference shows the errors of these alone: the tolerance
+of float64 takes the place of ``max_ratio * u``.
+
+A ``tolerance`` limits ``e_f`` further; it never allows more. Without a reference, or if ``e_o`` is
+beyond ``4 * sqrt(u)``, which is no yardstick, ``||a - b||_2 / ||a||_2`` is at most
+:data:`TOLERANCE` of the type. Integers, booleans and strings must be equal, and NaN and infinity
+must be at the same places.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as ir
+from scipy.special import log_softmax
+
+from onnx_fold.algebra.device import Array
+from onnx_fold.algebra.precision import is_float, unit_roundoff
+from onnx_fold.graph.widen import precision
+from onnx_fold.runtime.generate import GreedyCheck, GreedyParity
+from onnx_fold.runtime.inputs import Arrays, index_limits
+
+__all__ = ["TOLERANCE", "Feed", "Judge", "OutputParity", "Run"]
+
+TOLERANCE = {
+    ir.DataType.DOUBLE: 1e-10,
+    ir.DataType.FLOAT: 1e-4,
+    ir.DataType.FLOAT16: 1e-2,
+    ir.DataType.BFLOAT16: 5e-2,
+}
+"""The relative error that passes where there is no yardstick, by the float type of the weights."""
+
+
+@dataclass
+class OutputParity:
+    """How one output differs, on the input where it is nearest to its limit.
+
+    Attributes:
+        name: Name of the output.
+        dtype: Its type in the original, such as ``FLOAT16``.
+        ok: Whether it passes.
+        reason: Why it does not.
+        max_abs_error: ``max |a - b|`` of all inputs.
+        relative_error: ``||a - b||_2 / ||a||_2``.
+        cosine: ``<a, b> / (||a||_2 ||b||_2)``.
+        error_original: ``||a - r||_2 / ||r||_2``, None without a reference.
+        error_folded: ``||b - r||_2 / ||r||_2``, None without a reference.
+        ratio: ``error_folded / error_original``, None if the latter is None or 0.
+        row_ratio: The same of the worst row.
+        channel_ratio: The same of the worst channel.
+        margin: What was judged as a share of its limit.
+        limit: What ``judged`` may be, None for exact types.
+        judged: What was nearest to its limit: ``folded``, ``row``, ``channel``, ``relative``,
+            ``KL`` or ``top-1``.
+        limit_from: Where that limit comes from.
+        top1_agreement: For logits, the share of rows with the same largest element.
+        kl_divergence: For logits, mean of ``KL(softmax(a) || softmax(b))`` in nats.
+        left_out: The share of the elements that were not compared, being NaN or infinite in both.
+    """
+
+    name: str
+    dtype: str
+    ok: bool = True
+    reason: str = ""
+    max_abs_error: float = 0.0
+    relative_error: float = 0.0
+    cosine: float = 1.0
+    error_original: float | None = None
+    error_folded: float | None = None
+    ratio: float | None = None
+    row_ratio: float | None = None
+    channel_ratio: float | None = None
+    limit: float | None = None
+    judged: str = ""
+    limit_from: str = ""
+    margin: float | None = None
+    top1_agreement: float | None = None
+    kl_divergence: float | None = None
+    left_out: float = 0.0
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+
+@dataclass
+class Feed:
+    """Inputs by name, with what they are in words.
+
+    Optional ones are skipped if the original cannot run them; of a group the first that it runs is
+    enough.
+    """
+
+    label: str
+    arrays: Arrays
+    optional: bool = False
+    group: str = ""
+
+
+@dataclass
+class Run:
+    """The outputs of the models for one feed."""
+
+    feed: Feed
+    original: Arrays
+    folded: Arrays = field(default_factory=dict)
+    reference: Arrays | None = None
+
+
+@dataclass
+class Judge:
+    """Applies the rule of this module to the outputs of a model.
+
+    Attributes:
+        model: The original.
+        tolerance: See the rule; None for no further limit.
+        max_ratio: See the rule.
+        notes: Gets what a reader must know to judge the numbers.
+    """
+
+    model: ir.Model
+    tolerance: float | None
+    max_ratio: float
+    notes: list[str]
+
+    def __post_init__(self) -> None:
+        self.vocabularies = set(index_limits(self.model).values())
+        self.precision = precision(self.model)
+        values = [value for node in self.model.graph.all_nodes() for value in node.outputs]
+        held = {value.dtype for value in values} & TOLERANCE.keys()
+        self.narrowest = max((*held, self.precision), key=unit_roundoff)
+
+    def output(self, name: str, runs: Sequence[Run]) -> OutputParity:
+        """Compare one output over all runs."""
+        whole = name.partition("[")[0]  # of a sequence y the elements are called y[0], y[1], ...
+        outputs = self.model.graph.outputs
+        value = next((v for v in outputs if v.name in (name, whole)), None)
+        dtype = None if value is None else value.dtype
+        result = OutputParity(name, "" if dtype is None else dtype.name)
+        for run in runs:
+            self._compare(result, run, dtype)
+            if result.reason:
+                break
+        result.ok = not result.reason
+        return result
+
+    def greedy(self, check: GreedyCheck) -> GreedyParity:
+        """Judge greedy decoding by the same rule."""
+        outputs = {value.name: value.dtype for value in self.model.graph.outputs}
+        coarsest = self._coarsest(outputs.get(check.decoder.logits))
+        given = math.inf if self.tolerance is None else self.tolerance
+        tolerance = min(TOLERANCE[coarsest], given)
+        return check.judge(self.max_ratio, unit_roundoff(coarsest), tolerance)
+
+    def _coarsest(self, dtype: ir.DataType | None) -> ir.DataType:
+        """Return the coarser type of the weights' and ``dtype``."""
+        held = [self.precision, *([dtype] if dtype in TOLERANCE else [])]
+        return max((each for each in held if each is not None), key=unit_roundoff)
+
+    def _compare(self, result: OutputParity, run: Run, dtype: ir.DataType | None) -> None:
+        """Compare one run, and keep in ``result`` what is nearest to its limit."""
+        a, b = run.original[result.name], run.folded.get(result.name)
+        label = run.feed.label
+        if b is None or a.shape != b.shape:
+            shape = "missing" if b is None else list(b.shape)
+            result.reason = f"shape {list(a.shape)} became {shape} ({label})"
+        elif not is_float(a):
+            if not np.array_equal(a, b):
+                count = int(np.count_nonzero(a != b))
+                result.max_abs_error = _exact_distance(a, b)
+                result.reason = f"{count} of {a.size} elements differ ({label})"
+        else:
+            reference = None if run.reference is None else run.reference.get(result.name)
+            wide = None if reference is None else _wide(reference)
+            self._compare_floats(result, _wide(a), _wide(b), wide, label, dtype)
+
+    def _compare_floats(
+        self,
+        result: OutputParity,
+        a: Array,
+        b: Array,
+        r: Array | None,
+        label: str,
+        dtype: ir.DataType | None,
+    ) -> None:
+        finite = np.isfinite(a) & np.isfinite(b)
+        if not finite.all() and not self._same_infinities(result, a, b, r, label):
+            return
+        if r is not None and not np.isfinite(r[finite]).all():
+            self._note(f"output '{result.name}': NaN or infinity in the reference ({label})")
+            r = None
+        a, b = np.where(finite, a, 0.0), np.where(finite, b, 0.0)
+        r = None if r is None else np.where(finite, r, 0.0)
+        result.max_abs_error = max(result.max_abs_error, float(np.abs(a - b).max(initial=0.0)))
+        logits = self._is_logits(result.name, a) and bool(finite.all())
+        if logits:
+            top1, kl = float(np.mean(a.argmax(-1) == b.argmax(-1))), _divergence(a, b)
+            result.top1_agreement = min(top1, _or(result.top1_agreement, top1))
+            result.kl_divergence = max(kl, _or(result.kl_divergence, kl))
+        marks = self._marks(a, b, r, dtype, logits)
+        if r is None or marks[0].name == "relative":
+            self._note_no_yardstick(result.name, a, r)
+        worst = max(marks, key=lambda mark: mark.margin)
+        if result.margin is None or worst.margin > result.margin:
+            self._keep(result, worst, a, b, r)
+        if worst.margin > 1.0:
+            result.reason = worst.reason(label, result.ratio)
+
+    def _marks(
+        self, a: Array, b: Array, r: Array | None, dtype: ir.DataType | None, logits: bool
+    ) -> list[_Mark]:
+        """Return every error that is judged, with its limit."""
+        coarsest = self._coarsest(dtype)
+        u = unit_roundoff(coarsest)
+        own = None if r is None else _relative_error(a, r)
+        ceiling = 4 * math.sqrt(max(u, unit_roundoff(self.narrowest)))
+        if r is None or own is None or own > ceiling:
+            limit = TOLERANCE[coarsest]
+            source = f"{coarsest.name.lower()}'s, without a yardstick"
+            if self.tolerance is not None and self.tolerance < limit:
+                limit, source = self.tolerance, "the tolerance"
+            return [_Mark("relative", _relative_error(b, a), limit, source)]
+        marks = []
+        floor = TOLERANCE[coarsest] if coarsest == ir.DataType.DOUBLE else self.max_ratio * u
+        for name, (own, error) in _errors(a, b, r).items():
+            limit, source = self.max_ratio * own + floor, f"{self.max_ratio:g}x the original's"
+            if name == "folded" and ceiling < limit:
+                limit, source = ceiling, "half of the digits"
+            if name == "folded" and self.tolerance is not None and self.tolerance < limit:
+                limit, source = self.tolerance, "the tolerance"
+            marks.append(_Mark(name, error, limit, source))
+        if logits:
+            marks += self._marks_of_logits(a, b, r, u)
+        return marks
+
+    def _marks_of_logits(self, a: Array, b: Array, r: Array, u: float) -> list[_Mark]:
+        largest = float(np.abs(r).max(initial=0.0))
+        own = _divergence(r, a) + 0.5 * (u * largest) ** 2 + 1e-14  # what float64 can tell
+        limit, source = self.max_ratio**2 * own, f"{self.max_ratio:g}²x the original's"
+        error = float(np.abs(a - r).max(initial=0.0)) + u * largest
+        tie = 2 * self.max_ratio * error
+        return [
+            _Mark("KL", _divergence(r, b), limit, source),
+            _Mark("top-1", _lead(r, b), tie, f"{2 * self.max_ratio:g}x the original's, a tie"),
+        ]
+
+    def _keep(
+        self, result: OutputParity, worst: _Mark, a: Array, b: Array, r: Array | None
+    ) -> None:
+        result.margin, result.limit = worst.margin, worst.limit
+        result.judged, result.limit_from = worst.name, worst.source
+        result.relative_error, result.cosine = _relative_error(b, a), _cosine(a, b)
+        if r is None:
+            return
+        errors = _errors(a, b, r)
+        result.error_original, result.error_folded = errors["folded"]
+        ratios = {name: error / own if own else None for name, (own, error) in errors.items()}
+        result.ratio = ratios["folded"]
+        result.row_ratio, result.channel_ratio = ratios["row"], ratios["channel"]
+
+    def _same_infinities(
+        self, result: OutputParity, a: Array, b: Array, r: Array | None, label: str
+    ) -> bool:
+        """Whether NaN and infinity are at the same places; say of which model they are."""
+        finite = np.isfinite(a) & np.isfinite(b)
+        counts = {
+            "the original": int(np.count_nonzero(~np.isfinite(a))),
+            "the folded model": int(np.count_nonzero(~np.isfinite(b))),
+        }
+        advice = self._advice(a, r)
+        if not np.array_equal(a[~finite], b[~finite], equal_nan=True):
+            where = " and ".join(
+                f"{_share(count / a.size)} of {name} ({count} of {a.size} elements)"
+                for name, count in counts.items()
+                if count
+            )
+            result.reason = f"NaN or infinity in {where}, not at the same places{advice} ({label})"
+            return False
+        share = counts["the original"] / a.size
+        result.left_out = max(result.left_out, share)
+        self._note(
+            f"output '{result.name}': {_share(share)} of it is NaN or infinity in both models and"
+            f" was left out{advice} ({label})"
+        )
+        return True
+
+    def _advice(self, a: Array, r: Array | None) -> str:
+        overflows = r is not None and bool(np.isfinite(r[~np.isfinite(a)]).any())
+        if overflows and self.precision == ir.DataType.FLOAT16:
+            return "; float16 ends at 65504, which the original exceeds: use bfloat16 or float32"
+        return ""
+
+    def _note_no_yardstick(self, name: str, a: Array, r: Array | None) -> None:
+        if r is not None:
+            self._note(
+                f"output '{name}': the original is {_relative_error(a, r):.0e} off its own"
+                " reference, which is no yardstick"
+            )
+
+    def _is_logits(self, name: str, a: Array) -> bool:
+        named = "logits" in name.lower()
+        return a.ndim > 0 and a.size > 0 and (named or a.shape[-1] in self.vocabularies)
+
+    def _note(self, note: str) -> None:
+        if note not in self.notes:
+            self.notes.append(note)
+
+
+@dataclass(frozen=True)
+class _Mark:
+    """One error that is judged: its name, its limit, and where that comes from."""
+
+    name: str
+    error: float
+    limit: float
+    source: str
+
+    @property
+    def margin(self) -> float:
+        """The error as a share of its limit; NaN counts as too large."""
+        if self.error == 0.0:
+            return 0.0
+        margin = self.error / self.limit if self.limit else math.inf
+        return math.inf if math.isnan(margin) else margin
+
+    def reason(self, label: str, ratio: float | None) -> str:
+        """Why it does not pass."""
+        what = {
+            "folded": "error",
+            "relative": "error",
+            "row": "error of the worst row",
+            "channel": "error of the worst channel",
+            "KL": "KL divergence",
+            "top-1": "lead of the token that is no longer the most likely one",
+        }[self.name]
+        times = (
+            "" if ratio is None or self.name != "folded" else f", {ratio:.3g}x the original's own"
+        )
+        return (
+            f"{what} {self.error:.2e} is over the limit {self.limit:.2e}{times}, which is"
+            f" {self.source} ({label})"
+        )
+
+
+def _errors(a: Array, b: Array, r: Array) -> dict[str, tuple[float, float]]:
+    """Return the errors of ``a`` and ``b``: of the whole, the worst row, the worst channel."""
+    x, y, z = (each.reshape(-1, each.shape[-1] if each.ndim else 1) for each in (a, b, r))
+    return {
+        "folded": (_relative_error(a, r), _relative_error(b, r)),
+        "row": (_worst_error(x, z, 1), _worst_error(y, z, 1)),
+        "channel": (_worst_error(x, z, 0), _worst_error(y, z, 0)),
+    }
+
+
+def _worst_error(x: Array, r: Array, axis: int) -> float:
+    """Return the largest ``||x_i - r_i|| / s_i`` of rows (axis 1) or channels (axis 0)."""
+    sizes, errors = (np.sum(np.square(each), axis) for each in (r, x - r))
+    scales = np.maximum(sizes, sizes.mean() if sizes.size else 0.0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        worst = np.where(errors > 0, errors / scales, 0.0).max(initial=0.0)
+    return math.sqrt(float(worst))
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else value
+
+
+def _share(share: float) -> str:
+    return f"{100 * share:.3g} %"
+
+
+def _wide(array: Array) -> Array:
+    return array.astype(np.float64)
+
+
+def _relative_error(x: Array, reference: Array) -> float:
+    """Return ``||x - reference||_2 / ||reference||_2``, of two zeros 0."""
+    difference, norm = float(np.linalg.norm(x - reference)), float(np.linalg.norm(reference))
+    if norm == 0.0:
+        return math.inf if difference else 0.0
+    return difference / norm
+
+
+def _cosine(x: Array, y: Array) -> float:
+    norms = float(np.linalg.norm(x)) * float(np.linalg.norm(y))
+    if norms == 0.0:
+        return 1.0 if np.array_equal(x, y) else 0.0
+    return float(np.vdot(x, y)) / norms
+
+
+def _exact_distance(a: Array, b: Array) -> float:
+    if a.dtype.kind not in "iub":
+        return math.nan
+    return float(np.abs(a.astype(np.float64) - b.astype(np.float64)).max(initial=0.0))
+
+
+def _divergence(x: Array, y: Array) -> float:
+    """Return the mean ``KL(softmax(x) || softmax(y))`` in nats."""
+    p, q = log_softmax(x, axis=-1), log_softmax(y, axis=-1)
+    return max(0.0, float(np.mean(np.sum(np.exp(p) * (p - q), axis=-1))))
+
+
+def _lead(r: Array, b: Array) -> float:
+    """Return by how much ``r`` prefers its most likely tokens to those of ``b``, at most."""
+    chosen = np.take_along_axis(r, b.argmax(-1)[..., None], -1)[..., 0]
+    return float((r.max(-1) - chosen).max(initial=0.0))

@@ -1,0 +1,492 @@
+"""The parity check: do two models compute the same function?
+
+Both models run on the same inputs, one after another, the original also in a wider type, and
+:mod:`onnx_fold.check.judge` says by its rule whether the outputs differ by more than rounding
+errors.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from onnx.reference import ReferenceEvaluator
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from onnx_fold.algebra.basis import MAX_RATIO
+from onnx_fold.algebra.device import Array
+from onnx_fold.algebra.precision import SIXTEEN_BITS, is_float
+from onnx_fold.base.arguments import several
+from onnx_fold.check.feeds import frozen_feeds, make_feeds
+from onnx_fold.check.judge import (
+    Feed,
+    Judge,
+    OutputParity,
+    Run,
+)
+from onnx_fold.check.parity_table import parity_table
+from onnx_fold.check.stored import StoredParity, compare_stored
+from onnx_fold.errors import InvalidModelError, UsageError
+from onnx_fold.files.load import (
+    ModelSource,
+    blames_models,
+    load,
+    weight_bytes,
+)
+from onnx_fold.graph.widen import precision, widen
+from onnx_fold.runtime import sessions
+from onnx_fold.runtime.environment import environment
+from onnx_fold.runtime.generate import (
+    Decoder,
+    Function,
+    GreedyCheck,
+    GreedyParity,
+)
+from onnx_fold.runtime.inputs import Arrays
+from onnx_fold.runtime.sessions import MissingKernelError, RunFailedError
+
+__all__ = ["ParityReport", "signature_difference", "verify"]
+
+logger = logging.getLogger(__name__)
+
+REFERENCE_LIMIT = 8 * 2**30
+"""Bytes of widened weights up to which a reference is computed."""
+
+RUN_ONCE = {"session.disable_prepacking": "1"}
+"""ONNX Runtime packs a second copy of the weights, which pays off after many runs."""
+
+STORED_LIMIT = 2**30
+"""Bytes of widened weights up to which they are compared as stored."""
+
+STORED_RUNS = 2
+"""Inputs, the largest ones, on which they are."""
+
+EVALUATOR_LIMIT = 2 * 2**30
+"""The same for ``onnx.reference``, which holds every weight twice."""
+
+
+@dataclass
+class ParityReport:
+    """Whether two models compute the same function.
+
+    Attributes:
+        ok: Whether every output passes, and the greedy text if there is one.
+        reason: Why not.
+        provider: The execution provider that both models ran on.
+        dtype: The float type of the original's weights.
+        outputs: One entry for each output.
+        shapes: The inputs that were run, in words.
+        notes: What a reader must know to judge the numbers.
+        scope: What was run; empty if it was both models whole.
+        stored: How far the weights differ, as stored, if that was compared.
+        greedy: Whether both models write the same tokens, if that was asked.
+        environment: Machine and versions, see :func:`onnx_fold.runtime.environment.environment`.
+    """
+
+    ok: bool
+    reason: str = ""
+    provider: str = "cpu"
+    dtype: str = ""
+    outputs: list[OutputParity] = field(default_factory=list)
+    shapes: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    scope: str = ""
+    stored: StoredParity | None = None
+    greedy: GreedyParity | None = None
+    environment: dict[str, Any] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        """Whether the models compute the same function: ``assert verify(a, b)`` means it."""
+        return self.ok
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report for JSON; infinity and NaN become None."""
+        report: dict[str, Any] = _finite(asdict(self))
+        return report
+
+    def __rich__(self) -> RenderableType:
+        """Return a table of the outputs, the verdict, and the notes."""
+        verdict = Text("same function", "bold green") if self.ok else Text("differs", "bold red")
+        if self.ok and (left_out := max((o.left_out for o in self.outputs), default=0.0)):
+            verdict.append(
+                f" but for up to {100 * left_out:.3g} % of an output, left out", "default"
+            )
+        if self.scope:
+            verdict.append(f" in {self.scope}", "default")
+        if self.reason:
+            verdict.append(f": {self.reason}", "default")
+        notes = [Text(f"- {note}", "dim") for note in self.notes]
+        table = [parity_table(self)] if self.outputs else []
+        checks = [check for check in (self.stored, self.greedy) if check is not None and check.ok]
+        return Group(*table, *(Text(str(check)) for check in checks), verdict, *notes)
+
+
+@blames_models
+def verify(
+    original: ModelSource,
+    folded: ModelSource,
+    *,
+    provider: str = "cpu",
+    samples: int = 1,
+    shapes: Mapping[str, int] | Iterable[Mapping[str, int]] | None = None,
+    inputs: str | os.PathLike[str] | Mapping[str, Array] | None = None,
+    tolerance: float | None = None,
+    max_ratio: float = MAX_RATIO,
+    reference: bool = True,
+    emulate: bool | None = None,
+    greedy: int | None = None,
+    seed: int = 0,
+) -> ParityReport:
+    """Run both models on the same inputs and judge by the rule of :mod:`onnx_fold.check.judge`.
+
+    Models are run one after another, each loaded once.
+
+    Args:
+        original: The model before the fold.
+        folded: The model after it.
+        provider: ``"cpu"``, ``"cuda"`` or ``"auto"``.
+        samples: Random inputs of each shape.
+        shapes: Sizes of the inputs: ``batch``, ``seq``, ``past``, or the name of any symbolic
+            dimension. By default short and long ones, one row and many, one token, and other
+            sizes for dimensions of other names, see :mod:`onnx_fold.check.feeds`; where the
+            original runs none of these, sizes that its graph holds.
+        inputs: The inputs to run instead of random ones: arrays by name, or an ``.npz`` file.
+        tolerance: A relative error that no output may exceed; it only tightens the rule.
+        max_ratio: See the rule.
+        reference: Run the original in a wider type too; without it the tolerance decides.
+        emulate: Run 16-bit models in float32, each operator's result rounded to 16 bits (which is
+            what 16-bit hardware computes). By default where the provider cannot run the type
+            itself: bfloat16 on the CPU, or a missing kernel.
+        greedy: Tokens that the models write greedily, too, by the rule of
+            :mod:`onnx_fold.runtime.generate`. The prompt is a few random tokens, or that among
+            ``inputs``, which may then lack whatever follows from it.
+        seed: Seed of the random inputs.
+
+    Raises:
+        MissingExtraError: onnxruntime is not installed.
+        UsageError: The provider, the inputs or the shapes do not fit, or the original cannot run
+            or generate.
+        InvalidModelError: One of the models cannot be read, or the original cannot be loaded. A
+            folded model that ONNX Runtime does not load or run is a failed report.
+    """
+    before, after = load(original), load(folded)
+    provider = sessions.resolve_provider(provider)
+    report = ParityReport(False, provider=provider, dtype=precision(before).name)
+    report.environment = environment(provider)
+    report.reason = signature_difference(before, after)
+    if report.reason:
+        return report
+    check = None
+    if greedy is not None:
+        decoder = Decoder.of(before)
+        check = GreedyCheck(decoder, decoder.start(inputs, seed), greedy)
+        inputs = None if inputs is None else check.start
+    sizes = None if shapes is None else several(shapes)
+    feeds = make_feeds(before, inputs, sizes, samples, seed)
+    free = inputs is None and shapes is None
+    more = frozen_feeds(before, seed) if free else ()
+    run = _Runner(provider, emulate, report.notes, check, more)
+    try:
+        runs = run.pair((original, before), (folded, after), feeds)
+    except _FoldedFailedError as error:
+        report.reason = f"the folded model does not run where the original does: {error}"
+        return report
+    if reference:
+        run.reference(before, runs)
+    report.shapes = [pair.feed.label for pair in runs]
+    judge = Judge(before, tolerance, max_ratio, report.notes)
+    report.outputs = [judge.output(name, runs) for name in runs[0].original]
+    failed = [
+        f"output '{output.name}': {output.reason}" for output in report.outputs if output.reason
+    ]
+    if reference and not failed:
+        report.stored = run.stored(before, after, runs)
+        if report.stored is not None and not report.stored.ok:
+            failed.append(str(report.stored))
+    if check is not None:
+        report.greedy = judge.greedy(check)
+        if not report.greedy.ok:
+            failed.insert(0, str(report.greedy))
+    report.ok = not failed
+    report.reason = "; ".join(failed[:3])
+    return report
+
+
+# --- Before the run: signatures and inputs -------------------------------------------------------
+
+
+def signature_difference(before: ir.Model, after: ir.Model) -> str:
+    """Return the first difference of the two signatures in words, or an empty string."""
+    ends = (
+        ("inputs", before.graph.inputs, after.graph.inputs),
+        ("outputs", before.graph.outputs, after.graph.outputs),
+    )
+    for kind, old, new in ends:
+        names = [value.name for value in old], [value.name for value in new]
+        if names[0] != names[1]:
+            return f"the {kind} differ: {_listed(names[0])} became {_listed(names[1])}"
+        for x, y in zip(old, new, strict=True):
+            if _described(x) != _described(y) and None not in (_described(x), _described(y)):
+                return f"{kind[:-1]} '{x.name}' was {_described(x)} and became {_described(y)}"
+            if x.shape is not None and y.shape is not None and not _shapes_agree(x.shape, y.shape):
+                return f"{kind[:-1]} '{x.name}' was {x.shape} and became {y.shape}"
+    return ""
+
+
+def _listed(names: Sequence[str | None]) -> str:
+    return ", ".join(str(name) for name in names) or "none"
+
+
+def _described(value: ir.Value) -> str | None:
+    return None if value.type is None else str(value.type)
+
+
+def _shapes_agree(x: ir.Shape, y: ir.Shape) -> bool:
+    """Whether the ranks are equal, and all sizes that both shapes fix."""
+    return len(x) == len(y) and all(
+        a == b for a, b in zip(x, y, strict=True) if isinstance(a, int) and isinstance(b, int)
+    )
+
+
+# --- Running -------------------------------------------------------------------------------------
+
+
+class _FoldedFailedError(Exception):
+    """The folded model cannot run inputs that the original ran."""
+
+
+@dataclass
+class _Runner:
+    """Runs models one after another, each in a session that is dropped before the next is made."""
+
+    provider: str
+    emulate: bool | None
+    notes: list[str]
+    greedy: GreedyCheck | None = None
+    more: Iterable[Feed] = ()
+
+    def pair(
+        self,
+        original: tuple[ModelSource, ir.Model],
+        folded: tuple[ModelSource, ir.Model],
+        feeds: list[Feed],
+    ) -> list[Run]:
+        """Run both models in the same way: as they are, emulated, or by onnx.reference."""
+        if self.emulate:
+            return self._emulated(original[1], folded[1], feeds)
+        try:
+            return self._both(self._session, original[0], folded[0], feeds)
+        except MissingKernelError as error:
+            if self.emulate is False:
+                raise
+            logger.debug("no kernel: %s", error)
+            self.notes.clear()
+            if _has_sixteen_bits(original[1]):
+                return self._emulated(original[1], folded[1], feeds)
+            if max(weight_bytes(model) for model in (original[1], folded[1])) > EVALUATOR_LIMIT:
+                raise
+            self.notes.append(f"both models ran in onnx.reference: {error}")
+            return self._both(evaluator, original[1], folded[1], feeds)
+
+    def _emulated(self, original: ir.Model, folded: ir.Model, feeds: list[Feed]) -> list[Run]:
+        if _has_sixteen_bits(original):
+            self.notes.append(
+                f"both models ran in float32 with every operator's result rounded to"
+                f" {precision(original).name}, on the {self.provider} provider"
+            )
+        to = ir.DataType.FLOAT
+        wide = [widen(model, to, rounded=True) for model in (original, folded)]
+        return self._both(self._session, wide[0], wide[1], feeds, to)
+
+    def _session(self, model: ModelSource) -> Function:
+        return functools.partial(
+            sessions.run, sessions.session(model, self.provider, config=RUN_ONCE)
+        )
+
+    def _both(
+        self,
+        engine: Callable[[Any], Function],
+        original: ModelSource,
+        folded: ModelSource,
+        feeds: list[Feed],
+        to: ir.DataType | None = None,
+    ) -> list[Run]:
+        """Run both models, on floats widened ``to`` the type that they expect."""
+        function = _widening(engine(original), to)
+        runs = self._original(function, feeds)
+        if self.greedy is not None:
+            self.greedy.run_original(function)
+        try:
+            function = _widening(engine(folded), to)
+            for run in runs:
+                run.folded = function(run.feed.arrays)
+            if self.greedy is not None:
+                self.greedy.run_folded(function)
+        except (InvalidModelError, RunFailedError) as error:
+            raise _FoldedFailedError(str(error)) from error
+        return runs
+
+    def _original(self, function: Function, feeds: list[Feed]) -> list[Run]:
+        """Run the original on ``feeds``; if it runs none of them, on the first of more it does."""
+        runs: list[Run] = []
+        failed: list[str] = []
+        for feed in itertools.chain(feeds, self.more):
+            if feed.group and feed.group in (run.feed.group for run in runs):
+                continue
+            if feed.group == "frozen" and runs:
+                break
+            try:
+                runs.append(Run(feed, function(feed.arrays)))
+            except RunFailedError as error:
+                if not feed.optional:
+                    raise
+                if not feed.group:
+                    failed.append(
+                        f"{feed.label} was skipped, the original does not run it: {error}"
+                    )
+        if not runs:
+            raise UsageError(f"{failed[-1]}; pass shapes or inputs that fit the model")
+        self.notes += failed
+        return runs
+
+    def reference(self, model: ir.Model, runs: list[Run]) -> None:
+        """Run ``model`` in a wider type where that can be done, else say why not."""
+        to, size = _wider(model)
+        if to is None or size > REFERENCE_LIMIT:
+            why = (
+                "no wider type" if to is None else f"its weights would take {size / 2**30:.0f} GiB"
+            )
+            self.notes.append(f"no reference ({why}): the tolerance decides")
+            return
+        try:
+            wide = widen(model, to)
+            outputs = self._wide_outputs(wide, [run.feed.arrays for run in runs], to, size)
+        except (InvalidModelError, UsageError) as error:
+            logger.debug("no reference", exc_info=True)
+            self.notes.append(f"no reference in {to.name} ({error}): the tolerance decides")
+            return
+        for run, reference in zip(runs, outputs, strict=True):
+            run.reference = reference
+
+    def stored(
+        self, original: ir.Model, folded: ir.Model, runs: Sequence[Run]
+    ) -> StoredParity | None:
+        """Compare the weights as stored, where that can be done in time and in memory."""
+        to, size = _wider(original)
+        if to is None or precision(original) == to:
+            return None
+        if size > STORED_LIMIT:
+            self.notes.append(
+                f"weights were not compared as stored, which would take {size / 2**30:.0f} GiB"
+            )
+            return None
+
+        def engine(model: ir.Model) -> Function:
+            return _widening(functools.partial(sessions.run, sessions.session(model)), to)
+
+        feeds = sorted((run.feed.arrays for run in runs), key=_elements)[-STORED_RUNS:]
+        try:
+            return compare_stored(original, folded, feeds, to, precision(original), engine)
+        except (InvalidModelError, UsageError) as error:
+            logger.debug("weights were not compared as stored: %s", error)
+            return None
+
+    def _wide_outputs(
+        self, wide: ir.Model, feeds: list[Arrays], to: ir.DataType, size: float
+    ) -> list[Arrays]:
+        for provider in dict.fromkeys((self.provider, "cpu")):
+            try:
+                session = sessions.session(wide, provider, config=RUN_ONCE)
+                return self._run_wide(functools.partial(sessions.run, session), feeds, to)
+            except (InvalidModelError, RunFailedError) as error:
+                if provider == "cpu" and size > EVALUATOR_LIMIT:
+                    raise
+                logger.debug("no reference on %s: %s", provider, error)
+        outputs = self._run_wide(evaluator(wide), feeds, to)
+        self.notes.append("the reference was computed by onnx.reference")
+        return outputs
+
+    def _run_wide(self, engine: Function, feeds: list[Arrays], to: ir.DataType) -> list[Arrays]:
+        function = _widening(engine, to)
+        outputs = [*map(function, feeds)]
+        if self.greedy is not None:
+            self.greedy.run_reference(function)
+        return outputs
+
+
+def _wider(model: ir.Model) -> tuple[ir.DataType | None, float]:
+    """Return the type in which a reference is computed, and the bytes of the weights in it."""
+    dtype = precision(model)
+    to = ir.DataType.FLOAT if dtype in SIXTEEN_BITS else ir.DataType.DOUBLE
+    narrow = {ir.DataType.FLOAT, *SIXTEEN_BITS}
+    if dtype == to and not any(value.dtype in narrow for value in _values(model)):
+        return None, 0.0
+    return to, weight_bytes(model) * to.itemsize / dtype.itemsize
+
+
+def _has_sixteen_bits(model: ir.Model) -> bool:
+    return precision(model) in SIXTEEN_BITS or any(v.dtype in SIXTEEN_BITS for v in _values(model))
+
+
+def _values(model: ir.Model) -> Iterator[ir.Value]:
+    return (v for node in model.graph.all_nodes() for v in (*node.inputs, *node.outputs) if v)
+
+
+def _elements(arrays: Arrays) -> int:
+    return sum(array.size for array in arrays.values())
+
+
+def _widening(function: Function, to: ir.DataType | None) -> Function:
+    """Return ``function`` with input floats that are narrower than ``to`` converted first."""
+    if to is None:
+        return function
+    wide, width = to.numpy(), to.itemsize
+    return lambda arrays: function(
+        {
+            name: array.astype(wide) if is_float(array) and array.itemsize < width else array
+            for name, array in arrays.items()
+        }
+    )
+
+
+def evaluator(model: ir.Model) -> Function:
+    """Return ``model`` as a function, computed by ``onnx.reference`` in NumPy."""
+    proto = ir.to_proto(ir.external_data.load_to_model(model.clone()))
+    try:
+        evaluator = ReferenceEvaluator(proto)
+    except Exception as error:
+        raise InvalidModelError(f"onnx.reference cannot load it: {_short(error)}") from error
+
+    def run(inputs: Arrays) -> Arrays:
+        with np.errstate(all="ignore"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                results = evaluator.run(None, inputs)
+            except Exception as error:  # whatever the NumPy code of an operator raises
+                raise RunFailedError(f"onnx.reference cannot run it: {_short(error)}") from error
+        return dict(zip(evaluator.output_names, map(np.asarray, results), strict=True))
+
+    return run
+
+
+def _short(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 120 else f"{text[:117]}..."
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

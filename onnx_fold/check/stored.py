@@ -1,0 +1,449 @@
+"""Do two models store the same weights, up to rounding? Compared where no other noise hides it.
+
+In 16 bits the activations' own rounding hides small faults: in bfloat16 a weight that is 3 % too
+large is nearly invisible. So both models also run with their weights exactly as stored and with
+activations in a wider type. What then differs comes from the weights alone.
+
+**The yardstick.** If ``B`` is the same function as ``A``, then each weight that ``B`` does not
+share with ``A`` is an exact one, rounded once. What that may do is measured: every such weight is
+moved by half a unit in its last place, up or down at random, and ``B`` runs again
+(:data:`DRAWS` times). A difference may be :data:`LIMIT` times the root mean square of what these
+draws do. In a right model it is about 0.6 times: a rounding error is uniform, with 0.58 of the
+deviation of its bound.
+
+**Value by value.** Values of the same name in both models that a matrix product reads or writes are
+compared too, and ``B`` then goes on with the value of ``A``: so the noise of many layers does not
+add up before anything is looked at. Such a value may mean something else in ``B``, as in another
+basis. It does, and is left out, if ``A`` with this value in the place of its own gets farther from
+the outputs of ``B`` than it was. A difference does not count if it moves the outputs of ``A`` far
+less than the draws do (:data:`IRRELEVANT`): a bias that a softmax cancels is no part of the
+function.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes.common import LiftConstantsToInitializersPass, ShapeInferencePass
+
+from onnx_fold.algebra.device import Array
+from onnx_fold.algebra.precision import FRACTION_BITS, unit_roundoff
+from onnx_fold.graph.inline import inline_all
+from onnx_fold.graph.widen import widen
+from onnx_fold.runtime.generate import Function
+from onnx_fold.runtime.inputs import Arrays
+
+__all__ = ["LIMIT", "StoredParity", "compare_stored"]
+
+DRAWS = 3
+"""How often the weights are rounded anew."""
+
+LIMIT = 3.0
+"""How many times a difference may be as large as what rounding the weights anew does.
+
+Of right models, folded by every strategy in every type, whole norms are at 0.5 to 0.8 and single
+rows and columns at up to 1.9, as few draws of few weights measure them."""
+
+FLOOR = 1 / 16
+"""The share of the storage type's unit roundoff below which no difference is looked at."""
+
+IRRELEVANT = 0.1
+"""The share of what the draws do to the outputs below which a difference of a value is no fault."""
+
+LIKENESS = 0.7
+"""The correlation of two values below which they are no candidates for meaning the same."""
+
+MATRIX_PRODUCTS = frozenset(
+    {"Attention", "Conv", "Einsum", "FusedMatMul", "Gemm", "GroupQueryAttention", "MatMul"}
+    | {"MultiHeadAttention"}
+)
+"""Operators whose floats, read and written, are compared."""
+
+
+@dataclass
+class StoredParity:
+    """How the weights of two models differ, as stored.
+
+    Attributes:
+        values: How many values were compared, outputs included.
+        ratio: The largest difference, as a multiple of what rounding the weights anew does.
+        name: Where that is.
+        limit: How large the ratio may be.
+        ok: Whether it is not larger.
+    """
+
+    values: int = 0
+    ratio: float = 0.0
+    name: str = ""
+    limit: float = LIMIT
+    ok: bool = True
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+    def add(self, name: str, ratio: float) -> None:
+        """Take ``ratio`` into account, found at the value ``name``."""
+        if ratio > self.ratio:
+            self.ratio, self.name = ratio, name
+        self.ok &= ratio <= self.limit
+
+    def __str__(self) -> str:
+        return (
+            f"weights as stored: '{self.name}' is {self.ratio:.2g}x as far off as rounding its"
+            f" weights anew puts it, at most {self.limit:g}x"
+        )
+
+
+def compare_stored(
+    original: ir.Model,
+    folded: ir.Model,
+    feeds: Sequence[Arrays],
+    to: ir.DataType,
+    dtype: ir.DataType,
+    engine: Callable[[ir.Model], Function],
+) -> StoredParity:
+    """Compare two models by the rule of this module.
+
+    Args:
+        original: The model ``A``.
+        folded: The model ``B``, with the same inputs and outputs.
+        feeds: Inputs to run.
+        to: The type of the activations.
+        dtype: The type that the weights are stored in.
+        engine: Makes a function of a model in the type ``to``.
+
+    Raises:
+        InvalidModelError: The engine does not load a model.
+        RunFailedError: A model does not run.
+    """
+    before, after = _prepared(original), _prepared(folded)
+    changed = _changed_weights(after, before)
+    known = set(_watched(after))
+    names = [name for name in _watched(before) if name in known]
+    outputs = [
+        str(value.name)
+        for value in before.graph.outputs
+        if isinstance(value.type, ir.TensorType) and value.dtype in FRACTION_BITS
+    ]
+    a = _Switchable(before, names, to, engine)
+    b = _Switchable(after, names, to, engine, changed)
+    floor = FLOOR * unit_roundoff(dtype)
+    comparison = _Comparison(a, b, names, outputs, floor)
+    for feed in feeds:
+        comparison.run(feed)
+        if not comparison.result.ok:  # one fault is enough
+            break
+    return comparison.result
+
+
+@dataclass
+class _Comparison:
+    """Compares ``b`` with ``a``, see the module."""
+
+    a: _Switchable
+    b: _Switchable
+    names: Sequence[str]
+    outputs: Sequence[str]
+    floor: float
+    result: StoredParity = field(default_factory=StoredParity)
+
+    def run(self, feed: Arrays) -> None:
+        """Compare the outputs, and the values that mean the same in both models."""
+        original, folded = self.a(feed), self.b(feed)
+        alike = [n for n in self.names if _likeness(original[n], folded[n]) >= LIKENESS]
+        noise = self._noise(feed, alike, folded)
+        same = []
+        for name in alike:
+            difference = _difference(folded[name], original[name])
+            if noise[name].ratio(difference, original[name]).whole <= LIMIT:
+                same.append(name)
+            elif not self._means_another(feed, name, original, folded):
+                self._judge_value(feed, name, original, folded, noise[name])
+                if not self.result.ok:
+                    return
+        given = {name: original[name] for name in same}
+        folded = self.b(feed, given)
+        noise = self._noise(feed, [*same, *self.outputs], folded, given)
+        for name in (*same, *self.outputs):
+            self._judge_value(feed, name, original, folded, noise[name])
+            if not self.result.ok:
+                return
+        self.result.values = max(self.result.values, len(same) + len(self.outputs))
+
+    def _noise(
+        self,
+        feed: Arrays,
+        names: Iterable[str],
+        folded: Arrays,
+        given: Mapping[str, Array] | None = None,
+    ) -> dict[str, _Noise]:
+        """What rounding the weights of ``b`` anew does to the values ``names``."""
+        found = {name: _Noise(self.floor) for name in names}
+        for draw in range(DRAWS):
+            moved = self.b(feed, given, draw)
+            for name, noise in found.items():
+                noise.add(_difference(moved[name], folded[name]))
+        return found
+
+    def _means_another(self, feed: Arrays, name: str, original: Arrays, folded: Arrays) -> bool:
+        """Whether ``b`` computes something else under ``name``, as ``a`` shows when it is given it.
+
+        At a fault ``a`` with the value of ``b`` gets nearer to the outputs of ``b``, or stays as
+        near as the noise of the layers behind it lets it come.
+        """
+        given = self.a(feed, {name: folded[name]})
+        return self._distance(given, folded) > 1.5 * self._distance(original, folded)
+
+    def _distance(self, x: Arrays, y: Arrays) -> float:
+        pairs = [(_difference(x[name], y[name]), y[name]) for name in self.outputs]
+        return math.sqrt(sum(_squares(d).whole / (_squares(v).whole or 1.0) for d, v in pairs))
+
+    def _judge_value(
+        self, feed: Arrays, name: str, original: Arrays, folded: Arrays, noise: _Noise
+    ) -> None:
+        difference = _difference(folded[name], original[name])
+        ratio = noise.ratio(difference, original[name]).worst
+        if ratio > LIMIT and name not in self.outputs:
+            effect = self._effect(feed, name, original, folded, noise)
+            ratio = effect if effect < IRRELEVANT else ratio
+        self.result.add(name, ratio)
+
+    def _effect(
+        self, feed: Arrays, name: str, original: Arrays, folded: Arrays, noise: _Noise
+    ) -> float:
+        """How much farther the value of ``b`` moves the outputs of ``a`` than the draws do."""
+        moved = self.a(feed, {name: folded[name]})
+        effects = {output: _Noise(0.0) for output in self.outputs}
+        for draw in noise.draws:
+            drawn = self.a(feed, {name: original[name] + draw})
+            for output, effect in effects.items():
+                effect.add(_difference(drawn[output], original[output]))
+        return max(
+            (
+                effect.ratio(_difference(moved[output], original[output]), original[output]).worst
+                for output, effect in effects.items()
+            ),
+            default=0.0,
+        )
+
+
+# --- Differences ---------------------------------------------------------------------------------
+
+
+@dataclass
+class _Squares:
+    """Sums of squares: of the whole array, of each row ``[..., :]``, of each channel."""
+
+    whole: float
+    rows: Array
+    channels: Array
+
+
+def _squares(x: Array) -> _Squares:
+    squares = np.square(x.reshape(-1, x.shape[-1] if x.ndim else 1))
+    return _Squares(float(squares.sum()), squares.sum(1), squares.sum(0))
+
+
+def _difference(x: Array, y: Array) -> Array:
+    """``x - y`` in float64, 0 where one is not finite: that is looked at elsewhere."""
+    if x.shape != y.shape:
+        return np.full(y.shape, math.inf)
+    finite = np.isfinite(x) & np.isfinite(y)
+    with np.errstate(invalid="ignore"):
+        return np.where(finite, x.astype(np.float64) - y, 0.0)
+
+
+def _likeness(x: Array, y: Array) -> float:
+    """The correlation of all channels together, each less its mean; 0 for another shape."""
+    if x.shape != y.shape:
+        return 0.0
+    finite = np.isfinite(x) & np.isfinite(y)
+    rows = [
+        np.where(finite, each, 0).astype(np.float64).reshape(-1, x.shape[-1] if x.ndim else 1)
+        for each in (x, y)
+    ]
+    p, q = (each - each.mean(0) if len(each) > 1 else each for each in rows)
+    norms = float(np.linalg.norm(p) * np.linalg.norm(q))
+    return float(np.vdot(p, q)) / norms if norms else 1.0
+
+
+@dataclass
+class _Ratio:
+    """A difference as a multiple of the noise."""
+
+    whole: float
+    worst: float
+
+
+@dataclass
+class _Noise:
+    """What rounding the weights anew does to one value."""
+
+    floor: float
+    draws: list[Array] = field(default_factory=list)
+
+    def add(self, draw: Array) -> None:
+        self.draws.append(draw)
+
+    def ratio(self, difference: Array, value: Array) -> _Ratio:
+        """Return ``difference`` as a multiple of the noise: of all of it, and at its worst.
+
+        A row or a channel is measured by its own noise, or by that of an average one where its own
+        is smaller: where few weights matter a few draws may all be small by chance.
+        """
+        found = _squares(difference)
+        noise = [_squares(draw) for draw in self.draws]
+        size = self.floor**2 * _squares(np.where(np.isfinite(value), value, 0.0)).whole
+        parts = []
+        for name in ("whole", "rows", "channels"):
+            drawn = np.mean([np.atleast_1d(getattr(each, name)) for each in noise], axis=0)
+            yardstick = np.maximum(drawn, drawn.mean() if drawn.size else 0.0)
+            yardstick = yardstick + size / max(drawn.size, 1)
+            parts.append(_worst_ratio(np.atleast_1d(getattr(found, name)), yardstick))
+        return _Ratio(parts[0], max(parts))
+
+
+def _worst_ratio(squares: Array, yardstick: Array) -> float:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratios = np.where(squares > 0, squares / yardstick, 0.0)
+    return math.sqrt(float(ratios.max(initial=0.0)))
+
+
+# --- Models that can be told their values --------------------------------------------------------
+
+
+class _Switchable:
+    """A model that returns the values ``names``, and can be given others to go on with.
+
+    Args:
+        model: The model.
+        names: Values that are returned.
+        to: The type of its floats.
+        engine: Makes a function of a model.
+        moved: Weights that are rounded anew when a draw is asked for.
+    """
+
+    def __init__(
+        self,
+        model: ir.Model,
+        names: Sequence[str],
+        to: ir.DataType,
+        engine: Callable[[ir.Model], Function],
+        moved: Sequence[str] = (),
+    ) -> None:
+        self._names, self._to = names, to
+        stored = {n: model.graph.initializers[n].const_value for n in moved}
+        self._stored = {n: tensor for n, tensor in stored.items() if tensor is not None}
+        wide = widen(model, to)
+        _open(wide, names, to)
+        for name in self._stored:
+            value = wide.graph.initializers.pop(name)
+            value.const_value = None
+            wide.graph.inputs.append(value)
+        self._weights: dict[int | None, Arrays] = {}
+        self._function = engine(wide)
+
+    def __call__(
+        self, feed: Arrays, given: Mapping[str, Array] | None = None, draw: int | None = None
+    ) -> Arrays:
+        """Run on ``feed``, with values ``given`` by name, and weights rounded anew."""
+        kind, given = self._to.numpy(), given or {}
+        inputs = {**feed, **self._weights_of(draw)}
+        for name in self._names:
+            inputs[f"{name}/is_own"] = np.array(name not in given)
+            inputs[f"{name}/given"] = np.asarray(given.get(name, 0.0), kind)
+        return self._function(inputs)
+
+    def _weights_of(self, draw: int | None) -> Arrays:
+        if draw not in self._weights:
+            generator = None if draw is None else np.random.default_rng(draw)
+            self._weights[draw] = {
+                name: _rounded_anew(tensor, self._to, generator)
+                for name, tensor in self._stored.items()
+            }
+        return self._weights[draw]
+
+
+def _rounded_anew(
+    tensor: ir.TensorProtocol, to: ir.DataType, generator: np.random.Generator | None
+) -> Array:
+    """Return the weight in the type ``to``, moved by half a unit in the last place, or as it is."""
+    stored = tensor.numpy()
+    weight: Array = stored.astype(to.numpy())
+    if generator is None:
+        return weight
+    exponents = np.frexp(stored.astype(np.float32) if tensor.dtype.itemsize < 4 else stored)[1]
+    half = np.ldexp(weight.dtype.type(0.5), exponents - FRACTION_BITS[tensor.dtype])
+    sign = generator.integers(0, 2, weight.shape, np.int8) * np.int8(2) - np.int8(1)
+    moved: Array = np.where(weight == 0, weight, weight + half * sign)
+    return moved.astype(weight.dtype)
+
+
+def _open(model: ir.Model, names: Iterable[str], to: ir.DataType) -> None:
+    """Return the values ``names``, each of which goes on only where its own switch is on."""
+    graph = model.graph
+    values = {value.name: value for node in graph for value in node.outputs}
+    for name in names:
+        value = values[name]
+        node = value.producer()
+        assert node is not None
+        is_own = ir.Value(
+            name=f"{name}/is_own", type=ir.TensorType(ir.DataType.BOOL), shape=ir.Shape([])
+        )
+        given = ir.Value(name=f"{name}/given", type=ir.TensorType(to))
+        switch = ir.node("Where", [is_own, value, given])
+        used = switch.outputs[0]
+        used.name, used.type = f"{name}/used", ir.TensorType(to)
+        graph.insert_after(node, switch)
+        ir.convenience.replace_all_uses_with(value, used)
+        switch.replace_input_with(1, value)
+        graph.inputs.extend([is_own, given])
+        graph.outputs.append(value)
+
+
+def _prepared(model: ir.Model) -> ir.Model:
+    """Return a copy in which functions are inlined, large constants initializers, types known."""
+    copy = model.clone()
+    if copy.functions:
+        inline_all(copy)
+    LiftConstantsToInitializersPass()(copy)
+    if any(value.dtype is None for node in copy.graph for value in node.outputs if value.name):
+        ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(copy)
+    return copy
+
+
+def _watched(model: ir.Model) -> Iterator[str]:
+    """The names of floats that matrix products read or write, but for the outputs of the model."""
+    for node in model.graph:
+        for value in node.outputs:
+            near = (node, *(user for user, _ in value.uses()))
+            if (
+                value.name
+                and value.dtype in FRACTION_BITS
+                and not value.is_graph_output()
+                and any(each.op_type in MATRIX_PRODUCTS for each in near)
+            ):
+                yield value.name
+
+
+def _changed_weights(after: ir.Model, before: ir.Model) -> list[str]:
+    """The names of float initializers that ``before`` does not hold, under any name."""
+    held = {_key(tensor) for _, tensor in _floats(before)}
+    return [name for name, tensor in _floats(after) if _key(tensor) not in held]
+
+
+def _floats(model: ir.Model) -> Iterator[tuple[str, ir.TensorProtocol]]:
+    for name, value in model.graph.initializers.items():
+        tensor = value.const_value
+        if tensor is not None and tensor.dtype in FRACTION_BITS and not value.is_graph_input():
+            yield name, tensor
+
+
+def _key(tensor: ir.TensorProtocol) -> tuple[ir.DataType, tuple[int, ...], bytes]:
+    digest = hashlib.blake2b(tensor.tobytes(), digest_size=16).digest()
+    return tensor.dtype, tuple(tensor.shape.numpy()), digest

@@ -1,0 +1,129 @@
+"""What a model weighs, and what folding saves of it.
+
+At batch 1 a decoder reads every weight once for each token, so the ratio of the weight bytes before
+and after is the limit of the speed-up of decoding (Graef, arXiv 2404.12362, "Examples").
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import onnx_ir as ir
+
+from onnx_fold.graph.constants import FLOATS
+from onnx_fold.graph.operators import operator
+from onnx_fold.rewriting.rewrite import Work
+
+if TYPE_CHECKING:
+    pass
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Size of a model.
+
+    Attributes:
+        weights: Elements of all floating-point initializers and Constant nodes.
+        bytes: Their size as stored.
+        nodes: Operators, those in the bodies of control flow included; a function call is one.
+    """
+
+    weights: int
+    bytes: int
+    nodes: int = 0
+
+
+@dataclass(frozen=True)
+class Saving:
+    """Cost before and after a fold."""
+
+    before: Cost
+    after: Cost
+
+    @property
+    def weights(self) -> int:
+        """Weights removed."""
+        return self.before.weights - self.after.weights
+
+    @property
+    def share(self) -> float:
+        """Weights removed, as a share of those before."""
+        return self.weights / self.before.weights if self.before.weights else 0.0
+
+    @property
+    def speedup(self) -> float:
+        """Bytes ratio: the limit of the speed-up of decoding at batch 1."""
+        return self.before.bytes / self.after.bytes if self.after.bytes else 1.0
+
+
+def cost(model: ir.Model) -> Cost:
+    """Weigh ``model``; no weight is read."""
+    stored = [value.const_value for g in model.graphs() for value in g.initializers.values()]
+    bodies: tuple[ir.Graph | ir.Function, ...] = (model.graph, *model.functions.values())
+    stored += [
+        attribute.as_tensor()
+        for node in (node for body in bodies for node in body.all_nodes())
+        if operator(node) == "Constant"
+        and (attribute := node.attributes.get("value")) is not None
+        and not attribute.is_ref()
+    ]
+    tensors = [tensor for tensor in stored if tensor is not None and tensor.dtype in FLOATS]
+    return Cost(
+        weights=sum(tensor.size for tensor in tensors),
+        bytes=sum(tensor.nbytes for tensor in tensors),
+        nodes=sum(1 for _ in model.graph.all_nodes()),
+    )
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the operators that a fold adds take on one provider, counted in work it saves.
+
+    Measured by ``benchmarks/operators.py``.
+
+    Attributes:
+        bytes_per_node: Weight bytes that are read in the time that one more operator takes.
+        macs_per_copied: Multiplications done in the time in which one value is copied.
+        macs_per_gathered: The same for a value that is picked from the last axis by an index.
+    """
+
+    bytes_per_node: int
+    macs_per_copied: int
+    macs_per_gathered: int
+
+    def loses(self, work: Work, weights: int, itemsize: float) -> str:
+        """Say where a fold that saves so many weights, and adds ``work``, takes longer.
+
+        Decode at batch 1 reads the weights; prefill multiplies by each of them for every token.
+
+        Returns:
+            ``"decode"`` or ``"prefill"``, the first of them that gets slower, or an empty string.
+        """
+        if work.nodes > 0 and weights * itemsize < work.nodes * self.bytes_per_node:
+            return "decode"
+        moved = work.copied * self.macs_per_copied + work.gathered * self.macs_per_gathered
+        return "prefill" if weights < moved else ""
+
+
+TARGETS = {
+    "cpu": Target(bytes_per_node=2**16, macs_per_copied=8, macs_per_gathered=400),
+    "cuda": Target(bytes_per_node=2**23, macs_per_copied=350, macs_per_gathered=500),
+}
+"""By provider. CPU: measured. CUDA: from the data sheet of an H200 (4.8 TB/s, 800 TFLOP/s in
+bfloat16) and 2 µs a kernel, not measured."""
+
+
+def bytes_read(model: ir.Model) -> int:
+    """Bytes of the initializers that decoding one token reads: all but tables looked up by row."""
+    return sum(
+        value.const_value.nbytes
+        for graph in model.graphs()
+        for value in graph.initializers.values()
+        if value.const_value is not None and not _is_looked_up(value)
+    )
+
+
+def _is_looked_up(value: ir.Value) -> bool:
+    uses = value.uses()
+    return bool(uses) and all(operator(node) == "Gather" and index == 0 for node, index in uses)

@@ -1,0 +1,400 @@
+"""The fold itself: passes propose candidates for each closed stream, the best one is taken.
+
+Candidates over the tolerance are dropped first; of the rest the one that removes most weights wins,
+then the one with the fewest operators, then the most accurate one.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import groupby
+from typing import Any, ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from onnx_fold.algebra.basis import (
+    MAX_STREAM_RATIO,
+    TOLERANCES,
+    Basis,
+    Side,
+    TableSide,
+    probe,
+    product_dtype,
+)
+from onnx_fold.algebra.device import HOST, Device
+from onnx_fold.algebra.expression import Expression, FoldedTensor, ImpliedTensor
+from onnx_fold.algebra.precision import unit_roundoff
+from onnx_fold.engine.cost import TARGETS
+from onnx_fold.engine.outcome import CandidateReport, StreamReport
+from onnx_fold.graph.edit import remembered_names
+from onnx_fold.graph.shapes import Shapes
+from onnx_fold.rewriting.affine import make_explicit
+from onnx_fold.rewriting.rewrite import CannotRewriteError, Rewrite
+from onnx_fold.streams.activations import Activations
+from onnx_fold.streams.stream import Stream, find_streams
+
+logger = logging.getLogger(__name__)
+
+PIVOTS = ("auto", "q", "k", "v", "p")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a caller may ask of every pass.
+
+    Attributes:
+        pivot: Which matrix of a stream becomes the identity where there is a choice: ``"q"``,
+            ``"k"``, ``"v"`` of the attention, ``"p"`` the writer of a parallel block, or
+            ``"auto"``.
+        protect: Names of initializers, nodes or values that must stay as they are.
+        tolerance: Largest predicted relative error, where it is below the default of the storage
+            type, :data:`onnx_fold.algebra.basis.TOLERANCES`.
+        force: Take a fold whatever its predicted error.
+        taken_back: Names of folds that are not to be taken, with the reasons.
+        device: Where weights are evaluated.
+        target: The provider on which no fold may take longer than what it saves; None folds
+            whatever saves weights.
+    """
+
+    pivot: str = "auto"
+    protect: frozenset[str] = frozenset()
+    tolerance: float | None = None
+    force: bool = False
+    taken_back: Mapping[str, str] = field(default_factory=dict)
+    device: Device = HOST
+    target: str | None = None
+
+
+Memo = dict[tuple[object, ...], tuple[CandidateReport, tuple[ir.TensorProtocol, ...]]]
+"""Verdicts by candidate and the tensors of its stream, kept so that their ids stay theirs."""
+
+
+@dataclass
+class Candidate:
+    """One way to fold one stream.
+
+    Attributes:
+        strategy: Name of the pass that proposes it.
+        text: What is folded into what, for people.
+        rewrite: The change.
+        writers: Writers before and after, for the probe.
+        readers: Readers before and after, for the probe.
+        basis: The basis that is inverted, if one is.
+    """
+
+    strategy: str
+    text: str
+    rewrite: Rewrite
+    writers: list[Side | TableSide]
+    readers: list[Side]
+    basis: Basis | None = None
+
+    @cached_property
+    def weights_removed(self) -> int:
+        """Elements of initializers that it saves."""
+        return self.rewrite.weights_removed()
+
+    @property
+    def nodes(self) -> int:
+        """Operators that it adds, less those that it removes."""
+        return self.rewrite.nodes_change()
+
+    def _growth(self) -> str:
+        shared = self.rewrite.shared()
+        if shared:
+            names = " and ".join(map(repr, shared))
+            return f"{names} has other readers, and a copy would cost as much as is saved"
+        if self.weights_removed == 0:
+            return "no weights would be saved"
+        return f"weights would grow by {-self.weights_removed:,}"
+
+    def slower_on(self, itemsize: float) -> dict[str, str]:
+        """The providers on which it costs time, and where: in decode or in prefill."""
+        work, weights = self.rewrite.work(), self.weights_removed
+        lost = {name: each.loses(work, weights, itemsize) for name, each in TARGETS.items()}
+        return {name: phase for name, phase in lost.items() if phase}
+
+    def _price(self, slower_on: Mapping[str, str], target: str) -> str:
+        work = self.rewrite.work()
+        values = work.copied + work.gathered
+        return (
+            f"{slower_on[target]} would be slower on {target}: {work.nodes:+} operators and"
+            f" {values:,} values to move a token, for {self.weights_removed:,} weights"
+        )
+
+    def judged(self, stream: Stream, options: Options, memo: Memo) -> CandidateReport:
+        """Weigh it: cheap checks first, the weights are evaluated last, and once."""
+        report = CandidateReport(
+            strategy=self.strategy,
+            text=self.text,
+            weights_removed=self.weights_removed,
+            nodes_added=self.nodes,
+            slower_on=self.slower_on(stream.dtype.itemsize),
+        )
+        if self.weights_removed < 0 or (
+            self.weights_removed == 0 and not self.rewrite.drops_implied
+        ):
+            return replace(report, refused=self._growth())
+        if protected := sorted(self.rewrite.names() & options.protect):
+            return replace(report, refused=f"'{protected[0]}' is protected")
+        if report.name in options.taken_back:
+            return replace(report, refused=options.taken_back[report.name])
+        if options.target is not None and options.target in report.slower_on:
+            return replace(report, refused=self._price(report.slower_on, options.target))
+        tensors = tuple(member.weight.tensor for member in stream.members)
+        key = (self.strategy, self.text, self.weights_removed, self.nodes, *map(id, tensors))
+        if key not in memo:
+            memo[key] = self._measured(report, stream, options), tensors
+        return memo[key][0]
+
+    def _measured(
+        self, report: CandidateReport, stream: Stream, options: Options
+    ) -> CandidateReport:
+        given: Mapping[Expression, Any] = {}
+        if self.basis is not None:
+            given, condition = self.basis.factored(options.device, product_dtype(stream.dtype))
+            report = replace(report, condition=condition)
+            if condition > 1e15:
+                return replace(report, refused="the matrix to invert is singular")
+        known = options.device, given
+        error, own = probe(self.writers, self.readers, stream.dtype, 32, *known)
+        refused = _over_limits(error, own, stream.dtype, options)
+        if (refused is None or not np.isfinite(error)) and not self.rewrite.is_finite(*known):
+            refused = f"a folded weight is not finite in {stream.dtype.name.lower()}"
+            return replace(report, refused=refused)
+        return replace(report, error=error, error_original=own, refused=refused)
+
+
+def _over_limits(error: float, own: float, dtype: ir.DataType, options: Options) -> str | None:
+    """Why a predicted error is too large; both limits hold, whatever tolerance was asked for."""
+    if options.force and np.isfinite(error):
+        return None
+    limit = min(TOLERANCES[dtype], np.inf if options.tolerance is None else options.tolerance)
+    if not error <= limit:
+        return (
+            f"predicted relative error {error:.1e} is over the tolerance {limit:.1e} ({_FORCING})"
+        )
+    own = max(own, unit_roundoff(dtype) / 2)  # the layers may be exact by chance
+    ratio = round(error / own, 1)
+    if dtype != ir.DataType.DOUBLE and ratio > MAX_STREAM_RATIO:  # nothing wider than double
+        return (
+            f"predicted relative error {error:.1e} is {ratio:.1f} times the model's own"
+            f" ({own:.1e}); at most {MAX_STREAM_RATIO:.1f} times is taken ({_FORCING})"
+        )
+    return None
+
+
+_FORCING = "--strategy with --force takes it all the same"
+
+
+def attempt(strategy: str, text: str, plan: Callable[[], Candidate]) -> Candidate | CandidateReport:
+    """What ``plan`` makes, or the reason why it cannot be said in the graph."""
+    try:
+        return plan()
+    except CannotRewriteError as reason:
+        return CandidateReport(
+            strategy, text, weights_removed=0, nodes_added=0, refused=str(reason)
+        )
+
+
+class FoldPass(ir.passes.InPlacePass):
+    """Base of the fold strategies; also a pass of its own in any ``onnx_ir.passes.Sequential``.
+
+    A strategy sets ``name`` and implements :meth:`candidates`.
+
+    Attributes:
+        name: What it is called on the command line.
+        operators: How many operators it adds at the least; passes that add fewer are asked first.
+        is_basis_change: Whether it needs ``T⁻¹``, so that there are others to choose from.
+    """
+
+    name: ClassVar[str]
+    operators: ClassVar[int] = 0
+    is_basis_change: ClassVar[bool] = True
+
+    def __init__(self, options: Options | None = None) -> None:
+        super().__init__()
+        self.options = options or Options()
+
+    def candidates(self, stream: Stream) -> Iterator[Candidate | CandidateReport]:
+        """Yield the ways in which this strategy can fold ``stream``, which is closed.
+
+        What it would do but cannot say in the graph is a report with the reason.
+        """
+        raise NotImplementedError
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Fold ``model`` in place with this strategy alone; if that fails it is as it was."""
+        before = model.clone()
+        try:
+            streams = fold_streams(model, [self], self.options)
+        except BaseException:
+            model.graph = before.graph
+            raise
+        return ir.passes.PassResult(model, any(stream.folded for stream in streams))
+
+
+def fold_streams(
+    model: ir.Model,
+    passes: Sequence[FoldPass],
+    options: Options,
+    activations: Activations | None = None,
+) -> list[StreamReport]:
+    """Fold every closed stream of ``model`` in place, to a fixpoint.
+
+    Args:
+        model: The model.
+        passes: The strategies to choose from.
+        options: What decides among them.
+        activations: Recorded rows, for probes and the selection of rows in place of random ones;
+            those that a fold makes meaningless are dropped.
+
+    Returns:
+        A report for each stream, in graph order: what was folded, or why nothing was. Streams that
+        no fold could be asked of are reported as they were at first.
+    """
+    shapes = Shapes(model)
+    with remembered_names(model.graph), make_explicit(model, shapes.without_facts()):
+        reports = _fold_streams(model, passes, options, activations, shapes)
+    for value in model.graph.initializers.values():
+        if isinstance(value.const_value, FoldedTensor):
+            value.const_value.device = options.device
+    return reports
+
+
+def _fold_streams(
+    model: ir.Model,
+    passes: Sequence[FoldPass],
+    options: Options,
+    activations: Activations | None,
+    inferred: Shapes,
+) -> list[StreamReport]:
+    order = {node: position for position, node in enumerate(model.graph)}
+    reports: list[tuple[int, StreamReport]] = []
+    finished: set[ir.Node] = set()
+    shapes: Shapes | None = inferred
+    is_first_round = True
+    memo: Memo = {}
+    while True:
+        left: list[tuple[int, StreamReport]] = []
+        touched: set[ir.Node] = set()
+        for stream in find_streams(model, activations, shapes):
+            nodes = stream.nodes
+            position = min(order.get(node, 0) for node in nodes)
+            report = StreamReport.of(stream)
+            if not report.is_foldable:
+                if is_first_round:
+                    reports.append((position, report))
+                continue
+            if nodes & touched:
+                continue  # a neighbour has just changed: look again in the next round
+            report, rewrite = _choose(stream, report, passes, options, memo)
+            if rewrite is not None and report.folded is not None:
+                changed = nodes | rewrite.nodes
+                if changed & touched:
+                    continue
+                moved = (*stream.values, *rewrite.reordered, *rewrite.resized)
+                if activations is not None:
+                    activations.forget(moved)
+                names = frozenset(v.name for v in (*moved, *rewrite.touched) if v.name)
+                rewrite.apply(model.graph)
+                logger.info("%s: %s", report.folded.strategy, report.folded.text)
+                touched |= changed
+                finished |= nodes
+                reports.append((position, replace(report, changed=names)))
+            elif stream.is_closed or not nodes & finished:
+                left.append((position, report))
+        if not touched:
+            break
+        is_first_round, shapes = False, None
+    return [report for _, report in sorted([*reports, *left], key=lambda item: item[0])]
+
+
+def _choose(
+    stream: Stream,
+    report: StreamReport,
+    passes: Sequence[FoldPass],
+    options: Options,
+    memo: Memo,
+) -> tuple[StreamReport, Rewrite | None]:
+    """The best admissible candidate of a stream, or the reasons why there is none."""
+    if not stream.is_closed:
+        return report, None
+    protected = sorted(_names(stream) & options.protect)
+    if protected:
+        return replace(report, reasons=[f"'{protected[0]}' is protected"]), None
+    judged: list[CandidateReport] = []
+    is_implied = any(isinstance(m.weight.tensor, ImpliedTensor) for m in stream.members)
+    passes = [each for each in passes if not (is_implied and each.is_basis_change)]
+    for group in _ranked(stream, passes, judged):
+        accepted: list[tuple[CandidateReport, Candidate]] = []
+        for candidate in sorted(group, key=lambda candidate: candidate.basis is not None):
+            verdict = candidate.judged(stream, options, memo)
+            judged.append(verdict)
+            if verdict.refused is None:
+                accepted.append((verdict, candidate))
+                if candidate.basis is None and _is_rounding(verdict):
+                    break
+        if accepted:
+            verdict, candidate = min(accepted, key=lambda pair: pair[0].error or 0.0)
+            return replace(report, candidates=judged, folded=verdict), candidate.rewrite
+    reasons = [f"{verdict.text}: {verdict.refused}" for verdict in judged]
+    reasons = reasons or ["no strategy applies to its layers"]
+    return replace(report, candidates=judged, reasons=reasons), None
+
+
+def _is_rounding(verdict: CandidateReport) -> bool:
+    """Whether the error is no more than that of the original: no inverse can do better."""
+    own = verdict.error_original or 0.0
+    return verdict.error is not None and verdict.error <= 1.5 * own
+
+
+def _ranked(
+    stream: Stream, passes: Sequence[FoldPass], refused: list[CandidateReport]
+) -> Iterator[list[Candidate]]:
+    """Candidates that tie, those that gain most first, of those the ones with fewest operators.
+
+    A closed stream has d² weights too many. So a dear pass is not asked before the cheap ones that
+    save as much have failed; what saves less waits for it.
+    """
+    waiting: list[Candidate] = []
+    for _, tier in groupby(sorted(passes, key=_operators), key=_operators):
+        proposals = [proposal for each in tier for proposal in each.candidates(stream)]
+        refused += [proposal for proposal in proposals if isinstance(proposal, CandidateReport)]
+        waiting += [proposal for proposal in proposals if isinstance(proposal, Candidate)]
+        yield from _ties([candidate for candidate in waiting if _is_full(candidate, stream)])
+        waiting = [candidate for candidate in waiting if not _is_full(candidate, stream)]
+    yield from _ties(waiting)
+
+
+def _is_full(candidate: Candidate, stream: Stream) -> bool:
+    return -_gain(candidate)[0] >= stream.width**2
+
+
+def _ties(candidates: Sequence[Candidate]) -> Iterator[list[Candidate]]:
+    for _, group in groupby(sorted(candidates, key=_gain), key=_gain):
+        yield list(group)
+
+
+def _operators(each: FoldPass) -> int:
+    return each.operators
+
+
+def _gain(candidate: Candidate) -> tuple[int, int, int]:
+    """Sorts what gains most to the front; only what ties has to be evaluated to be compared.
+
+    Matrices count first: no operator is worth the few weights of a bias.
+    """
+    matrices = candidate.rewrite.weights_removed(min_rank=2)
+    return -matrices, candidate.nodes, -candidate.weights_removed
+
+
+def _names(stream: Stream) -> set[str]:
+    names = {value.name for value in stream.values}
+    for member in stream.members:
+        names |= {member.weight.leaf.name, member.node.name, member.label}
+    return {name for name in names if name}

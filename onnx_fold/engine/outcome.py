@@ -1,0 +1,117 @@
+"""What became of one stream: the ways that were weighed, the one taken, the reasons against it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from onnx_fold.graph.linear import compact
+from onnx_fold.streams.heads import roles
+from onnx_fold.streams.stream import Opening, Stream
+
+
+@dataclass(frozen=True)
+class CandidateReport:
+    """One way to fold a stream, weighed.
+
+    Attributes:
+        strategy: Name of the pass.
+        text: What would be folded into what.
+        weights_removed: Elements of initializers saved.
+        nodes_added: Operators added, less those removed.
+        condition: Condition number of the matrix that is inverted; None if none is.
+        error: Predicted relative error; None if it was refused before that was known.
+        error_original: What rounding alone does to the same rows in the original.
+        slower_on: Where it costs more time than it saves: the provider, and ``"decode"`` or
+            ``"prefill"``.
+        refused: Why it was not taken; None if it could be.
+    """
+
+    strategy: str
+    text: str
+    weights_removed: int
+    nodes_added: int
+    condition: float | None = None
+    error: float | None = None
+    error_original: float | None = None
+    slower_on: Mapping[str, str] = field(default_factory=dict)
+    refused: str | None = None
+
+    @property
+    def name(self) -> str:
+        """What tells it from all others of a model."""
+        return f"{self.strategy} {self.text}"
+
+
+@dataclass(frozen=True)
+class StreamReport:
+    """One stream: who writes and reads it, and what became of it.
+
+    Attributes:
+        width: Channels of the stream.
+        dtype: Its narrowest storage type.
+        writers: Labels of the layers and tables that write it.
+        readers: Labels of the layers that read it.
+        is_closed: Whether its basis was free.
+        is_foldable: Whether a fold could be asked of it: it runs from one projection to another, or
+            to a norm that could be removed.
+        ending: Where it ends if it does not; None for what such a place writes.
+        reasons: Why it was left alone; empty if it was folded.
+        candidates: All ways that were weighed.
+        folded: The one that was taken.
+        changed: Names of the values that this gave another basis, or another order of channels.
+    """
+
+    width: int
+    dtype: str
+    writers: list[str]
+    readers: list[str]
+    is_closed: bool
+    is_foldable: bool = True
+    ending: str | None = None
+    reasons: list[str] = field(default_factory=list)
+    candidates: list[CandidateReport] = field(default_factory=list)
+    folded: CandidateReport | None = None
+    changed: frozenset[str] = frozenset()
+
+    @classmethod
+    def of(cls, stream: Stream) -> StreamReport:
+        """Describe ``stream`` before anything is done to it."""
+        has_norm = any(opening.is_norm for opening in stream.openings)
+        is_foldable = bool(stream.written_by and (stream.readers or has_norm))
+        return cls(
+            width=stream.width,
+            dtype=stream.dtype.name.lower(),
+            writers=stream.written_by,
+            readers=stream.read_by,
+            is_closed=stream.is_closed,
+            is_foldable=is_foldable,
+            ending=_ending(stream) if stream.written_by and not is_foldable else None,
+            reasons=[_reason(opening, stream) for opening in stream.openings],
+        )
+
+    @property
+    def name(self) -> str:
+        """The name of its fold, empty if there is none."""
+        return "" if self.folded is None else self.folded.name
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON-ready data."""
+        return {name: value for name, value in asdict(self).items() if name != "changed"}
+
+
+def _ending(stream: Stream) -> str:
+    if any(roles(writer.y) for writer in stream.writers):
+        return "attention cores"
+    if any(value.is_graph_output() for value in stream.values):
+        return "graph outputs"
+    return "activations"
+
+
+def _reason(opening: Opening, stream: Stream) -> str:
+    if not opening.is_norm:
+        return str(opening)
+    before, behind = (compact(list(dict.fromkeys(names))) for names in stream.around(opening))
+    place = f" between {before} and {behind}" if before and behind else ""
+    return f"{opening}: a norm{place}; the paper removes norms by fine-tuning first"

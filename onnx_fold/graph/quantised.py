@@ -1,0 +1,47 @@
+"""Layers whose weights are stored as integers: left alone, a folded one would be rounded anew.
+
+A weight is quantised if its operator takes integers (MatMulNBits, MatMulInteger, QLinearMatMul), or
+if it reaches an ordinary operator through a DequantizeLinear.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from onnx_fold.graph.constants import constant
+from onnx_fold.graph.linear import described
+from onnx_fold.graph.operators import contrib, operator
+
+_OPERATORS = frozenset(("ConvInteger", "MatMulInteger", "QLinearConv", "QLinearMatMul")) | contrib(
+    *("DynamicQuantizeMatMul", "GatherBlockQuantized", "MatMulBnb4", "MatMulFpQ4"),
+    *("MatMulIntegerToFloat", "MatMulNBits", "QAttention", "QEmbedLayerNormalization"),
+    *("QGemm", "QMoE"),
+)
+_DEQUANTIZE = frozenset(("DequantizeLinear",)) | contrib("DequantizeLinear")
+_VIEWS = frozenset(("Cast", "Identity", "Reshape", "Transpose"))
+_MIN_RANK = 2  # of a weight; vectors are biases
+
+
+def is_quantised(node: ir.Node) -> bool:
+    """Whether ``node`` multiplies by, or looks up, a quantised weight."""
+    return operator(node) in _OPERATORS or any(map(_is_dequantised, node.inputs))
+
+
+def find_quantised(graph: ir.Graph) -> list[str]:
+    """Names of the layers of ``graph`` whose weights are quantised, in graph order."""
+    return [described(node) for node in graph if _is_layer(node)]
+
+
+def _is_layer(node: ir.Node) -> bool:
+    return operator(node) not in _VIEWS and is_quantised(node)
+
+
+def _is_dequantised(value: ir.Value | None) -> bool:
+    node = value.producer() if value is not None else None
+    while node is not None and operator(node) in _VIEWS:
+        value = node.inputs[0]
+        node = value.producer() if value is not None else None
+    if node is None or operator(node) not in _DEQUANTIZE:
+        return False
+    stored = constant(node.inputs[0])
+    return stored is not None and len(stored.shape) >= _MIN_RANK

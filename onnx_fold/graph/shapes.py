@@ -1,0 +1,194 @@
+"""Shapes and types of every value, found without touching the model."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+from collections.abc import Mapping
+
+import onnx_ir as ir
+from onnx_ir.passes.common import ShapeInferencePass
+from onnxscript.optimizer import fold_constants
+
+from onnx_fold.graph.constants import constant, integers
+from onnx_fold.graph.operators import MICROSOFT, contrib, operator
+
+Dim = int | str | None
+"""A size: a number, a symbol, or unknown."""
+
+Dims = tuple[Dim, ...]
+
+
+_INFERRED = " inferred"
+
+MAX_INTEGERS = 64
+"""Integers that a computed shape or bound has at most."""
+
+
+class Shapes:
+    """Shapes by value: freshly inferred, else as the model states them.
+
+    Stated shapes can be stale, so inference starts without them and wins where the two differ.
+    """
+
+    def __init__(self, model: ir.Model) -> None:
+        self._inferred, self._types, self._integers = _infer(model)
+        self._known: dict[tuple[ir.Value, int], int] = {}
+        self._symbols: dict[str, int] = {}
+
+    def without_facts(self) -> Shapes:
+        """The same shapes, without what was noted by :meth:`know`."""
+        other = copy.copy(self)
+        other._known, other._symbols = {}, {}
+        return other
+
+    def know(self, value: ir.Value, axis: int, size: int) -> None:
+        """Note the size of one axis, counted from the end, that an operator implies."""
+        self._known[value, axis] = size
+        dims = self._inferred.get(value.name or "")
+        symbol = dims[axis] if dims is not None and -axis <= len(dims) else None
+        if isinstance(symbol, str) and symbol.endswith(_INFERRED):
+            self._symbols[symbol] = size
+
+    def __call__(self, value: ir.Value) -> Dims | None:
+        """Dimensions of ``value``, or None if not even its rank is known."""
+        if (held := constant(value)) is not None:
+            return held.shape
+        inferred = self._inferred.get(value.name or "")
+        if inferred is not None:
+            inferred = tuple(self._symbols.get(d, d) if isinstance(d, str) else d for d in inferred)
+        stated = None if value.shape is None else _dims(value.shape)
+        if inferred is None or stated is None or len(inferred) != len(stated):
+            return inferred if inferred is not None else stated
+        return tuple(b if a is None else a for a, b in zip(inferred, stated, strict=True))
+
+    def dtype(self, value: ir.Value) -> ir.DataType | None:
+        """Type of ``value``, if known."""
+        return value.dtype or self._types.get(value.name or "")
+
+    def rank(self, value: ir.Value) -> int | None:
+        """Number of dimensions of ``value``, if known."""
+        dims = self(value)
+        return None if dims is None else len(dims)
+
+    def integers(self, value: ir.Value | None) -> tuple[int, ...] | None:
+        """The integers that ``value`` holds, or that are computed from constants and shapes."""
+        if value is None:
+            return None
+        if (held := integers(value)) is not None:
+            return held
+        node = value.producer()
+        if node is not None and operator(node) == "Shape" and node.inputs[0] is not None:
+            dims = self(node.inputs[0]) or (None,)
+            start, end = node.attributes.get_int("start", 0), node.attributes.get_int("end", None)
+            sizes = tuple(dim for dim in dims[start:end] if isinstance(dim, int))
+            return sizes if len(sizes) == len(dims[start:end]) else None
+        return self._integers.get(value.name or "")
+
+    def broadcasts_to(self, value: ir.Value, other: ir.Value) -> bool:
+        """Whether ``value`` broadcasts to the shape of ``other``, whatever the sizes."""
+        dims, target = self(value), self(other)
+        if dims is None or target is None or len(dims) > len(target):
+            return False
+        pairs = zip(reversed(dims), reversed(target), strict=False)
+        return all(a == 1 or (a is not None and a == b) for a, b in pairs)
+
+    def dim(self, value: ir.Value, axis: int) -> Dim:
+        """Size of one axis of ``value``; 1 for an axis that broadcasting would add in front."""
+        if (value, axis) in self._known:
+            return self._known[value, axis]
+        dims = self(value)
+        if dims is None:
+            return None
+        return dims[axis] if -len(dims) <= axis < len(dims) else 1
+
+
+def _infer(
+    model: ir.Model,
+) -> tuple[Mapping[str, Dims], Mapping[str, ir.DataType | None], Mapping[str, tuple[int, ...]]]:
+    """Shapes, types and computed integers, by name."""
+    scratch = model.clone()
+    for value in scratch.graph.inputs:
+        if value.is_initializer():  # what a caller can override is not known
+            scratch.graph.initializers.pop(value.name or "")
+            value.const_value = None
+    for node in scratch.graph.all_nodes():
+        for value in node.outputs:
+            if not value.is_graph_output():
+                value.shape = None
+    for node in list(scratch.graph):
+        _stand_in(node)
+    ends = (*scratch.graph.inputs, *scratch.graph.outputs)
+    stated = {dim for value in ends if value.shape is not None for dim in _dims(value.shape)}
+    logging_was = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # what cannot be inferred is simply not known
+    try:
+        ShapeInferencePass(check_type=False, strict_mode=False)(scratch)
+        if any(map(_computes_integers, scratch.graph)):
+            with contextlib.suppress(Exception):
+                fold_constants(scratch)  # what is computed from constants and shapes
+            ShapeInferencePass(check_type=False, strict_mode=False)(scratch)
+    finally:
+        logging.disable(logging_was)
+    values = [
+        *scratch.graph.initializers.values(),  # nodes that were folded to constants
+        *(value for node in scratch.graph for value in node.outputs),
+    ]
+
+    def dims(shape: ir.Shape) -> Dims:
+        """Inference calls what it does not know `unk__0`; so may the model, and mean another."""
+        return tuple(
+            f"{dim}{_INFERRED}" if isinstance(dim, str) and dim not in stated else dim
+            for dim in _dims(shape)
+        )
+
+    return (
+        {v.name: dims(v.shape) for v in values if v.name and v.shape is not None},
+        {v.name: v.dtype for v in values if v.name},
+        {
+            value.name: found
+            for value in scratch.graph.initializers.values()
+            if value.name
+            and value.const_value is not None
+            and value.const_value.size <= MAX_INTEGERS
+            and (found := integers(value)) is not None
+        },
+    )
+
+
+def _computes_integers(node: ir.Node) -> bool:
+    """Whether what ``node`` makes may be a shape, an index or a bound."""
+    if operator(node) == "Constant":
+        return False
+    return any(value.dtype is None or value.dtype.is_integer() for value in node.outputs)
+
+
+_ELEMENTWISE = contrib("BiasGelu", "FastGelu", "Gelu", "QuickGelu", "RotaryEmbedding")
+
+
+def _stand_in(node: ir.Node) -> None:
+    """Let a standard operator whose output has the same shape stand for one of ONNX Runtime's."""
+    if len(node.outputs) != 1:
+        return
+    if operator(node) in _ELEMENTWISE:
+        node.resize_inputs(1)
+        node.domain, node.op_type = "", "Identity"
+        node.attributes.clear()
+    elif operator(node) == f"{MICROSOFT}::FusedMatMul" and len(node.inputs) == 2:
+        for index, name in enumerate(("transA", "transB")):
+            if not node.attributes.get_int(name, 0):
+                continue
+            value = node.inputs[index]
+            held = constant(value)
+            if held is None or len(held.shape) != 2 or node.graph is None:
+                return
+            transpose = ir.node("Transpose", [value])
+            node.graph.insert_before(node, transpose)
+            node.replace_input_with(index, transpose.outputs[0])
+        node.domain, node.op_type = "", "MatMul"
+        node.attributes.clear()
+
+
+def _dims(shape: ir.Shape) -> Dims:
+    return tuple(dim if isinstance(dim, int) else dim.value for dim in shape)

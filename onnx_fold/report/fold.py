@@ -1,0 +1,220 @@
+"""What was folded, what was not, and why: dataclasses, for the terminal and as JSON."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.filesize import decimal
+from rich.table import Table
+from rich.text import Text
+
+from onnx_fold.base.tables import counted, new_table
+from onnx_fold.check.parity import ParityReport
+from onnx_fold.check.proof import Proof
+from onnx_fold.engine.cost import Saving
+from onnx_fold.engine.outcome import CandidateReport, StreamReport
+from onnx_fold.errors import OnnxFoldError
+from onnx_fold.graph.linear import compact
+
+MAX_REASONS = 2
+"""Reasons shown for one stream; all of them are in the JSON report."""
+
+
+@dataclass(frozen=True)
+class FoldReport:
+    """What :func:`onnx_fold.fold` did.
+
+    Attributes:
+        saving: Cost before and after.
+        streams: All streams, in graph order.
+        quantised: Layers that were left alone because their weights are quantised.
+        proof: That each fold is right, if it was asked for.
+        verification: The parity check of the result, if it was asked for.
+        taken_back: Folds that did not pass, by their names, and why.
+        is_plan: Nothing was written: this is what would be done.
+        old_data: Data files of the model that was replaced, which are still there: why others need
+            each, or nothing if it can be deleted.
+    """
+
+    saving: Saving
+    streams: list[StreamReport]
+    quantised: list[str] = field(default_factory=list)
+    proof: Proof | None = None
+    verification: ParityReport | None = None
+    taken_back: Mapping[str, str] = field(default_factory=dict)
+    is_plan: bool = False
+    old_data: dict[str, str] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        """False if the result was verified and is not the same function."""
+        return self.verification is None or self.verification.ok
+
+    @property
+    def folded(self) -> list[StreamReport]:
+        """The streams that were folded."""
+        return [stream for stream in self.streams if stream.folded]
+
+    @property
+    def left_alone(self) -> list[StreamReport]:
+        """The streams that were not though they could be asked, each with its reasons."""
+        return [stream for stream in self.streams if stream.is_foldable and not stream.folded]
+
+    @property
+    def slower_on(self) -> dict[str, list[CandidateReport]]:
+        """The folds that cost more time than they save, by provider."""
+        taken = [stream.folded for stream in self.folded if stream.folded is not None]
+        names = dict.fromkeys(name for fold in taken for name in fold.slower_on)
+        return {name: [fold for fold in taken if name in fold.slower_on] for name in names}
+
+    @property
+    def endings(self) -> dict[str, int]:
+        """How many further streams end in attention cores, activations, graph outputs."""
+        return Counter(stream.ending for stream in self.streams if stream.ending is not None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON-ready data."""
+        return {
+            **saving_dict(self.saving),
+            "streams": [stream.to_dict() for stream in self.streams],
+            "quantised": self.quantised,
+            "proof": self.proof.to_dict() if self.proof else None,
+            "taken_back": dict(self.taken_back),
+            "verification": None if self.verification is None else self.verification.to_dict(),
+            "old_data": self.old_data,
+        }
+
+    def __rich__(self) -> RenderableType:
+        """For the terminal: what was folded, what was left alone and why, what was gained."""
+        parts: list[RenderableType] = []
+        if self.folded:
+            parts.append(folds_table(self.folded, "Would fold" if self.is_plan else "Folded"))
+        if self.left_alone:
+            parts.append(reasons_table(self.left_alone))
+        if self.quantised:
+            parts.append(quantised_text(self.quantised))
+        if self.slower_on:
+            parts.append(slower_text(self.slower_on))
+        if self.endings:
+            parts.append(endings_text(self.endings))
+        parts.append(saving_text(self.saving))
+        if self.taken_back:
+            parts.append(taken_back_table(self.taken_back))
+        if self.proof is not None:
+            parts.append(self.proof)
+        if self.verification is not None:
+            parts.append(self.verification)
+        return Group(*parts)
+
+
+def saving_dict(saving: Saving) -> dict[str, Any]:
+    """``saving`` as JSON-ready data."""
+    return {
+        "before": asdict(saving.before),
+        "after": asdict(saving.after),
+        "weights_removed": saving.weights,
+        "weights_removed_share": saving.share,
+        "bytes_ratio": saving.speedup,
+    }
+
+
+def folds_table(streams: Sequence[StreamReport], title: str) -> Table:
+    """One line for each folded stream."""
+    table = new_table(f"{title} ({counted(len(streams), 'stream')})")
+    table.add_column("what into what", overflow="fold")
+    table.add_column("by")
+    table.add_column("weights", justify="right")
+    table.add_column("cond", justify="right")
+    table.add_column("error", justify="right")
+    for stream in streams:
+        assert stream.folded is not None
+        fold = stream.folded
+        table.add_row(
+            fold.text,
+            fold.strategy,
+            f"{-fold.weights_removed:+,}",
+            "" if fold.condition is None else f"{fold.condition:.0e}",
+            "" if fold.error is None else f"{fold.error:.0e}",
+        )
+    return table
+
+
+def reasons_table(streams: Sequence[StreamReport]) -> Table:
+    """One line for each stream that was left alone, with the reasons."""
+    table = new_table(f"Left alone ({counted(len(streams), 'stream')})")
+    table.add_column("stream", overflow="fold")
+    table.add_column("because", overflow="fold")
+    for stream in streams:
+        more = len(stream.reasons) - MAX_REASONS
+        shown = [*stream.reasons[:MAX_REASONS], *([f"and {more} more reasons"] if more > 0 else [])]
+        table.add_row(_arrow(stream), "\n".join(shown))
+    return table
+
+
+def taken_back_table(folds: Mapping[str, str]) -> Table:
+    """One line for each fold that did not pass."""
+    table = new_table(f"Taken back ({counted(len(folds), 'fold')})")
+    table.add_column("fold", overflow="fold")
+    table.add_column("because", overflow="fold")
+    for name, reason in folds.items():
+        table.add_row(name, reason)
+    return table
+
+
+def quantised_text(layers: Sequence[str]) -> Text:
+    """The layers that hold integers; a folded weight would have to be quantised anew."""
+    more = len(layers) - MAX_REASONS
+    shown = [*layers[:MAX_REASONS], *([f"{more} more"] if more > 0 else [])]
+    count = counted(len(layers), "layer")
+    return Text(f"Left alone because their weights are quantised: {count} ({', '.join(shown)}).")
+
+
+def slower_text(folds: Mapping[str, Sequence[CandidateReport]]) -> Text:
+    """The folds that save weights but no time."""
+    counts = " and ".join(f"{len(each)} on {provider}" for provider, each in folds.items())
+    return Text(
+        f"Folds that are likely to cost time: {counts}. The operators they add take longer than"
+        f" reading the weights did; --target {next(iter(folds))} leaves them."
+    )
+
+
+def endings_text(endings: Mapping[str, int]) -> Text:
+    """Where the streams end in which nothing could be folded by nature."""
+    parts = [f"{count} in {ending}" for ending, count in endings.items()]
+    return Text(f"Other streams end where a basis matters: {', '.join(parts)}.", style="dim")
+
+
+def saving_text(saving: Saving) -> Text:
+    """Weights, bytes and operators before and after."""
+    before, after = saving.before, saving.after
+    if not saving.weights:
+        return Text(
+            f"Nothing folded: {before.weights:,} weights, {before.nodes:,} operators, unchanged."
+        )
+    return Text.assemble(
+        f"Weights {before.weights:,} → {after.weights:,} (",
+        (f"-{saving.share:.1%}", "bold green"),
+        f"), {decimal(before.bytes)} → {decimal(after.bytes)}, operators {before.nodes:,} →"
+        f" {after.nodes:,}; decode at batch 1 up to ",
+        (f"{saving.speedup:.2f}x", "bold green"),
+        " (bytes ratio).",
+    )
+
+
+def _arrow(stream: StreamReport) -> str:
+    return f"{compact(stream.writers)} → {compact(stream.readers) or '…'}"
+
+
+class CheckFailedError(OnnxFoldError):
+    """Two models do not compute the same function.
+
+    Attributes:
+        report: The :class:`onnx_fold.FoldReport` of the fold that failed.
+    """
+
+    def __init__(self, message: str, report: FoldReport) -> None:
+        super().__init__(message)
+        self.report = report

@@ -1,0 +1,166 @@
+"""Vectors that are added to a stream, carried through its readers: ``(x + b) R = x R + b R``.
+
+No basis has to be inverted for them, but they must be the same at every position where a reader
+reads.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from onnx_fold.algebra.expression import (
+    FoldedTensor,
+    Held,
+    Sum,
+    product,
+    reshape,
+    scale,
+)
+from onnx_fold.graph.constants import constant, scalar
+from onnx_fold.graph.linear import Linear
+from onnx_fold.graph.operators import contrib, operator
+from onnx_fold.rewriting.rewrite import CannotRewriteError, Rewrite
+from onnx_fold.streams.stream import ConstantWriter, Stream
+
+Carried = dict[ConstantWriter, float]
+"""Constants that reach a value, each with its factor."""
+
+_UNIFORM = frozenset(
+    (
+        *("Identity", "Cast", "Dropout", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose"),
+        *("Expand", "Tile", "Slice", "Split", "Gather", "ReduceMean"),
+    )
+)
+"""Operators that leave a vector which is the same at every position as it is."""
+
+_ADDS_BIAS = frozenset(("Add",)) | contrib("BiasGelu", "FastGelu")
+"""Operators of two inputs that first of all add them."""
+
+
+def carry_biases(stream: Stream, writer: Linear, rewrite: Rewrite) -> None:
+    """Plan to take every constant out of ``stream``, whose sole linear writer is ``writer``.
+
+    Raises:
+        CannotRewriteError: One of them differs from position to position where a reader reads it.
+    """
+    for constant_writer in stream.constants:
+        if not _bypass(constant_writer, writer, stream, rewrite):
+            raise CannotRewriteError(
+                f"'{constant_writer.label}' cannot be carried behind the readers"
+            )
+    arriving = _carry(writer, stream) if stream.constants else {}
+    for reader in stream.readers if stream.constants else ():
+        carried = arriving.get(reader.x)
+        if carried is None:
+            raise CannotRewriteError(f"the bias of {writer.label} reaches {reader.label} unevenly")
+        if carried:
+            _add_bias(rewrite, reader, carried)
+
+
+def _bypass(writer: ConstantWriter, layer: Linear, stream: Stream, rewrite: Rewrite) -> bool:
+    """Take an added vector out of the stream; its share is added behind the readers."""
+    node = writer.node
+    if writer.edge == layer.bias:
+        return not writer.is_table  # goes with the node
+    if writer.is_table or operator(node) not in ("Add", "Sub"):
+        return False
+    other = node.inputs[1 - writer.index]
+    if other not in stream.values or (operator(node) == "Sub" and writer.index == 0):
+        return False
+    if len(writer.weight.shape) > max(1, stream.shapes.rank(other) or 0):
+        return False  # the sum has more axes than the stream
+    rewrite.replaced[node.outputs[0]] = other
+    return True
+
+
+def _carry(writer: Linear, stream: Stream) -> dict[ir.Value, Carried | None]:
+    """The constants that arrive at each value of ``stream``; None if they differ by position."""
+    nodes = {node for value in stream.values if (node := value.producer()) is not None}
+    constants: dict[ir.Node, list[ConstantWriter]] = defaultdict(list)
+    for each in stream.constants:
+        constants[each.node].append(each)
+    known: dict[ir.Value, Carried | None] = {}
+    for node in sorted(nodes, key=stream.search.position):
+        carried = _behind(node, constants[node], writer, stream, known)
+        known |= {output: carried for output in node.outputs if output in stream.values}
+    return known
+
+
+def _behind(
+    node: ir.Node,
+    constants: Sequence[ConstantWriter],
+    writer: Linear,
+    stream: Stream,
+    known: Mapping[ir.Value, Carried | None],
+) -> Carried | None:
+    """The constants that arrive behind ``node``, from those that arrive in front of it."""
+    own = [c for c in constants if not c.is_zero()]
+    if node is writer.node:
+        return dict.fromkeys(own, writer.beta)
+    name = operator(node)
+    if name in _UNIFORM:
+        return known.get(_operand(node, 0))
+    if name == "Neg":
+        return _scaled(known.get(_operand(node, 0)), -1.0)
+    if name in ("Mul", "Div"):
+        index = 1 if _operand(node, 1) in stream.values else 0
+        gain = scalar(_operand(node, 1 - index))
+        if gain is None or (name == "Div" and gain == 0.0):
+            return None
+        return _scaled(known.get(_operand(node, index)), gain if name == "Mul" else 1.0 / gain)
+    if name not in ("Add", "Sub", "Sum"):
+        return None
+    total: Carried = {}
+    for index, operand in enumerate(node.inputs):
+        sign = -1.0 if name == "Sub" and index == 1 else 1.0
+        if operand in stream.values:
+            carried = known.get(_operand(node, index))
+        else:
+            carried = {c: 1.0 for c in own if c.index == index}
+        if carried is None:
+            return None
+        for constant_writer, factor in carried.items():
+            total[constant_writer] = total.get(constant_writer, 0.0) + sign * factor
+    return total
+
+
+def _operand(node: ir.Node, index: int) -> ir.Value:
+    value = node.inputs[index]
+    assert value is not None
+    return value
+
+
+def _scaled(carried: Carried | None, factor: float) -> Carried | None:
+    return None if carried is None else {c: factor * gain for c, gain in carried.items()}
+
+
+def _add_bias(rewrite: Rewrite, reader: Linear, carried: Carried) -> None:
+    """Add ``b R`` behind ``reader``: into the bias that it has, else as an Add of its own."""
+    if reader.is_padded:
+        raise CannotRewriteError(f"{reader.label} reads zeros around its input, without the bias")
+    vectors = (scale(reshape(c.channels_last(), (-1,)), factor) for c, factor in carried.items())
+    through = product(Sum(tuple(vectors)), reader.matrix(is_writer=False))
+    dtype, width = reader.weight.dtype, reader.out_features
+    node, edge = reader.node, reader.bias
+    if reader.beta != 0.0 and (edge is not None or operator(node) == "Gemm"):
+        held = constant(node.inputs[edge[1]]) if edge is not None else None
+        if edge is None or held is not None:
+            own = held.wide() if held is not None else Held(np.zeros(width))
+            total = Sum((own, scale(through, 1.0 / reader.beta)))
+            rewrite.stored[edge or (node, 2)] = FoldedTensor(total, dtype)
+            return
+    shape = reader.vector_shape
+    if shape is None:
+        raise CannotRewriteError(f"a bias cannot be added behind {reader.label}")
+    if shape == (width,) and len(reader.y.uses()) == 1 and not reader.y.is_graph_output():
+        ((add, index),) = reader.y.uses()
+        is_sum = operator(add) in _ADDS_BIAS and len(add.inputs) == 2
+        held = constant(add.inputs[1 - index]) if is_sum else None
+        if held is not None and held.dtype == dtype and held.is_vector and held.size == width:
+            rewrite.stored[add, 1 - index] = FoldedTensor(Sum((held.wide(), through)), dtype)
+            return
+    rewrite.biases[reader.y] = FoldedTensor(reshape(through, shape), dtype)

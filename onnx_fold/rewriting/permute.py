@@ -1,0 +1,158 @@
+"""Reorder the channels of a value at no cost: the order goes into the weights that make it.
+
+A permutation commutes with more than a change of basis does: with every operator that treats each
+channel alike. So the hidden value of an FFN can be reordered by the columns of its input layers
+(gate and up alike), through the activation between. Where a Concat joined it, or a Split cuts it,
+only the channels of one layer are free: the others are the basis of another stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from onnx_fold.algebra.expression import Expression, FoldedTensor, take
+from onnx_fold.algebra.selection import RowSelection
+from onnx_fold.graph.commute import OpensStreamError, Port, ports
+from onnx_fold.graph.linear import Linear
+from onnx_fold.graph.operators import contrib, operator
+from onnx_fold.graph.shapes import Shapes
+from onnx_fold.rewriting.rewrite import Rewrite
+from onnx_fold.streams.stream import ConstantWriter, Stream
+
+_ELEMENTWISE = frozenset(
+    (
+        *("Abs", "Celu", "Clip", "Elu", "Erf", "Exp", "Gelu", "HardSigmoid", "HardSwish"),
+        *("LeakyRelu", "Log", "Mish", "Pow", "Reciprocal", "Relu", "Selu", "Sigmoid"),
+        *("Softplus", "Softsign", "Sqrt", "Swish", "Tanh", "ThresholdedRelu"),
+        *("Add", "Sub", "Mul", "Div", "Max", "Min", "Sum"),
+    )
+) | contrib("BiasGelu", "FastGelu", "Gelu", "QuickGelu")
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """A value whose channels can be reordered at no cost.
+
+    Attributes:
+        stream: All that shares its channels.
+        free: The channels that can be reordered.
+        end: Where these are not all: the layer that writes (reads) them and no others, and the axis
+            of its weight.
+    """
+
+    stream: Stream
+    free: slice
+    end: tuple[Linear, int] | None = None
+
+
+def permutable(node: ir.Node, known: Port, width: int, shapes: Shapes) -> list[Port] | None:
+    """The ports of ``node`` that a permutation of the channels of ``known`` reorders alike.
+
+    What a Concat has made of parts, and a Split cuts into parts, ends there: :func:`hidden_stream`
+    looks at the parts.
+    """
+    if operator(node) not in _ELEMENTWISE:
+        try:
+            return ports(node, known, width, shapes)
+        except OpensStreamError:
+            if _is_joint(node, known):
+                return [known]
+            raise
+    found = [Port(True, 0, known.axis)]
+    for index, value in enumerate(node.inputs):
+        size = 1 if value is None else shapes.dim(value, known.axis)
+        if size == width:
+            found.append(Port(False, index, known.axis))
+        elif size != 1:
+            return None
+    return found if known in found else None
+
+
+def _is_joint(node: ir.Node, known: Port) -> bool:
+    return (operator(node), known.is_output) in (("Concat", True), ("Split", False))
+
+
+def hidden_stream(stream: Stream, layer: Linear) -> Hidden | None:
+    """The other side of a layer of ``stream``, if its channels can be reordered at no cost."""
+    is_reader = layer in stream.writers  # a writer of the stream reads the hidden value
+    value, axis, width = (
+        (layer.x, layer.x_axis, layer.in_features)
+        if is_reader
+        else (layer.y, layer.y_axis, layer.out_features)
+    )
+    if axis is None:
+        return None
+    hidden = stream.search.stream(value, axis, width, permutable)
+    joints = list(_joints(hidden))
+    if not hidden.is_closed or len(joints) > 1:
+        return None
+    if joints:
+        return _free_part(hidden, *joints[0])
+    is_between = hidden.writers and hidden.readers
+    return Hidden(hidden, slice(0, width)) if is_between else None
+
+
+def _joints(hidden: Stream) -> Iterator[tuple[ir.Node, int]]:
+    """The nodes at which it ends, and the axis of its channels there."""
+    for value, axis in hidden.values.items():
+        maker = value.producer()
+        is_joined = maker is not None and operator(maker) == "Concat"
+        if maker is not None and is_joined and maker.inputs[0] not in hidden.values:
+            yield maker, axis
+        for user, _ in value.uses():
+            if operator(user) == "Split" and user.outputs[0] not in hidden.values:
+                yield user, axis
+
+
+def _free_part(hidden: Stream, joint: ir.Node, axis: int) -> Hidden | None:
+    """The only part that a layer of its own writes (reads), if there is one."""
+    linears, found, start = hidden.search.linears, [], 0
+    is_made = operator(joint) == "Concat"
+    for part in joint.inputs if is_made else joint.outputs:
+        size = None if part is None else hidden.shapes.dim(part, axis)
+        if part is None or not isinstance(size, int):
+            return None
+        users = [node for node, _ in part.uses()]
+        node = part.producer() if is_made else users[0] if users else None
+        layer = linears.get(node) if node is not None else None
+        is_alone = len(users) == 1 and not part.is_graph_output()
+        if layer is not None and is_alone and layer.is_plain and layer.bias is None:
+            side = (layer.y, layer.out_axes) if is_made else (layer.x, layer.in_axes)
+            if side[0] is part:
+                found.append(Hidden(hidden, slice(start, start + size), (layer, side[1][0])))
+        start += size
+    return found[0] if len(found) == 1 else None
+
+
+def permute(hidden: Hidden, pivot: Linear, rows: RowSelection, rewrite: Rewrite) -> None:
+    """Plan to reorder the channels of ``hidden``; the weight of ``pivot`` is left to the caller.
+
+    Args:
+        hidden: What :func:`hidden_stream` gave.
+        pivot: The layer for whose sake it is done.
+        rows: The order, in which those that are not free stay in their places.
+        rewrite: Receives the reordered weights.
+    """
+    stream = hidden.stream
+    rewrite.reordered.extend(stream.values)
+    for layer in (*stream.writers, *stream.readers):
+        if layer.node is not pivot.node:
+            axes = layer.out_axes if layer in stream.writers else layer.in_axes
+            _reorder(layer, axes[0], rows.placed, rewrite)
+    for writer in stream.constants:
+        if writer.weight.size > 1:
+            _reorder(writer, writer.axis, rows.placed, rewrite)
+    if hidden.end is not None:
+        _reorder(*hidden.end, rows.placed_free, rewrite)
+
+
+def _reorder(
+    member: Linear | ConstantWriter, axis: int, order: Expression, rewrite: Rewrite
+) -> None:
+    """Reorder one axis of a weight, on top of what ``rewrite`` does to it already."""
+    planned = rewrite.stored.get(member.edge)
+    values = planned.expression if isinstance(planned, FoldedTensor) else member.weight.values
+    rewrite.stored[member.edge] = FoldedTensor(take(values, order, axis), member.weight.dtype)
