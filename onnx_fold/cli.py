@@ -38,6 +38,15 @@ _PROVIDER = click.option(
 _QUIET = click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
 
 
+def _own_passes(
+    context: click.Context, option: click.Parameter, values: tuple[str, ...]
+) -> tuple[str, ...]:
+    """Modules in the working folder can be imported, too."""
+    if values and "" not in sys.path:
+        sys.path.insert(0, "")
+    return values
+
+
 def _planning(command: Callable[..., None]) -> Callable[..., None]:
     """The options that decide what folds."""
     for option in reversed(
@@ -68,6 +77,14 @@ def _planning(command: Callable[..., None]) -> Callable[..., None]:
                 help="Run this pass only (merge, absorb, interpolate, select).",
             ),
             click.option("--skip", multiple=True, metavar="PASS", help="Do not run this pass."),
+            click.option(
+                "--pass",
+                "passes",
+                multiple=True,
+                callback=_own_passes,
+                metavar="MODULE:CLASS",
+                help="Run this pass of your own too.",
+            ),
             click.option(
                 "--protect",
                 multiple=True,

@@ -48,11 +48,11 @@ from onnx_fold.files.write import (
 from onnx_fold.graph.inline import inline
 from onnx_fold.graph.linear import find_linears, label
 from onnx_fold.graph.quantised import find_quantised
-from onnx_fold.passes import PASSES
 from onnx_fold.report.attention import Attention, find_attention
 from onnx_fold.report.fold import CheckFailedError, FoldReport
 from onnx_fold.runtime.calibrate import record
 from onnx_fold.runtime.sessions import onnxruntime
+from onnx_fold.strategies import OwnPass, passes_of
 from onnx_fold.streams.activations import Activations
 from onnx_fold.streams.stream import find_streams
 from onnx_fold.trust import Folded, proved, within_limits
@@ -150,6 +150,7 @@ def fold(
     strategy: str | None = None,
     only: str | Iterable[str] = (),
     skip: str | Iterable[str] = (),
+    passes: OwnPass | Iterable[OwnPass] = (),
     protect: str | Iterable[str] = (),
     tolerance: float | None = None,
     force: bool = False,
@@ -186,6 +187,8 @@ def fold(
             ``"select"``. None chooses by predicted error.
         only: Names of the passes to run; empty for all (those and ``"merge"``).
         skip: Names of passes not to run.
+        passes: Passes of your own beside the built-in ones: :class:`onnx_fold.engine.FoldPass`
+            classes, instances, or ``"module:Class"``.
         protect: Names of initializers, nodes or values whose streams are left alone.
         tolerance: Largest predicted relative error of one fold. It only tightens: the default of
             the storage type, :data:`onnx_fold.algebra.basis.TOLERANCES`, and
@@ -243,14 +246,15 @@ def fold(
         device=find_device(device),
         target=target,
     )
-    passes = _passes(options, strategy, several(only), several(skip))
+    _check_options(options, strategy)
+    chosen = passes_of(options, strategy, several(only), several(skip), several(passes))
     progress("reading", 0, 0)
     original = load(model)
     if destination is not None and not in_place:
         check_target(destination, _inputs(source, original, calibrate))
     _check_names(original, options.protect)
     seen = None if calibrate is None else record(original, calibrate, provider)
-    plan = partial(_plan, original, passes, options, seen)
+    plan = partial(_plan, original, chosen, options, seen)
     sizes = None if shapes is None else list(several(shapes))
     how = {"provider": provider, "shapes": sizes, "inputs": inputs}
     place = source, destination, in_place, mode, how, shard_size, executor, delete_old_data
@@ -404,23 +408,13 @@ def _check_names(model: ir.Model, protect: Iterable[str]) -> None:
         raise UsageError(f"nothing in the model is called '{unknown[0]}'")
 
 
-def _passes(
-    options: Options, strategy: str | None, only: Sequence[str], skip: Sequence[str]
-) -> list[FoldPass]:
-    names = [each.name for each in PASSES]
-    for name in (*only, *skip, strategy):
-        if name is not None and name not in names:
-            raise UsageError(f"unknown pass '{name}'; there are {', '.join(names)}")
+def _check_options(options: Options, strategy: str | None) -> None:
     if options.force and strategy is None:
         raise UsageError("to force needs a strategy: absorb, interpolate or select")
     if options.pivot not in PIVOTS:
         raise UsageError(f"unknown pivot '{options.pivot}'; there are {', '.join(PIVOTS)}")
     if options.target not in (None, *TARGETS):
         raise UsageError(f"unknown target '{options.target}'; there are {', '.join(TARGETS)}")
-    wanted = [each for each in PASSES if (not only or each.name in only) and each.name not in skip]
-    if strategy is not None:
-        wanted = [each for each in wanted if each.name == strategy or not each.is_basis_change]
-    return [each(options) for each in wanted]
 
 
 @dataclass(frozen=True)
@@ -467,6 +461,7 @@ def inspect(
     strategy: str | None = None,
     only: str | Iterable[str] = (),
     skip: str | Iterable[str] = (),
+    passes: OwnPass | Iterable[OwnPass] = (),
     protect: str | Iterable[str] = (),
     tolerance: float | None = None,
     force: bool = False,
@@ -489,6 +484,7 @@ def inspect(
         strategy=strategy,
         only=only,
         skip=skip,
+        passes=passes,
         protect=protect,
         tolerance=tolerance,
         force=force,

@@ -21,14 +21,12 @@ from onnx_fold.algebra.expression import (
     scale,
     take,
 )
-from onnx_fold.engine.folding import Candidate, FoldPass, attempt
-from onnx_fold.engine.outcome import CandidateReport
+from onnx_fold.engine.folding import Candidate, FoldPass, Proposal, attempt
 from onnx_fold.graph.constants import constant
 from onnx_fold.graph.edit import new_constant, new_node, new_split
-from onnx_fold.graph.linear import Edge, Linear, compact
+from onnx_fold.graph.linear import Edge, compact
 from onnx_fold.graph.operators import operator
 from onnx_fold.rewriting.rebase import (
-    become_identity,
     rebase,
     stored_matrix,
     weights_of,
@@ -51,43 +49,26 @@ class AbsorbPass(FoldPass):
 
     name = "absorb"
 
-    def candidates(self, stream: Stream) -> Iterator[Candidate | CandidateReport]:
+    def candidates(self, stream: Stream) -> Iterator[Proposal]:
         """Yield a candidate for each square layer that the pivot option admits."""
         for reader in stream.readers:
             if reader.is_square and self._admits(role(reader.y)):
-                yield _absorb(stream, reader, Basis(weights_of(reader)))
+                yield self.make_identity(stream, reader, Basis(weights_of(reader)))
             elif (parts := fused(reader, stream.shapes)) is not None:
                 for part in parts.parts:
                     if len(part.columns) == stream.width and self._admits(part.role):
                         yield _absorb_part(stream, parts, part)
         for writer in stream.writers:
             if writer.is_square and self._admits("p"):
-                yield _absorb(stream, writer, Basis(weights_of(writer), inverted=True))
+                yield self.make_identity(stream, writer, Basis(weights_of(writer), inverted=True))
 
     def _admits(self, kind: str | None) -> bool:
         return self.options.pivot == "auto" or kind is None or kind == self.options.pivot
 
 
-def _absorb(stream: Stream, pivot: Linear, basis: Basis) -> Candidate | CandidateReport:
-    text = _text(stream, pivot.label)
-
-    def plan() -> Candidate:
-        rebased = rebase(stream, basis, stream.width, pivot)
-        rewrite = Rewrite(stored=rebased.stored)
-        become_identity(rewrite, pivot)
-        sides = rebased.writers, rebased.readers
-        return Candidate(AbsorbPass.name, text, rewrite, *sides, basis)
-
-    return attempt(AbsorbPass.name, text, plan)
-
-
-def _text(stream: Stream, pivot: str) -> str:
-    others = dict.fromkeys([*stream.written_by, *stream.read_by])
-    return f"{pivot} into {compact([name for name in others if name != pivot])}"
-
-
-def _absorb_part(stream: Stream, fused: Fused, part: Part) -> Candidate | CandidateReport:
-    text = _text(stream, f"{fused.linear.label}{part.name}")
+def _absorb_part(stream: Stream, fused: Fused, part: Part) -> Proposal:
+    name = f"{fused.linear.label}{part.name}"
+    text = f"{name} into {compact(stream.labels)}"
     return attempt(AbsorbPass.name, text, lambda: _plan_part(stream, fused, part, text))
 
 

@@ -27,13 +27,7 @@ from onnx_fold.algebra.expression import (
     transpose,
 )
 from onnx_fold.algebra.selection import RowSelection
-from onnx_fold.engine.folding import (
-    Candidate,
-    FoldPass,
-    Options,
-    attempt,
-)
-from onnx_fold.engine.outcome import CandidateReport
+from onnx_fold.engine.folding import Candidate, FoldPass, Options, Proposal, attempt
 from onnx_fold.graph.edit import (
     new_constant,
     new_integers,
@@ -60,7 +54,7 @@ class InterpolatePass(FoldPass):
         self._spool = Spool()
         self._selections: dict[tuple[object, ...], RowSelection] = {}
 
-    def candidates(self, stream: Stream) -> Iterator[Candidate | CandidateReport]:
+    def candidates(self, stream: Stream) -> Iterator[Proposal]:
         """Yield candidates for the writer with most rows and the reader with most columns."""
         tall = [w for w in stream.writers if w.is_plain and w.in_features > stream.width]
         if tall and not stream.tables:
@@ -127,7 +121,7 @@ def _can_be_joined(reader: Linear) -> bool:
 
 def _rows_of(
     stream: Stream, writer: Linear, hidden: Hidden | None, rows: RowSelection
-) -> Iterator[Candidate | CandidateReport]:
+) -> Iterator[Proposal]:
     """Biases are expressed in the new basis, or carried through the readers."""
     text = f"{stream.width} rows of {writer.label} into {compact(stream.read_by)}"
     basis = Basis(rows.basis, inverted=True)

@@ -11,8 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from onnx_fold.algebra.basis import Basis, Side, TableSide
-from onnx_fold.engine.folding import Candidate, FoldPass, attempt
-from onnx_fold.engine.outcome import CandidateReport
+from onnx_fold.engine.folding import Candidate, FoldPass, Proposal, attempt
 from onnx_fold.graph.linear import Linear, compact
 from onnx_fold.rewriting.bias import carry_biases
 from onnx_fold.rewriting.rebase import (
@@ -32,7 +31,7 @@ class MergePass(FoldPass):
     name = "merge"
     is_basis_change = False
 
-    def candidates(self, stream: Stream) -> Iterator[Candidate | CandidateReport]:
+    def candidates(self, stream: Stream) -> Iterator[Proposal]:
         """Yield the merge of the sole writer, or of the sole reader, if there is one."""
         if len(stream.writers) == 1 and not stream.tables:
             (writer,) = stream.writers

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import groupby
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 import onnx_ir as ir
@@ -31,8 +31,10 @@ from onnx_fold.algebra.precision import unit_roundoff
 from onnx_fold.engine.cost import TARGETS
 from onnx_fold.engine.outcome import CandidateReport, StreamReport
 from onnx_fold.graph.edit import remembered_names
+from onnx_fold.graph.linear import Linear, compact
 from onnx_fold.graph.shapes import Shapes
 from onnx_fold.rewriting.affine import make_explicit
+from onnx_fold.rewriting.rebase import become_identity, rebase
 from onnx_fold.rewriting.rewrite import CannotRewriteError, Rewrite
 from onnx_fold.streams.activations import Activations
 from onnx_fold.streams.stream import Stream, find_streams
@@ -191,8 +193,12 @@ def _over_limits(error: float, own: float, dtype: ir.DataType, options: Options)
 _FORCING = "--strategy with --force takes it all the same"
 
 
-def attempt(strategy: str, text: str, plan: Callable[[], Candidate]) -> Candidate | CandidateReport:
-    """What ``plan`` makes, or the reason why it cannot be said in the graph."""
+Proposal: TypeAlias = Candidate | CandidateReport
+"""A way to fold a stream, or the reason why it cannot be done in the graph."""
+
+
+def attempt(strategy: str, text: str, plan: Callable[[], Candidate]) -> Proposal:
+    """What ``plan`` makes, or the reason why it cannot be done in the graph."""
     try:
         return plan()
     except CannotRewriteError as reason:
@@ -220,12 +226,31 @@ class FoldPass(ir.passes.InPlacePass):
         super().__init__()
         self.options = options or Options()
 
-    def candidates(self, stream: Stream) -> Iterator[Candidate | CandidateReport]:
+    def candidates(self, stream: Stream) -> Iterator[Proposal]:
         """Yield the ways in which this strategy can fold ``stream``, which is closed.
 
-        What it would do but cannot say in the graph is a report with the reason.
+        What it would do but cannot do in the graph is a report with the reason.
         """
         raise NotImplementedError
+
+    def make_identity(self, stream: Stream, layer: Linear, basis: Basis) -> Proposal:
+        """Propose ``basis``, in which ``layer`` becomes the identity: ``W T``, and ``T⁻¹ R``.
+
+        Args:
+            stream: A closed stream.
+            layer: The writer or reader that goes; a bias of its own stays.
+            basis: ``T``, in which all other layers are written.
+        """
+        others = [name for name in stream.labels if name != layer.label]
+        text = f"{layer.label} into {compact(others)}"
+
+        def plan() -> Candidate:
+            rebased = rebase(stream, basis, stream.width, layer)
+            rewrite = Rewrite(stored=rebased.stored)
+            become_identity(rewrite, layer)
+            return Candidate(self.name, text, rewrite, rebased.writers, rebased.readers, basis)
+
+        return attempt(self.name, text, plan)
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Fold ``model`` in place with this strategy alone; if that fails it is as it was."""

@@ -195,6 +195,11 @@ class Stream:
         return [reader.label for reader in self.readers]
 
     @property
+    def labels(self) -> list[str]:
+        """Labels of its tables, writers and readers, each once."""
+        return list(dict.fromkeys([*self.written_by, *self.read_by]))
+
+    @property
     def dtype(self) -> ir.DataType:
         """Narrowest type that its weights are stored in or that its values pass through."""
         found = {layer.weight.dtype for layer in (*self.writers, *self.readers)}
