@@ -48,6 +48,17 @@ def test_the_order_goes_through_gelu_as_a_product():
     assert "Gather" not in operators(interpolated(source).model)
 
 
+@pytest.mark.parametrize("shape", [(3, 1), (1,), (), (3, F)])
+def test_the_order_leaves_what_all_channels_share(shape):
+    source = graph(
+        "(float[3, 9] x) => (float[3, 64] y)"
+        " { a = Gemm(x, M, c) h = Relu(a) s = MatMul(h, O) y = MatMul(s, R) }",
+        **FFN,
+        c=np.resize(normal(3, F, seed=5), shape),
+    )
+    assert "Gather" not in operators(interpolated(source).model)
+
+
 @pytest.mark.parametrize(
     "hidden",
     [

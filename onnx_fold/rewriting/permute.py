@@ -143,7 +143,7 @@ def permute(hidden: Hidden, pivot: Linear, rows: RowSelection, rewrite: Rewrite)
             axes = layer.out_axes if layer in stream.writers else layer.in_axes
             _reorder(layer, axes[0], rows.placed, rewrite)
     for writer in stream.constants:
-        if writer.weight.size > 1:
+        if not writer.is_uniform:
             _reorder(writer, writer.axis, rows.placed, rewrite)
     if hidden.end is not None:
         _reorder(*hidden.end, rows.placed_free, rewrite)

@@ -73,6 +73,12 @@ class ConstantWriter:
         dims = self.weight.shape
         return self.weight.size > (dims[self.axis] if -self.axis <= len(dims) else 1)
 
+    @property
+    def is_uniform(self) -> bool:
+        """Whether every channel gets the same number, so that their order is of no matter."""
+        dims = self.weight.shape
+        return -self.axis > len(dims) or dims[self.axis] == 1
+
     def channels_last(self) -> Expression:
         """The values, float64 ``[..., width]``."""
         rank = max(len(self.weight.shape), -self.axis)
