@@ -42,7 +42,7 @@ from onnx_fold.algebra.basis import (
     probe,
     product_dtype,
 )
-from onnx_fold.algebra.expression import Held, evaluate
+from onnx_fold.algebra.expression import Literal, evaluate
 from onnx_fold.algebra.selection import select_blocks, select_rows
 from onnx_fold.models.config import SkiplessConfig
 from onnx_fold.passes import PASSES
@@ -143,7 +143,7 @@ def measure_stream(stream: StreamWeights, dtype: ir.DataType) -> dict[str, tuple
         return rounded
 
     def side(before: Matrix, after: Matrix | None) -> Side:
-        return Side(Held(before), None if after is None else Held(stored(after)))
+        return Side(Literal(before), None if after is None else Literal(stored(after)))
 
     product = product_dtype(dtype)
     o, q = stored(stream.o), stored(stream.q)
@@ -156,8 +156,8 @@ def measure_stream(stream: StreamWeights, dtype: ir.DataType) -> dict[str, tuple
 
     errors = {"merge": probe([side(q, None)], [side(r, times(q, r)) for r in others], dtype)}
 
-    basis = Basis(Held(q))
-    readers = [side(q, None), *(side(r, evaluate(basis.of_reader(Held(r)))) for r in others)]
+    basis = Basis(Literal(q))
+    readers = [side(q, None), *(side(r, evaluate(basis.of_reader(Literal(r)))) for r in others)]
     errors["absorb"] = probe([side(o, times(o, q))], readers, dtype)
 
     order, rest = select_rows(o)
@@ -172,8 +172,8 @@ def measure_stream(stream: StreamWeights, dtype: ir.DataType) -> dict[str, tuple
         columns = select_blocks(heads.copy(), stream.head_dim)[:, None] * stream.head_dim
         chosen = (columns + np.arange(stream.head_dim)).ravel()
         rest = np.delete(heads, chosen, axis=1)
-        basis = Basis(Held(heads[:, chosen]))
-        solved = evaluate(basis.of_reader(Held(rest)))
+        basis = Basis(Literal(heads[:, chosen]))
+        solved = evaluate(basis.of_reader(Literal(rest)))
         readers = [side(heads[:, chosen], None), side(rest, solved)]
         errors["select"] = probe([side(o, times(o, heads[:, chosen]))], readers, dtype)
     return errors
@@ -189,7 +189,7 @@ def stream_results(
     for index in range(count):
         stream = make(index)
         width = len(stream.q)
-        conditions.append(Basis(Held(stream.q)).condition)
+        conditions.append(Basis(Literal(stream.q)).condition)
         for short, dtype in DTYPES.items():
             errors[short].append(measure_stream(stream, _data_type(dtype)))
     for short, runs in errors.items():

@@ -37,7 +37,7 @@ def passes_of(
     Raises:
         UsageError: A pass is not known, or two have one name.
     """
-    known = [each(options) for each in PASSES]
+    known: list[FoldPass] = [each(options) for each in PASSES]
     known += [_with_options(_found(each), options) for each in own]
     names = [each.name for each in known]
     if twice := [name for name in names if names.count(name) > 1]:

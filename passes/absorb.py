@@ -21,7 +21,7 @@ from onnx_fold.algebra.expression import (
     scale,
     take,
 )
-from onnx_fold.engine.folding import Candidate, FoldPass, Proposal, attempt
+from onnx_fold.engine.folding import Candidate, FoldPass, Proposal, propose
 from onnx_fold.graph.constants import constant
 from onnx_fold.graph.edit import new_constant, new_node, new_split
 from onnx_fold.graph.linear import Edge, compact
@@ -69,7 +69,7 @@ class AbsorbPass(FoldPass):
 def _absorb_part(stream: Stream, fused: Fused, part: Part) -> Proposal:
     name = f"{fused.linear.label}{part.name}"
     text = f"{name} into {compact(stream.labels)}"
-    return attempt(AbsorbPass.name, text, lambda: _plan_part(stream, fused, part, text))
+    return propose(AbsorbPass.name, text, lambda: _plan_part(stream, fused, part, text))
 
 
 def _plan_part(stream: Stream, fused: Fused, part: Part, text: str) -> Candidate:
@@ -87,8 +87,8 @@ def _plan_part(stream: Stream, fused: Fused, part: Part, text: str) -> Candidate
         Side(others, stored_matrix(linear, tensor)),
         Side(chosen, None),
     ]
-    if fused.measures:
-        raise CannotRewriteError(f"{fused.measures[0].name} reads the width of {linear.label}")
+    if fused.shape_readers:
+        raise CannotRewriteError(f"{fused.shape_readers[0].name} reads the width of {linear.label}")
     _lay_out(stream, fused, part, rewrite)
     return Candidate(AbsorbPass.name, text, rewrite, rebased.writers, rebased.readers, basis)
 

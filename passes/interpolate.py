@@ -27,7 +27,7 @@ from onnx_fold.algebra.expression import (
     transpose,
 )
 from onnx_fold.algebra.selection import RowSelection
-from onnx_fold.engine.folding import Candidate, FoldPass, Options, Proposal, attempt
+from onnx_fold.engine.folding import Candidate, FoldPass, Options, Proposal, propose
 from onnx_fold.graph.edit import (
     new_constant,
     new_integers,
@@ -141,7 +141,7 @@ def _rows_of(
         return _split(stream, writer, hidden, rows, carried, without, text)
 
     if len(stream.writers) == 1 and stream.constants:
-        yield attempt(InterpolatePass.name, text, plan)
+        yield propose(InterpolatePass.name, text, plan)
 
 
 def _split(
@@ -170,7 +170,7 @@ def _split(
     def build(graph: ir.Graph) -> ir.Value:
         value, node, name = writer.x, writer.node, writer.weight.leaf.name
         if hidden is None:
-            indices = new_integers(graph, evaluate(rows.placed), f"{name}_order")
+            indices = new_integers(graph, evaluate(rows.final_order), f"{name}_order")
             value = new_node(graph, node, "Gather", [value, indices], axis=-1).outputs[0]
         others, chosen = new_split(graph, node, value, [depth - width, width])
         weight = new_constant(graph, rest, f"{name}_rest")
@@ -212,7 +212,7 @@ def _columns_of(
         value = new_node(graph, node, "Concat", [reader.x, product], axis=-1).outputs[0]
         if hidden is not None:
             return value
-        places = np.argsort(evaluate(columns.placed))
+        places = np.argsort(evaluate(columns.final_order))
         indices = new_integers(graph, places, f"{reader.weight.leaf.name}_order")
         return new_node(graph, node, "Gather", [value, indices], axis=-1).outputs[0]
 

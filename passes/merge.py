@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from onnx_fold.algebra.basis import Basis, Side, TableSide
-from onnx_fold.engine.folding import Candidate, FoldPass, Proposal, attempt
+from onnx_fold.engine.folding import Candidate, FoldPass, Proposal, propose
 from onnx_fold.graph.linear import Linear, compact
 from onnx_fold.rewriting.bias import carry_biases
 from onnx_fold.rewriting.rebase import (
@@ -38,11 +38,11 @@ class MergePass(FoldPass):
             if writer.num_matrices > 1:
                 return
             text = f"{writer.label} into {compact(stream.read_by)}"
-            yield attempt(self.name, text, lambda: _merge_writer(stream, writer, text))
+            yield propose(self.name, text, lambda: _merge_writer(stream, writer, text))
         elif len(stream.readers) == 1 and stream.readers[0].num_matrices == 1:
             (reader,) = stream.readers
             text = f"{reader.label} into {compact(stream.written_by)}"
-            yield attempt(self.name, text, lambda: _merge_reader(stream, reader, text))
+            yield propose(self.name, text, lambda: _merge_reader(stream, reader, text))
 
 
 def _merge_writer(stream: Stream, writer: Linear, text: str) -> Candidate:

@@ -19,7 +19,7 @@ from onnx_fold.algebra.device import Indices
 from onnx_fold.algebra.expression import (
     Concatenate,
     FoldedTensor,
-    Held,
+    Literal,
     Spread,
     cast,
     evaluate,
@@ -164,8 +164,8 @@ def _assemble(stream: Stream, share: _Share, basis: Basis, rewrite: Rewrite) -> 
 
     rewrite.replaced[reader.y] = build
 
-    units = Held(share.offset + np.arange(len(share.chosen)))
-    order = Held(np.concatenate([share.chosen, others]))
+    units = Literal(share.offset + np.arange(len(share.chosen)))
+    order = Literal(np.concatenate([share.chosen, others]))
     columns = transpose(cast(rest.rounded, product_dtype(rest.dtype)))
     return Side(weights_of(reader), transpose(Spread(units, columns, order)))
 

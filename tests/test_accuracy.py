@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onnx_fold.algebra.basis import Basis
-from onnx_fold.algebra.expression import Held, evaluate
+from onnx_fold.algebra.expression import Literal, evaluate
 from onnx_fold.algebra.selection import RowSelection, select_rows
 
 ROOT = Path(__file__).parents[1]
@@ -145,11 +145,13 @@ def test_rows_that_are_not_free_stay_where_they_are(width, more, kept, is_last, 
     rows = width + more + kept
     matrix = np.random.default_rng(seed).standard_normal((rows, width))
     free = slice(kept, rows) if is_last else slice(0, rows - kept)
-    selection = RowSelection(Held(matrix), ir.DataType.DOUBLE, free=free, is_last=is_last)
-    placed, rest = evaluate(selection.placed), evaluate(selection.rest)
+    selection = RowSelection(Literal(matrix), ir.DataType.DOUBLE, free=free, is_last=is_last)
+    placed, rest = evaluate(selection.final_order), evaluate(selection.rest)
     fixed = np.delete(np.arange(rows), free)
     np.testing.assert_array_equal(placed[fixed], fixed)
-    np.testing.assert_array_equal(placed[free] - free.start, evaluate(selection.placed_free))
+    np.testing.assert_array_equal(
+        placed[free] - free.start, evaluate(selection.final_order_of_free)
+    )
     ends = slice(-width, None) if is_last else slice(width)
     others = np.delete(placed, ends)
     np.testing.assert_allclose(rest @ matrix[placed[ends]], matrix[others], atol=1e-9)
@@ -193,15 +195,15 @@ def test_a_nearly_singular_basis_is_solved_with_a_small_residual(
     size = np.linalg.norm(matrix)
     generator = np.random.default_rng(0)
     weight = generator.standard_normal((width, 5))
-    writer, reader = Held(weight.T), Held(weight)
+    writer, reader = Literal(weight.T), Literal(weight)
 
-    basis = Basis(Held(matrix))
+    basis = Basis(Literal(matrix))
     assert condition / 3 <= basis.condition <= 1.1 * condition
     solved = evaluate(basis.of_reader(reader))  # T⁻¹ R
     assert np.linalg.norm(matrix @ solved - weight) <= 1e-13 * size * np.linalg.norm(solved)
     np.testing.assert_allclose(evaluate(basis.of_writer(writer)), weight.T @ matrix, rtol=1e-13)
 
-    inverse = Basis(Held(matrix), inverted=True)
+    inverse = Basis(Literal(matrix), inverted=True)
     solved = evaluate(inverse.of_writer(writer))  # W P⁻¹
     assert np.linalg.norm(solved @ matrix - weight.T) <= 1e-13 * size * np.linalg.norm(solved)
     np.testing.assert_allclose(evaluate(inverse.of_reader(reader)), matrix @ weight, rtol=1e-13)
@@ -211,4 +213,4 @@ def test_a_nearly_singular_basis_is_solved_with_a_small_residual(
 def test_a_singular_basis_has_no_finite_condition(scale: float) -> None:
     matrix = scale * np.random.default_rng(0).standard_normal((8, 8))
     matrix[3] = 0.0
-    assert Basis(Held(matrix)).condition == math.inf
+    assert Basis(Literal(matrix)).condition == math.inf

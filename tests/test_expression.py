@@ -18,7 +18,7 @@ from onnx_fold.algebra.expression import (
     Concatenate,
     Expression,
     FoldedTensor,
-    Held,
+    Literal,
     Part,
     Spool,
     Spooled,
@@ -44,7 +44,7 @@ Pair = tuple[Expression, np.ndarray]
 
 def held(*shape: int, seed: int = 0) -> Pair:
     array = normal(*shape, seed=seed, dtype=np.float64)
-    return Held(array), array
+    return Literal(array), array
 
 
 @st.composite
@@ -77,14 +77,14 @@ def trees(draw: st.DrawFn, depth: int = 3) -> Pair:
             other, b = held(*((draw(SIZES), columns) if axis == 0 else (rows, draw(SIZES))))
             return Concatenate((x, other), axis), np.concatenate([a, b], axis)
         case 5:
-            return Sum((x, x, Held(a[0]))), a + a + a[0]
+            return Sum((x, x, Literal(a[0]))), a + a + a[0]
         case 6:
             matrix, b = held(rows, rows, seed=seed)
-            basis = Basis(Sum((matrix, Held(3.0 * np.eye(rows)))))
+            basis = Basis(Sum((matrix, Literal(3.0 * np.eye(rows)))))
             return basis.of_reader(x), np.linalg.solve(b + 3.0 * np.eye(rows), a)
         case 7:
             matrix, b = held(columns, columns, seed=seed)
-            basis = Basis(Sum((matrix, Held(3.0 * np.eye(columns)))), inverted=True)
+            basis = Basis(Sum((matrix, Literal(3.0 * np.eye(columns)))), inverted=True)
             return basis.of_writer(x), np.linalg.solve((b + 3.0 * np.eye(columns)).T, a.T).T
         case 8:
             return reshape(x, (-1, rows)), a.reshape(-1, rows)
@@ -96,7 +96,7 @@ def trees(draw: st.DrawFn, depth: int = 3) -> Pair:
             order = np.random.default_rng(seed).permutation(len(units) + rows)
             expected = np.empty((len(order), columns))
             expected[order] = np.vstack([np.eye(columns)[units], a])
-            return Spread(Held(units), x, Held(order)), expected
+            return Spread(Literal(units), x, Literal(order)), expected
 
 
 @settings(derandomize=True, deadline=None, max_examples=300)
@@ -121,7 +121,7 @@ def test_a_tree_can_be_pickled(tree: Pair) -> None:
     np.testing.assert_array_equal(evaluate(pickle.loads(pickle.dumps(x))), evaluate(x))
 
 
-class Counted(Held):
+class Counted(Literal):
     """An array that knows how often it was asked for."""
 
     asked = 0
@@ -167,7 +167,7 @@ def _nodes(x: Expression) -> list[Expression]:
 
 def test_selected_rows_travel_without_their_matrix() -> None:
     matrix = normal(9, 4, dtype=np.float64)
-    rows = RowSelection(Held(matrix), ir.DataType.FLOAT)
+    rows = RowSelection(Literal(matrix), ir.DataType.FLOAT)
     order, rest = pickle.loads(pickle.dumps((rows.order, rows.rest)))
     order, rest = evaluate(order), evaluate(rest)
     np.testing.assert_allclose(rest @ matrix[order[:4]], matrix[order[4:]], atol=1e-6)
@@ -178,14 +178,14 @@ def test_selected_rows_travel_without_their_matrix() -> None:
 
 
 def test_what_changes_nothing_adds_nothing() -> None:
-    x = Held(normal(3, 4))
+    x = Literal(normal(3, 4))
     assert cast(x, np.float32) is x
     assert scale(x, 1.0) is x
     assert transpose(transpose(x)) is x
     assert reshape(x, (3, -1)) is x
     assert broadcast(x, (3, 4)) is x
     assert isinstance(broadcast(x, (2, 3, 4)), Broadcast)
-    narrow = Held(normal(3, 4, dtype=np.float16))
+    narrow = Literal(normal(3, 4, dtype=np.float16))
     assert cast(cast(narrow, np.float64), np.float32).operands == (narrow,)
     assert cast(cast(x, np.float16), np.float32).operands != (x,)
 
@@ -193,7 +193,7 @@ def test_what_changes_nothing_adds_nothing() -> None:
 def test_what_is_large_is_spooled_to_disk() -> None:
     spool = Spool(in_memory=100)
     small, large = normal(5, 5), normal(9, 4, dtype=np.float64)
-    assert isinstance(spool.add(small), Held)
+    assert isinstance(spool.add(small), Literal)
     for array in (large, large + 1.0):
         kept = spool.add(array)
         assert isinstance(kept, Spooled)
@@ -205,10 +205,10 @@ def test_what_is_large_is_spooled_to_disk() -> None:
 
 
 def test_a_weight_that_is_not_finite_is_not_written() -> None:
-    large = scale(Held(normal(3, 3)), 1e6)
+    large = scale(Literal(normal(3, 3)), 1e6)
     with pytest.raises(NotFiniteError, match="'w' is not finite in float16"):
         FoldedTensor(product(large, large), ir.DataType.FLOAT16, "w").numpy()
-    moved = take(Held(np.array([np.inf, 1.0])), np.array([1, 0]), 0)
+    moved = take(Literal(np.array([np.inf, 1.0])), np.array([1, 0]), 0)
     np.testing.assert_array_equal(FoldedTensor(moved, ir.DataType.FLOAT).numpy(), [1.0, np.inf])
 
 
@@ -222,14 +222,14 @@ def test_a_sample_predicts_as_well_as_the_whole(dtype: ir.DataType) -> None:
     arrays = [
         normal(*shape, seed=seed).astype(kind).astype(wide) for seed, shape in enumerate(shapes)
     ]
-    o, q, r = map(Held, arrays)
+    o, q, r = map(Literal, arrays)
     basis = Basis(q)
     given = evaluate(basis.of_writer(o)), evaluate(basis.of_reader(r))
-    writer, reader = (Held(array.astype(kind).astype(wide)) for array in given)
+    writer, reader = (Literal(array.astype(kind).astype(wide)) for array in given)
     sampled = probe([Side(o, writer)], [Side(r, reader)], dtype)
 
-    def parts(x: Held, axis: int) -> list[Held]:
-        return [Held(part) for part in np.array_split(x.array, x.shape[axis] // SAMPLE, axis)]
+    def parts(x: Literal, axis: int) -> list[Literal]:
+        return [Literal(part) for part in np.array_split(x.array, x.shape[axis] // SAMPLE, axis)]
 
     whole = probe(
         list(map(Side, parts(o, 0), parts(writer, 0))),

@@ -188,6 +188,20 @@ def test_a_shape_from_elsewhere_cannot_be_resized():
     refused(model, only=["merge"])
 
 
+@pytest.mark.parametrize("shape", [[8], [1, 8], [1, -1], [1, 0]])
+def test_a_constant_that_is_reshaped_on_its_way_into_the_stream(shape):
+    held = {"E": normal(9, 8), "b": normal(1, 8, seed=1), "M": normal(8, 4, seed=2)}
+    source = graph(
+        "(int64[n] ids) => (float[n, 4] y) { x = Gather(E, ids) c = Reshape(b, shape)"
+        " s = Add(x, c) y = MatMul(s, M) }",
+        **held,
+        shape=np.array(shape),
+    )
+    result = fold(source, only=["merge"])
+    assert [stream.folded.strategy for stream in result.report.folded] == ["merge"]
+    assert_same_function(source, result.model)
+
+
 def test_an_expand_that_does_not_name_the_channels():
     model = graph(
         """(float[4, 1, 1] x) => (float[3, 2, 5] y) { t = Transpose<perm = [1, 2, 0]>(x)

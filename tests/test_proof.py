@@ -25,7 +25,7 @@ from onnx_fold.algebra.expression import (
     Expression,
     Factors,
     FoldedTensor,
-    Held,
+    Literal,
     Product,
     Scale,
     Solve,
@@ -250,8 +250,10 @@ def test_what_is_stored_is_what_was_proved_rounded_to_nearest(kind):
 
 def test_a_weight_that_is_stored_in_float64_may_have_lost_digits():
     skewed = normal(D, D, dtype=np.float64) @ np.diag(np.logspace(0, -5, D))
-    right = Held(normal(D, 5, dtype=np.float64))
-    expression = Product(Held(normal(9, D, dtype=np.float64)), Solve(Factors(Held(skewed)), right))
+    right = Literal(normal(D, 5, dtype=np.float64))
+    expression = Product(
+        Literal(normal(9, D, dtype=np.float64)), Solve(Factors(Literal(skewed)), right)
+    )
     checked(FoldedTensor(expression, ir.DataType.DOUBLE, "w"))
 
     class Noisy(FoldedTensor):
@@ -267,16 +269,16 @@ def test_a_weight_that_is_stored_in_float64_may_have_lost_digits():
 
 
 def expressions() -> Iterator[Expression]:
-    a, b, c = (Held(normal(6, 6, seed=seed, dtype=np.float64)) for seed in range(3))
-    tall, wide = Held(normal(9, 6, dtype=np.float64)), Held(normal(6, 5, dtype=np.float64))
+    a, b, c = (Literal(normal(6, 6, seed=seed, dtype=np.float64)) for seed in range(3))
+    tall, wide = Literal(normal(9, 6, dtype=np.float64)), Literal(normal(6, 5, dtype=np.float64))
     factors = Factors(a)
     index = np.array([3, 0, 3, 1])
     yield from (a, Product(tall, a), Product(a, wide), Scale(tall, 0.5), Sum((a, b, c)))
     yield from (Solve(factors, wide), Solve(factors, wide, transposed=True))
-    yield from (Transpose(Product(tall, a), (1, 0)), Take(tall, Held(index), 0))
-    yield from (Take(Solve(factors, wide), Held(index), 0), Take(tall, Held(index), 1))
+    yield from (Transpose(Product(tall, a), (1, 0)), Take(tall, Literal(index), 0))
+    yield from (Take(Solve(factors, wide), Literal(index), 0), Take(tall, Literal(index), 1))
     yield from (Concatenate((a, wide), 1), Concatenate((tall, b), 0))
-    yield Diagonal(Held(np.arange(1.0, 7.0)))
+    yield Diagonal(Literal(np.arange(1.0, 7.0)))
     yield Product(Transpose(Solve(factors, Transpose(tall, (1, 0))), (1, 0)), Solve(factors, wide))
     yield exact(Product(Cast(tall, np.dtype(np.float32)), Cast(a, np.dtype(np.float32))))
 
@@ -294,7 +296,7 @@ def test_rows_times_a_matrix_that_is_not_evaluated(number):
 def test_a_singular_matrix_is_solved_by_least_squares():
     basis = normal(6, 2, dtype=np.float64) @ normal(2, 6, dtype=np.float64)
     others = normal(3, 6, dtype=np.float64) @ basis
-    solve = Transpose(Solve(Factors(Held(basis)), Held(others.T), transposed=True), (1, 0))
+    solve = Transpose(Solve(Factors(Literal(basis)), Literal(others.T), transposed=True), (1, 0))
     np.testing.assert_allclose(values(solve) @ basis, others, atol=1e-12)
     x = np.eye(3)
     np.testing.assert_allclose(Multiplier().times(x, solve) @ basis, others, atol=1e-12)

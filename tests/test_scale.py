@@ -14,7 +14,7 @@ from helpers import fold, graph, normal
 
 from onnx_fold.algebra import expression
 from onnx_fold.algebra.basis import Basis
-from onnx_fold.algebra.expression import Held, Part, Stored
+from onnx_fold.algebra.expression import Literal, Part, Stored
 from onnx_fold.algebra.selection import RowSelection
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "scale.py"
@@ -46,9 +46,9 @@ def test_operations_are_counted_once() -> None:
     scale = importlib.util.module_from_spec(spec)
     sys.modules["scale"] = scale
     spec.loader.exec_module(scale)
-    basis = Basis(Held(np.eye(4)))
-    readers = [basis.of_reader(Held(np.ones((4, n)))) for n in (3, 5)]
-    rows = RowSelection(Held(np.ones((9, 4), np.float32)), ir.DataType.FLOAT16)
+    basis = Basis(Literal(np.eye(4)))
+    readers = [basis.of_reader(Literal(np.ones((4, n)))) for n in (3, 5)]
+    rows = RowSelection(Literal(np.ones((9, 4), np.float32)), ir.DataType.FLOAT16)
     counted = scale.operations([*readers, rows.rest, rows.order])
     assert counted["float64"] == pytest.approx(2 * 4**3 / 3 + 2 * 4**2 * 8)
     assert counted["float32"] == pytest.approx(9 * 4**2 - 4**3 / 3 + 5 * 4**2)

@@ -5,7 +5,7 @@ import onnx_ir as ir
 import pytest
 from helpers import chain, fold, folded, graph, normal, refused, square, stream_of
 
-from onnx_fold.algebra.expression import FoldedTensor, Held
+from onnx_fold.algebra.expression import FoldedTensor, Literal
 from onnx_fold.algebra.precision import unit_roundoff
 from onnx_fold.rewriting.rewrite import Rewrite
 from onnx_fold.streams.stream import Stream
@@ -50,7 +50,7 @@ def test_shape_and_size_read_no_channels():
         { p = MatMul(x, P) s = Shape(p) t = Size(p) y = MatMul(p, M) }""",
         P=normal(D, D), M=normal(D, 5),
     )  # fmt: skip
-    assert [node.op_type for node in stream_of(model, "p").measures] == ["Shape", "Size"]
+    assert [node.op_type for node in stream_of(model, "p").shape_readers] == ["Shape", "Size"]
     folded(model, removed=D * D)
 
 
@@ -216,7 +216,7 @@ def test_an_unknown_size_is_not_another_unknown_size_of_the_same_name():
 def test_a_search_meets_nodes_that_a_fold_has_added_since():
     model = chain("m = Identity(p)")
     stream = stream_of(model, "p")
-    vector = FoldedTensor(Held(normal(4)), ir.DataType.FLOAT)
+    vector = FoldedTensor(Literal(normal(4)), ir.DataType.FLOAT)
     value = next(value for value in stream.values if value.name == "p")
     Rewrite(biases={value: vector}).apply(model.graph)
     again = stream.search.stream(value, -1, 4)

@@ -137,7 +137,7 @@ def _nodes(root: Expression) -> Iterator[Expression]:
 
 
 @dataclass(frozen=True, eq=False)
-class Held(Expression):
+class Literal(Expression):
     """An array in memory."""
 
     array: Array
@@ -178,7 +178,7 @@ class Initializer(Expression):
         return device.load(self.tensor.numpy())
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Held, (self.tensor.numpy(),)
+        return Literal, (self.tensor.numpy(),)
 
 
 @dataclass(frozen=True, eq=False)
@@ -238,7 +238,7 @@ class Spool:
     def add(self, array: Array) -> Expression:
         """``array`` as an expression that does not hold it in memory if it is large."""
         if array.nbytes <= self._in_memory:
-            return Held(array)
+            return Literal(array)
         offset = self.file.seek(0, os.SEEK_END)
         np.ascontiguousarray(array).tofile(self.file)
         return Spooled(offset, array.dtype, array.shape, self)
@@ -257,7 +257,7 @@ class Spooled(_OnDisk):
         return device.load(np.array(self.mapped()))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Held, (np.array(self.mapped()),)
+        return Literal, (np.array(self.mapped()),)
 
 
 @dataclass(frozen=True, eq=False)
@@ -618,9 +618,9 @@ class Spread(Expression):
         place = np.argsort(evaluate(self.order))[evaluate(indices)]
         is_unit = place < len(units)
         return Spread(
-            Held(units[place[is_unit]]),
-            self.rest.take(Held(place[~is_unit] - len(units)), 0),
-            Held(np.argsort(~is_unit, kind="stable")),
+            Literal(units[place[is_unit]]),
+            self.rest.take(Literal(place[~is_unit] - len(units)), 0),
+            Literal(np.argsort(~is_unit, kind="stable")),
         )
 
 
@@ -674,7 +674,7 @@ def take(x: Expression, indices: Expression | Indices | slice, axis: int) -> Exp
     axis %= len(x.shape)
     if isinstance(indices, slice):
         indices = np.arange(*indices.indices(x.shape[axis]))
-    return x.take(indices if isinstance(indices, Expression) else Held(indices), axis)
+    return x.take(indices if isinstance(indices, Expression) else Literal(indices), axis)
 
 
 def product(left: Expression, right: Expression) -> Expression:

@@ -22,7 +22,7 @@ from onnx_fold.algebra.expression import (
     Computed,
     Expression,
     Factors,
-    Held,
+    Literal,
     Solve,
     Spool,
     Spread,
@@ -39,8 +39,8 @@ class RowSelection:
         matrix: The matrix.
         free: The rows that were selected among.
         order: All rows, the basis first, ``[f]``.
-        placed: All rows as they are to stand, the basis first or last, ``[f]``.
-        placed_free: Those of ``placed`` that are free, counted from the first free one.
+        final_order: All rows as they are to stand, the basis first or last, ``[f]``.
+        final_order_of_free: Those of ``final_order`` that are free, counted from the first such.
         basis: The rows of the basis, ``[d, d]``.
         rest: ``B``, ``[f - d, d]``: the other rows in terms of the basis, as it is stored.
     """
@@ -71,8 +71,8 @@ class RowSelection:
         self.matrix = matrix
         self.free = slice(0, matrix.shape[0]) if free is None else free
         self.order: Expression = _Order(self, "order")
-        self.placed: Expression = _Order(self, "placed")
-        self.placed_free: Expression = _Order(self, "placed_free")
+        self.final_order: Expression = _Order(self, "final_order")
+        self.final_order_of_free: Expression = _Order(self, "final_order_of_free")
         self.rest: Expression = _Rest(self, dtype.numpy())
         self.basis = take(matrix, take(self.order, slice(matrix.shape[1]), 0), 0)
         self._seen = seen
@@ -116,11 +116,11 @@ class RowSelection:
 
     @cached_property
     def orders(self) -> dict[str, Indices]:
-        """``order``, ``placed`` and ``placed_free`` by their names."""
+        """``order``, ``final_order`` and ``final_order_of_free`` by their names."""
         order = self.selected[0]
-        placed = np.roll(order, -self.matrix.shape[1]) if self._is_last else order
-        free = placed[self.free] - self.free.start
-        return {"order": order, "placed": placed, "placed_free": free}
+        final_order = np.roll(order, -self.matrix.shape[1]) if self._is_last else order
+        free = final_order[self.free] - self.free.start
+        return {"order": order, "final_order": final_order, "final_order_of_free": free}
 
     @cached_property
     def formula(self) -> Expression:
@@ -131,7 +131,7 @@ class RowSelection:
 
     def rebuilt(self, rest: Expression) -> Expression:
         """``[I; B]`` with its rows where they were, ``[f, d]``."""
-        return Spread(Held(np.arange(self.matrix.shape[1])), rest, self.order)
+        return Spread(Literal(np.arange(self.matrix.shape[1])), rest, self.order)
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,7 +144,7 @@ class _Order(Expression):
         free = self.selection.free
         return (
             free.stop - free.start
-            if self.name == "placed_free"
+            if self.name == "final_order_of_free"
             else self.selection.matrix.shape[0],
         )
 
@@ -156,7 +156,7 @@ class _Order(Expression):
         return device.load(self.selection.orders[self.name])
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Held, (self.selection.orders[self.name],)
+        return Literal, (self.selection.orders[self.name],)
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,7 +189,7 @@ class _Rest(Expression):
         return Computed(taken, self.definition.take(indices, axis))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Held, (evaluate(self.selection.selected[1]),)
+        return Literal, (evaluate(self.selection.selected[1]),)
 
 
 def select_rows(

@@ -21,7 +21,7 @@ from onnx_fold.algebra.device import Array
 from onnx_fold.algebra.exact import Multiplier, exact, values
 from onnx_fold.algebra.expression import (
     Expression,
-    Held,
+    Literal,
     of_tensor,
     take,
     transpose,
@@ -166,7 +166,7 @@ def _gather(
         return None
     axis = node.attributes.get_int("axis", 0) % len(table.shape)
     flat = np.where(indices < 0, indices + table.shape[axis], indices).ravel()
-    taken = values(take(table, Held(flat.astype(np.intp)), axis))
+    taken = values(take(table, Literal(flat.astype(np.intp)), axis))
     shape = table.shape
     return taken.reshape(*shape[:axis], *indices.shape, *shape[axis + 1 :])
 

@@ -197,7 +197,7 @@ Proposal: TypeAlias = Candidate | CandidateReport
 """A way to fold a stream, or the reason why it cannot be done in the graph."""
 
 
-def attempt(strategy: str, text: str, plan: Callable[[], Candidate]) -> Proposal:
+def propose(strategy: str, text: str, plan: Callable[[], Candidate]) -> Proposal:
     """What ``plan`` makes, or the reason why it cannot be done in the graph."""
     try:
         return plan()
@@ -250,7 +250,7 @@ class FoldPass(ir.passes.InPlacePass):
             become_identity(rewrite, layer)
             return Candidate(self.name, text, rewrite, rebased.writers, rebased.readers, basis)
 
-        return attempt(self.name, text, plan)
+        return propose(self.name, text, plan)
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Fold ``model`` in place with this strategy alone; if that fails it is as it was."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import logging
 from collections.abc import Mapping
 
 import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 from onnxscript.optimizer import fold_constants
 
+from onnx_fold.base.silence import silenced
 from onnx_fold.graph.constants import constant, integers
 from onnx_fold.graph.operators import MICROSOFT, contrib, operator
 
@@ -21,6 +21,12 @@ Dims = tuple[Dim, ...]
 
 
 _INFERRED = " inferred"
+
+_LOGGERS = (
+    "onnx_ir.passes.common.shape_inference",
+    "onnx_ir.passes.common._c_api_utils",
+    "onnxscript.optimizer._constant_folding",
+)
 
 MAX_INTEGERS = 64
 """Integers that a computed shape or bound has at most."""
@@ -121,16 +127,12 @@ def _infer(
         _stand_in(node)
     ends = (*scratch.graph.inputs, *scratch.graph.outputs)
     stated = {dim for value in ends if value.shape is not None for dim in _dims(value.shape)}
-    logging_was = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # what cannot be inferred is simply not known
-    try:
+    with silenced(*_LOGGERS):  # what cannot be inferred is simply not known
         ShapeInferencePass(check_type=False, strict_mode=False)(scratch)
         if any(map(_computes_integers, scratch.graph)):
             with contextlib.suppress(Exception):
                 fold_constants(scratch)  # what is computed from constants and shapes
             ShapeInferencePass(check_type=False, strict_mode=False)(scratch)
-    finally:
-        logging.disable(logging_was)
     values = [
         *scratch.graph.initializers.values(),  # nodes that were folded to constants
         *(value for node in scratch.graph for value in node.outputs),

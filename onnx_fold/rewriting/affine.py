@@ -19,8 +19,8 @@ from onnx_ir.convenience import replace_all_uses_with
 
 from onnx_fold.algebra.expression import (
     Diagonal,
-    Held,
     ImpliedTensor,
+    Literal,
     Sum,
     evaluate,
     reshape,
@@ -192,13 +192,13 @@ def _matrix(node: ir.Node, affine: Affine, stream: Stream) -> ImpliedTensor:
     if affine.gain is None:
         width, value = stream.width, node.outputs[0]
         dtype = stream.shapes.dtype(value) or stream.dtype
-        centre = Sum((Diagonal(Held(np.ones(width))), Held(np.full((1, 1), -1.0 / width))))
+        centre = Sum((Diagonal(Literal(np.ones(width))), Literal(np.full((1, 1), -1.0 / width))))
         return ImpliedTensor(centre, dtype, 0)
     held = affine.gain
     vector = reshape(held.wide(), (held.size,))
     if operator(node) == "Div":
         with np.errstate(divide="ignore"):
-            vector = Held(1.0 / evaluate(vector))
+            vector = Literal(1.0 / evaluate(vector))
     return ImpliedTensor(Diagonal(vector), held.dtype, held.size)
 
 

@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from onnx_fold.algebra.expression import (
     FoldedTensor,
-    Held,
+    Literal,
     Sum,
     product,
     reshape,
@@ -149,7 +149,7 @@ def _add_bias(rewrite: Rewrite, reader: Linear, carried: Carried) -> None:
     if reader.beta != 0.0 and (edge is not None or operator(node) == "Gemm"):
         held = constant(node.inputs[edge[1]]) if edge is not None else None
         if edge is None or held is not None:
-            own = held.wide() if held is not None else Held(np.zeros(width))
+            own = held.wide() if held is not None else Literal(np.zeros(width))
             total = Sum((own, scale(through, 1.0 / reader.beta)))
             rewrite.stored[edge or (node, 2)] = FoldedTensor(total, dtype)
             return

@@ -141,12 +141,12 @@ def permute(hidden: Hidden, pivot: Linear, rows: RowSelection, rewrite: Rewrite)
     for layer in (*stream.writers, *stream.readers):
         if layer.node is not pivot.node:
             axes = layer.out_axes if layer in stream.writers else layer.in_axes
-            _reorder(layer, axes[0], rows.placed, rewrite)
+            _reorder(layer, axes[0], rows.final_order, rewrite)
     for writer in stream.constants:
         if not writer.is_uniform:
-            _reorder(writer, writer.axis, rows.placed, rewrite)
+            _reorder(writer, writer.axis, rows.final_order, rewrite)
     if hidden.end is not None:
-        _reorder(*hidden.end, rows.placed_free, rewrite)
+        _reorder(*hidden.end, rows.final_order_of_free, rewrite)
 
 
 def _reorder(

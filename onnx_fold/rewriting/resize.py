@@ -23,8 +23,8 @@ def resize_stream(stream: Stream, values: Iterable[ir.Value], width: int, rewrit
     Raises:
         CannotRewriteError: An operator depends on the width in a way that cannot be rewritten.
     """
-    if stream.measures:
-        raise CannotRewriteError(f"{stream.measures[0].name} reads the width of the stream")
+    if stream.shape_readers:
+        raise CannotRewriteError(f"{stream.shape_readers[0].name} reads the width of the stream")
     for value in values:
         _resize(value, stream, width, rewrite)
 
@@ -95,7 +95,7 @@ def _resized_entries(
         rank = stream.shapes.rank(source)
         if rank is None and _COPIED in entries:
             raise CannotRewriteError(f"Reshape '{node.name}' copies sizes of a shape not known")
-        at, origin = axis + len(entries), stream.values[source] + (rank or 0)
+        at, origin = axis + len(entries), _axis_in_front(node, stream) + (rank or 0)
         if at != origin and origin < len(entries) and entries[origin] == _COPIED:
             changed[origin] = stream.width
         if entries[at] == _INFERRED or (entries[at] == _COPIED and at == origin):
@@ -111,7 +111,16 @@ def _is_aligned(node: ir.Node, stream: Stream) -> bool:
     assert source is not None
     rank = stream.shapes.rank(source)
     same_rank = rank is not None and rank == stream.shapes.rank(result)
-    return same_rank and stream.values[source] == stream.values[result]
+    return same_rank and _axis_in_front(node, stream) == stream.values[result]
+
+
+def _axis_in_front(node: ir.Node, stream: Stream) -> int:
+    """The channel axis of what ``node`` reads, which may be a constant."""
+    source = node.inputs[0]
+    assert source is not None
+    if source in stream.values:
+        return stream.values[source]
+    return next(writer.axis for writer in stream.constants if writer.edge == (node, 0))
 
 
 def _integers(entries: Sequence[int]) -> ir.TensorProtocol:

@@ -30,7 +30,7 @@ Build = Callable[[ir.Graph], ir.Value]
 
 
 class CannotRewriteError(Exception):
-    """A fold cannot be said in the graph; the message says which node stands in the way."""
+    """The graph has no way to hold a fold; the message names the node that stands in the way."""
 
 
 @dataclass(frozen=True)

@@ -169,14 +169,14 @@ class Fused:
         biases: Inputs on the way that add a vector to all its channels.
         parts: What it is taken apart into; no channel is in two of them.
         nodes: The operators between the layer and the parts.
-        measures: Shape operators that read what is between for more than to take it apart.
+        shape_readers: Shape operators that read what is between for more than to take it apart.
     """
 
     linear: Linear
     biases: tuple[Edge, ...]
     parts: tuple[Part, ...]
     nodes: tuple[ir.Node, ...]
-    measures: tuple[ir.Node, ...]
+    shape_readers: tuple[ir.Node, ...]
 
 
 @dataclass
@@ -185,7 +185,7 @@ class _Trace:
     biases: list[Edge] = field(default_factory=list)
     parts: list[Part] = field(default_factory=list)
     nodes: list[ir.Node] = field(default_factory=list)
-    measures: list[ir.Node] = field(default_factory=list)
+    shape_readers: list[ir.Node] = field(default_factory=list)
 
 
 def fused(linear: Linear, shapes: Shapes) -> Fused | None:
@@ -201,7 +201,7 @@ def fused(linear: Linear, shapes: Shapes) -> Fused | None:
     start = Layout((*range(rank - 1), CHANNELS), np.arange(linear.out_features))
     if not _follow(linear.y, start, linear.out_features, trace) or len(trace.parts) < 2:
         return None
-    if trace.measures and any(part.layout.computed_shape for part in trace.parts):
+    if trace.shape_readers and any(part.layout.computed_shape for part in trace.parts):
         return None  # a shape that is still needed may be read from what goes
     used = np.concatenate([part.columns for part in trace.parts])
     if len(np.unique(used)) != len(used):
@@ -211,7 +211,7 @@ def fused(linear: Linear, shapes: Shapes) -> Fused | None:
         tuple(trace.biases),
         tuple(trace.parts),
         tuple(trace.nodes),
-        tuple(node for node in trace.measures if not _serves(node, trace.nodes)),
+        tuple(node for node in trace.shape_readers if not _serves(node, trace.nodes)),
     )
 
 
@@ -247,7 +247,7 @@ def _follow(start: ir.Value, layout: Layout, width: int, trace: _Trace) -> bool:
             if node.graph is not value.graph:
                 return False  # in the body of a control-flow operator
             if operator(node) == "Shape":
-                trace.measures.append(node)
+                trace.shape_readers.append(node)
                 continue
             behind = _behind(node, index, layout, width, trace)
             if not behind:

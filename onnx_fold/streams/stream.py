@@ -147,7 +147,7 @@ class Stream:
         readers: Linear layers whose input is in it.
         constants: Constants that enter it.
         openings: What stands against a change of basis; empty if the stream is closed.
-        measures: Nodes that read no more than the shape of its values, or whose output is unused.
+        shape_readers: Nodes that read only the shape of its values, or whose output is unused.
     """
 
     width: int
@@ -158,7 +158,7 @@ class Stream:
     readers: list[Linear] = field(default_factory=list)
     constants: list[ConstantWriter] = field(default_factory=list)
     openings: list[Opening] = field(default_factory=list)
-    measures: list[ir.Node] = field(default_factory=list)
+    shape_readers: list[ir.Node] = field(default_factory=list)
 
     @property
     def shapes(self) -> Shapes:
@@ -336,7 +336,7 @@ class Search:
                 _open(stream, value, "is used inside the body of a control-flow operator, by", node)
             elif linear is None:
                 if operator(node) in ("Shape", "Size") or _is_unused(node):
-                    stream.measures.append(node)
+                    stream.shape_readers.append(node)
                 else:
                     yield from self._across(stream, value, node, Port(False, index, axis), "read")
             elif linear.x is value and linear.x_axis == axis and (node, index) != linear.bias:
