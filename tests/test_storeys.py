@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -65,3 +66,10 @@ def test_a_folder_can_be_taken_in_at_a_glance(storey):
 def test_every_folder_is_a_storey():
     found = {path.parent.name for path in (ROOT / "onnx_fold").glob("*/*.py")}
     assert found == {*STOREYS} - {"models", "passes"}
+
+
+def test_the_map_shows_every_storey():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    assert all(f"    {storey}[" in page for storey in STOREYS)
+    for path in re.findall(r"`((?:\w+/)*\w+\.py)`", page):
+        assert any((folder / path).is_file() for folder in (ROOT, ROOT / "onnx_fold")), path
