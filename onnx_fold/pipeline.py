@@ -47,13 +47,13 @@ from onnx_fold.files.write import (
 )
 from onnx_fold.graph.inline import inline
 from onnx_fold.graph.linear import find_linears, label
-from onnx_fold.graph.quantised import find_quantised
 from onnx_fold.report.attention import Attention, find_attention
 from onnx_fold.report.fold import CheckFailedError, FoldReport
 from onnx_fold.runtime.calibrate import record
 from onnx_fold.runtime.sessions import onnxruntime
 from onnx_fold.strategies import OwnPass, passes_of
 from onnx_fold.streams.activations import Activations
+from onnx_fold.streams.quantised import find_quantised
 from onnx_fold.streams.stream import find_streams
 from onnx_fold.trust import Folded, proved, within_limits
 

@@ -24,6 +24,7 @@ from onnx_fold.algebra.expression import (
 from onnx_fold.engine.folding import Candidate, FoldPass, Proposal, propose
 from onnx_fold.graph.constants import constant
 from onnx_fold.graph.edit import new_constant, new_node, new_split
+from onnx_fold.graph.layout import Columns, ComputedShape, compute_shapes
 from onnx_fold.graph.linear import Edge, compact
 from onnx_fold.graph.operators import operator
 from onnx_fold.rewriting.rebase import (
@@ -32,14 +33,7 @@ from onnx_fold.rewriting.rebase import (
     weights_of,
 )
 from onnx_fold.rewriting.rewrite import CannotRewriteError, Rewrite
-from onnx_fold.streams.fused import (
-    Columns,
-    ComputedShape,
-    Fused,
-    Part,
-    compute_shapes,
-    fused,
-)
+from onnx_fold.streams.fused import Fused, Part, fused
 from onnx_fold.streams.heads import role
 from onnx_fold.streams.stream import Stream
 

@@ -4,9 +4,21 @@ import re
 
 import numpy as np
 import pytest
-from helpers import chain, folded, normal, operators, refused, stream_of
+from helpers import (
+    assert_same_function,
+    chain,
+    fold,
+    folded,
+    graph,
+    normal,
+    operators,
+    refused,
+    stream_of,
+)
 
-from onnx_fold.graph.commute import RULES
+from onnx_fold.graph.channels import OPERATORS, Group
+from onnx_fold.graph.shapes import Shapes
+from onnx_fold.streams.heads import HeadLayout, head_layout
 
 
 def ints(*values: int) -> np.ndarray:
@@ -147,8 +159,9 @@ def test_an_operator_that_looks_at_the_channels_opens_the_stream(op, body, extra
 
 def test_the_tables_cover_every_rule():
     blind = {"Identity", "Neg", "Squeeze", "Unsqueeze"}  # cannot look at the channels
-    assert {op for op, *_ in COMMUTES} == set(RULES)
-    assert {op for op, *_ in LOOKS} >= set(RULES) - blind
+    general = {op for op, each in OPERATORS.items() if each.group == Group.GENERAL}
+    assert {op for op, *_ in COMMUTES} == general
+    assert {op for op, *_ in LOOKS} >= general - blind
 
 
 def test_an_operator_of_another_domain_has_no_rule():
@@ -168,3 +181,41 @@ def test_one_channel_wide_products_are_not_linear(body):
 
 def test_a_constant_that_widens_the_stream():
     refused(chain("m = Add(p, c)", P=normal(4, 1), c=normal(4)))
+
+
+# --- One table ------------------------------------------------------------------------------------
+
+
+def test_what_lets_a_basis_through_lets_a_permutation_through():
+    for name, each in OPERATORS.items():
+        assert each.group < Group.GENERAL or each.ports is not None, name
+        assert each.group < Group.PERMUTATION or each.ports or each.reordered, name
+
+
+@pytest.mark.parametrize("operator", ["CastLike(a, x)", "Cast<to = 1>(a)", "Identity(a)"])
+def test_a_bias_is_carried_past_what_leaves_vectors_as_they_are(operator):
+    source = chain(f"a = Identity(p) m = {operator}", bias=True)
+    result = fold(source, only=["merge"])
+    assert result.report.folded
+    assert_same_function(source, result.model)
+
+
+def test_a_bias_is_carried_past_a_gather_of_whole_vectors():
+    source = chain(
+        "m = GatherND<batch_dims = 0>(p, rows)", bias=True, rows=np.array([[[0, 0], [0, 1]]])
+    )
+    result = fold(source, only=["merge"])
+    assert result.report.folded
+    assert_same_function(source, result.model)
+
+
+@pytest.mark.parametrize("operator", ["CastLike(s, x)", "Cast<to = 1>(s)", "Identity(s)"])
+def test_heads_are_found_behind_what_keeps_the_channels(operator):
+    source = graph(
+        f"(float[b, n, 8] x) => (float[b, n, 4, 2] q) {{ s = MatMul(x, Q) t = {operator}"
+        " q = Reshape(t, cut) }",
+        Q=normal(8, 8),
+        cut=np.array([0, 0, 4, 2]),
+    )
+    value = next(node.outputs[0] for node in source.graph if node.op_type == "MatMul")
+    assert head_layout(value, 8, Shapes(source)) == HeadLayout(4, 2)

@@ -39,40 +39,23 @@ class OpensStreamError(Exception):
 Rule = Callable[[ir.Node, Port, int, Shapes], "list[Port] | None"]
 
 
-def ports(node: ir.Node, known: Port, width: int, shapes: Shapes) -> list[Port] | None:
-    """Return every port of ``node`` in the stream of ``known``, itself included.
-
-    Args:
-        node: The operator.
-        known: A port of ``node`` that carries the channel axis.
-        width: Size of the channel axis.
-        shapes: Shapes of the values.
-
-    Returns:
-        The ports, or None if ``node`` does not commute with a change of basis.
-
-    Raises:
-        OpensStreamError: As None, with a reason more telling than the operator's name.
-    """
-    rule = RULES.get(operator(node))
-    return rule(node, known, width, shapes) if rule is not None else None
-
-
 def _through(axis: int) -> list[Port]:
     return [Port(False, 0, axis), Port(True, 0, axis)]
 
 
-def _same(node: ir.Node, known: Port, width: int, shapes: Shapes) -> list[Port] | None:
+def same(node: ir.Node, known: Port, width: int, shapes: Shapes) -> list[Port] | None:
+    """Identity, Neg: the output has the channels where the input has them."""
     return _through(known.axis) if known.index == 0 else None
 
 
-def _cast(node: ir.Node, known: Port, width: int, shapes: Shapes) -> list[Port] | None:
+def cast(node: ir.Node, known: Port, width: int, shapes: Shapes) -> list[Port] | None:
+    """Cast between types of floats."""
     floats = shapes.dtype(_input(node)) in FLOATS
     target = ir.DataType(node.attributes.get_int("to", 0))
     return _through(known.axis) if floats and target in FLOATS else None
 
 
-def _cast_like(node: ir.Node, known: Port, width: int, shapes: Shapes) -> list[Port] | None:
+def cast_like(node: ir.Node, known: Port, width: int, shapes: Shapes) -> list[Port] | None:
     """CastLike: the second input is read for its type alone."""
     if not known.is_output and known.index == 1:
         return [known]
@@ -80,7 +63,8 @@ def _cast_like(node: ir.Node, known: Port, width: int, shapes: Shapes) -> list[P
     return _through(known.axis) if floats else None
 
 
-def _dropout(node: ir.Node, known: Port, width: int, shapes: Shapes) -> list[Port] | None:
+def dropout(node: ir.Node, known: Port, width: int, shapes: Shapes) -> list[Port] | None:
+    """Dropout at inference, whose mask is not used."""
     training = node.inputs[2] if len(node.inputs) > 2 else None
     masked = len(node.outputs) > 1 and (node.outputs[1].uses() or node.outputs[1].is_graph_output())
     if known.index != 0 or masked or (training is not None and scalar(training) != 0.0):
@@ -88,7 +72,7 @@ def _dropout(node: ir.Node, known: Port, width: int, shapes: Shapes) -> list[Por
     return _through(known.axis)
 
 
-def _sum(node: ir.Node, known: Port, width: int, shapes: Shapes) -> list[Port] | None:
+def add(node: ir.Node, known: Port, width: int, shapes: Shapes) -> list[Port] | None:
     """Add, Sub, Sum: every operand is in the stream; a constant may broadcast along channels."""
     found = [Port(True, 0, known.axis)]
     for index, value in enumerate(node.inputs):
@@ -107,7 +91,7 @@ def _fits(value: ir.Value, axis: int, width: int, shapes: Shapes) -> bool:
     return size == width or (size == 1 and constant(value) is not None)
 
 
-def _scale(node: ir.Node, known: Port, width: int, shapes: Shapes) -> list[Port] | None:
+def scale(node: ir.Node, known: Port, width: int, shapes: Shapes) -> list[Port] | None:
     """Mul, Div by something that is the same for all channels."""
     sizes = [shapes.dim(value, known.axis) for value in node.inputs if value is not None]
     if operator(node) == "Div" or not known.is_output:
@@ -126,7 +110,7 @@ def _scale(node: ir.Node, known: Port, width: int, shapes: Shapes) -> list[Port]
     return [Port(False, operand, known.axis), Port(True, 0, known.axis)]
 
 
-def _where(node: ir.Node, known: Port, width: int, shapes: Shapes) -> list[Port] | None:
+def where(node: ir.Node, known: Port, width: int, shapes: Shapes) -> list[Port] | None:
     """Where with a condition that is the same for all channels; both branches are in the stream."""
     condition, *branches = node.inputs
     if condition is None or shapes.dim(condition, known.axis) != 1:
@@ -140,7 +124,8 @@ def _where(node: ir.Node, known: Port, width: int, shapes: Shapes) -> list[Port]
     return [Port(True, 0, known.axis), Port(False, 1, known.axis), Port(False, 2, known.axis)]
 
 
-def _transpose(node: ir.Node, known: Port, width: int, shapes: Shapes) -> list[Port] | None:
+def transpose(node: ir.Node, known: Port, width: int, shapes: Shapes) -> list[Port] | None:
+    """Transpose: the axis goes where the permutation says."""
     rank = shapes.rank(node.outputs[0]) or shapes.rank(_input(node))
     perm = node.attributes.get_ints("perm") or (rank and tuple(reversed(range(rank))))
     if not perm:
@@ -151,7 +136,7 @@ def _transpose(node: ir.Node, known: Port, width: int, shapes: Shapes) -> list[P
     return [known, Port(True, 0, perm.index(known.axis + rank) - rank)]
 
 
-def _reshape(node: ir.Node, known: Port, width: int, shapes: Shapes) -> list[Port] | None:
+def reshape(node: ir.Node, known: Port, width: int, shapes: Shapes) -> list[Port] | None:
     """Reshape, Flatten, Squeeze, Unsqueeze: the channel axis must survive whole.
 
     In row-major order it does if an axis of the same size has as many elements behind it, or (the
@@ -187,13 +172,14 @@ def _same_count(a: Dims, b: Dims) -> bool:
     return factors(a) == factors(b)
 
 
-def _expand(node: ir.Node, known: Port, width: int, shapes: Shapes) -> list[Port] | None:
+def expand(node: ir.Node, known: Port, width: int, shapes: Shapes) -> list[Port] | None:
     """Expand, Tile: along other axes."""
     sizes = (shapes.dim(_input(node), known.axis), shapes.dim(node.outputs[0], known.axis))
     return _through(known.axis) if known.index == 0 and sizes == (width, width) else None
 
 
-def _slice(node: ir.Node, known: Port, width: int, shapes: Shapes) -> list[Port] | None:
+def cut(node: ir.Node, known: Port, width: int, shapes: Shapes) -> list[Port] | None:
+    """Slice of other axes."""
     axes = shapes.integers(node.inputs[3]) if len(node.inputs) > 3 else None
     rank = shapes.rank(_input(node))
     if known.index != 0 or axes is None or rank is None:
@@ -203,7 +189,8 @@ def _slice(node: ir.Node, known: Port, width: int, shapes: Shapes) -> list[Port]
     return _through(known.axis)
 
 
-def _split(node: ir.Node, known: Port, width: int, shapes: Shapes) -> list[Port] | None:
+def split(node: ir.Node, known: Port, width: int, shapes: Shapes) -> list[Port] | None:
+    """Split of another axis."""
     rank = shapes.rank(_input(node))
     if rank is None or (not known.is_output and known.index != 0):
         return None
@@ -213,7 +200,7 @@ def _split(node: ir.Node, known: Port, width: int, shapes: Shapes) -> list[Port]
     return [Port(False, 0, known.axis), *outputs]
 
 
-def _gather(node: ir.Node, known: Port, width: int, shapes: Shapes) -> list[Port] | None:
+def gather(node: ir.Node, known: Port, width: int, shapes: Shapes) -> list[Port] | None:
     """Gather along another axis; an embedding table is the constant that it reads."""
     data, indices = _input(node), node.inputs[1]
     rank = shapes.rank(data)
@@ -231,7 +218,7 @@ def _gather(node: ir.Node, known: Port, width: int, shapes: Shapes) -> list[Port
     return [Port(False, 0, inner), Port(True, 0, outer)]
 
 
-def _gather_nd(node: ir.Node, known: Port, width: int, shapes: Shapes) -> list[Port] | None:
+def gather_nd(node: ir.Node, known: Port, width: int, shapes: Shapes) -> list[Port] | None:
     """GatherND of whole vectors: the channels lie behind the axes that the indices count."""
     data, indices = _input(node), node.inputs[1]
     rank = shapes.rank(data)
@@ -243,7 +230,8 @@ def _gather_nd(node: ir.Node, known: Port, width: int, shapes: Shapes) -> list[P
     return _through(known.axis)
 
 
-def _concat(node: ir.Node, known: Port, width: int, shapes: Shapes) -> list[Port] | None:
+def concat(node: ir.Node, known: Port, width: int, shapes: Shapes) -> list[Port] | None:
+    """Concat along another axis."""
     rank = shapes.rank(node.outputs[0])
     if rank is None:
         return None
@@ -255,7 +243,7 @@ def _concat(node: ir.Node, known: Port, width: int, shapes: Shapes) -> list[Port
     ]
 
 
-def _pad(node: ir.Node, known: Port, width: int, shapes: Shapes) -> list[Port] | None:
+def pad(node: ir.Node, known: Port, width: int, shapes: Shapes) -> list[Port] | None:
     """Pad with zeros along other axes."""
     pads = shapes.integers(node.inputs[1]) if len(node.inputs) > 1 else None
     fill = node.inputs[2] if len(node.inputs) > 2 else None
@@ -276,7 +264,7 @@ def _pad(node: ir.Node, known: Port, width: int, shapes: Shapes) -> list[Port] |
     return _through(known.axis)
 
 
-def _reduce(node: ir.Node, known: Port, width: int, shapes: Shapes) -> list[Port] | None:
+def reduce(node: ir.Node, known: Port, width: int, shapes: Shapes) -> list[Port] | None:
     """ReduceSum, ReduceMean over other axes."""
     rank = shapes.rank(_input(node))
     axes = axes_of(node, shapes.integers)
@@ -295,6 +283,18 @@ def _reduce(node: ir.Node, known: Port, width: int, shapes: Shapes) -> list[Port
     return [known, Port(True, 0, kept.index(known.axis) - len(kept))]
 
 
+def elementwise(node: ir.Node, known: Port, width: int, shapes: Shapes) -> list[Port] | None:
+    """Every operand that has all the channels, for changes that only reorder them."""
+    found = [Port(True, 0, known.axis)]
+    for index, value in enumerate(node.inputs):
+        size = 1 if value is None else shapes.dim(value, known.axis)
+        if size == width:
+            found.append(Port(False, index, known.axis))
+        elif size != 1:
+            return None
+    return found if known in found else None
+
+
 def _input(node: ir.Node) -> ir.Value:
     value = node.inputs[0]
     assert value is not None
@@ -303,34 +303,3 @@ def _input(node: ir.Node) -> ir.Value:
 
 def _from_end(axes: Sequence[int], rank: int) -> list[int]:
     return [axis if axis < 0 else axis - rank for axis in axes]
-
-
-RULES: dict[str, Rule] = {
-    "Identity": _same,
-    "Neg": _same,
-    "Cast": _cast,
-    "CastLike": _cast_like,
-    "Dropout": _dropout,
-    "Add": _sum,
-    "Sub": _sum,
-    "Sum": _sum,
-    "Mul": _scale,
-    "Div": _scale,
-    "Where": _where,
-    "Transpose": _transpose,
-    "Reshape": _reshape,
-    "Flatten": _reshape,
-    "Squeeze": _reshape,
-    "Unsqueeze": _reshape,
-    "Expand": _expand,
-    "Tile": _expand,
-    "Slice": _slice,
-    "Split": _split,
-    "Gather": _gather,
-    "GatherND": _gather_nd,
-    "Concat": _concat,
-    "Pad": _pad,
-    "ReduceSum": _reduce,
-    "ReduceMean": _reduce,
-}
-"""Operator of the standard domain → its rule."""

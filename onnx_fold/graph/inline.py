@@ -9,11 +9,13 @@ from __future__ import annotations
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass, RemoveUnusedFunctionsPass
 
-from onnx_fold.graph.commute import RULES
+from onnx_fold.graph.channels import OPERATORS as CHANNELS
+from onnx_fold.graph.channels import Group
 from onnx_fold.graph.linear import OPERATORS
 from onnx_fold.graph.operators import operator
 
-_INERT = frozenset((*RULES, "Constant", "Shape", "Size"))
+_INERT = {name for name, each in CHANNELS.items() if each.group == Group.GENERAL}
+_INERT |= {"Constant", "Shape", "Size"}
 
 
 def inline(model: ir.Model) -> ir.Model:

@@ -25,7 +25,8 @@ from onnx_fold.algebra.expression import (
     evaluate,
     reshape,
 )
-from onnx_fold.graph.commute import Port, ports
+from onnx_fold.graph.channels import ports
+from onnx_fold.graph.commute import Port
 from onnx_fold.graph.constants import (
     FLOATS,
     Constant,

@@ -20,6 +20,7 @@ from onnx_fold.algebra.expression import (
     reshape,
     scale,
 )
+from onnx_fold.graph.channels import channels
 from onnx_fold.graph.constants import constant, scalar
 from onnx_fold.graph.linear import Linear
 from onnx_fold.graph.operators import contrib, operator
@@ -28,14 +29,6 @@ from onnx_fold.streams.stream import ConstantWriter, Stream
 
 Carried = dict[ConstantWriter, float]
 """Constants that reach a value, each with its factor."""
-
-_UNIFORM = frozenset(
-    (
-        *("Identity", "Cast", "Dropout", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose"),
-        *("Expand", "Tile", "Slice", "Split", "Gather", "ReduceMean"),
-    )
-)
-"""Operators that leave a vector which is the same at every position as it is."""
 
 _ADDS_BIAS = frozenset(("Add",)) | contrib("BiasGelu", "FastGelu")
 """Operators of two inputs that first of all add them."""
@@ -102,7 +95,7 @@ def _behind(
     if node is writer.node:
         return dict.fromkeys(own, writer.beta)
     name = operator(node)
-    if name in _UNIFORM:
+    if channels(node).is_uniform:
         return known.get(_operand(node, 0))
     if name == "Neg":
         return _scaled(known.get(_operand(node, 0)), -1.0)

@@ -15,21 +15,13 @@ import onnx_ir as ir
 
 from onnx_fold.algebra.expression import Expression, FoldedTensor, take
 from onnx_fold.algebra.selection import RowSelection
-from onnx_fold.graph.commute import OpensStreamError, Port, ports
+from onnx_fold.graph.channels import Group, ports
+from onnx_fold.graph.commute import OpensStreamError, Port
 from onnx_fold.graph.linear import Linear
-from onnx_fold.graph.operators import contrib, operator
+from onnx_fold.graph.operators import operator
 from onnx_fold.graph.shapes import Shapes
 from onnx_fold.rewriting.rewrite import Rewrite
 from onnx_fold.streams.stream import ConstantWriter, Stream
-
-_ELEMENTWISE = frozenset(
-    (
-        *("Abs", "Celu", "Clip", "Elu", "Erf", "Exp", "Gelu", "HardSigmoid", "HardSwish"),
-        *("LeakyRelu", "Log", "Mish", "Pow", "Reciprocal", "Relu", "Selu", "Sigmoid"),
-        *("Softplus", "Softsign", "Sqrt", "Swish", "Tanh", "ThresholdedRelu"),
-        *("Add", "Sub", "Mul", "Div", "Max", "Min", "Sum"),
-    )
-) | contrib("BiasGelu", "FastGelu", "Gelu", "QuickGelu")
 
 
 @dataclass(frozen=True)
@@ -54,21 +46,12 @@ def permutable(node: ir.Node, known: Port, width: int, shapes: Shapes) -> list[P
     What a Concat has made of parts, and a Split cuts into parts, ends there: :func:`hidden_stream`
     looks at the parts.
     """
-    if operator(node) not in _ELEMENTWISE:
-        try:
-            return ports(node, known, width, shapes)
-        except OpensStreamError:
-            if _is_joint(node, known):
-                return [known]
-            raise
-    found = [Port(True, 0, known.axis)]
-    for index, value in enumerate(node.inputs):
-        size = 1 if value is None else shapes.dim(value, known.axis)
-        if size == width:
-            found.append(Port(False, index, known.axis))
-        elif size != 1:
-            return None
-    return found if known in found else None
+    try:
+        return ports(node, known, width, shapes, Group.PERMUTATION)
+    except OpensStreamError:
+        if _is_joint(node, known):
+            return [known]
+        raise
 
 
 def _is_joint(node: ir.Node, known: Port) -> bool:

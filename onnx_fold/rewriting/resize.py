@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import onnx_ir as ir
 
+from onnx_fold.graph.channels import channels
 from onnx_fold.graph.constants import integers
 from onnx_fold.graph.edit import new_constant, new_node
 from onnx_fold.graph.operators import operator
@@ -37,13 +38,14 @@ def _resize(value: ir.Value, stream: Stream, width: int, rewrite: Rewrite) -> No
         return
     if operator(node) == "Squeeze" and width == 1 and not _names_axes(node):
         raise CannotRewriteError(f"Squeeze '{node.name}' would remove a single channel")
-    if operator(node) not in ("Reshape", "Expand"):
+    shape_input = channels(node).shape_input
+    if shape_input is None:
         return
     shape = _resized_shape(node, stream, width)
     if isinstance(shape, ir.TensorProtocol):
-        rewrite.stored[node, 1] = shape
+        rewrite.stored[node, shape_input] = shape
     elif shape is not None:
-        rewrite.rewired[node, 1] = shape
+        rewrite.rewired[node, shape_input] = shape
 
 
 def _names_axes(node: ir.Node) -> bool:

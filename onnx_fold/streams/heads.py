@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from onnx_fold.graph.channels import channels
 from onnx_fold.graph.constants import constant
 from onnx_fold.graph.linear import as_linear
 from onnx_fold.graph.operators import contrib, operator
@@ -16,7 +17,6 @@ _ATTENTION_OPERATORS = frozenset(("Attention",)) | contrib(
     *("DecoderMaskedMultiHeadAttention", "DecoderMaskedSelfAttention"),
 )
 _ROTARY = frozenset(("RotaryEmbedding",)) | contrib("RotaryEmbedding")
-_TOWARDS_HEADS = frozenset(("Add", "Identity", "Cast", "Reshape")) | _ROTARY
 _PRODUCTS = frozenset(("MatMul", "Gemm", "Einsum")) | contrib("FusedMatMul")
 _AFTER_SCORES = frozenset(
     ("Cast", "Where", "IsNaN", "Identity", "Dropout", "Mul", "Div", "Add", "Reshape", "Transpose")
@@ -103,11 +103,16 @@ def head_layout(value: ir.Value, width: int, shapes: Shapes) -> HeadLayout | Non
             dims = shapes(node.outputs[0]) if operator(node) == "Reshape" and index == 0 else None
             if dims is not None and len(dims) == 4 and (found := _layout(dims, width)) is not None:
                 return found
-        onward = [node for node, _ in value.uses() if operator(node) in _TOWARDS_HEADS]
+        onward = [node for node, index in value.uses() if _leads_to_heads(node, index)]
         if not onward:
             return None
         value = onward[0].outputs[0]
     return None
+
+
+def _leads_to_heads(node: ir.Node, index: int) -> bool:
+    """Whether that input of ``node`` is what it passes on."""
+    return channels(node).leads_to_heads and (index == 0 or operator(node) == "Add")
 
 
 def _heads_of(core: ir.Node, index: int) -> int:

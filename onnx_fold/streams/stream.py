@@ -19,12 +19,8 @@ from onnx_fold.algebra.expression import (
     transpose,
 )
 from onnx_fold.algebra.precision import unit_roundoff
-from onnx_fold.graph.commute import (
-    OpensStreamError,
-    Port,
-    Rule,
-    ports,
-)
+from onnx_fold.graph.channels import ports
+from onnx_fold.graph.commute import OpensStreamError, Port, Rule
 from onnx_fold.graph.constants import FLOATS, Constant, constant
 from onnx_fold.graph.linear import (
     Edge,
@@ -34,9 +30,9 @@ from onnx_fold.graph.linear import (
     label,
 )
 from onnx_fold.graph.operators import contrib, operator
-from onnx_fold.graph.quantised import is_quantised
 from onnx_fold.graph.shapes import Shapes
 from onnx_fold.streams.activations import Activations
+from onnx_fold.streams.quantised import is_quantised
 
 
 @dataclass(frozen=True)
