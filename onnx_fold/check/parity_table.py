@@ -44,6 +44,9 @@ def parity_table(report: ParityReport) -> Table:
     if len(rows) > _ROWS:
         captions.append(f"{len(rows) - _ROWS} further outputs lie deeper within their limits")
         rows = sorted(rows, key=_margin)[:_ROWS]
+    sources = {output.limit_from for output in rows if output.judged}
+    if len(sources) == 1:
+        captions.append(f"limit: {next(iter(sources))}, for what is nearest to it")
     table = figures_table(
         f"Parity in {report.dtype.lower()} on {report.provider}: {_inputs(report.shapes)}",
         "; ".join(captions) or None,
@@ -54,7 +57,9 @@ def parity_table(report: ParityReport) -> Table:
     table.add_column("of", overflow="fold")
     for output in rows:
         cells = [_cell(getattr(output, name), form) for _, name, form in columns]
-        judged = f"{output.judged}: {output.limit_from}" if output.judged else ""
+        judged = output.judged
+        if judged and len(sources) > 1:
+            judged += f": {output.limit_from}"
         table.add_row(output.name, *cells, judged, style=None if output.ok else "red")
     return table
 
