@@ -23,7 +23,7 @@ from onnx_fold.algebra.expression import (
 )
 from onnx_fold.engine.folding import Candidate, FoldPass, Proposal, propose
 from onnx_fold.graph.constants import constant
-from onnx_fold.graph.edit import new_constant, new_node, new_split
+from onnx_fold.graph.edit import Editor
 from onnx_fold.graph.layout import Columns, ComputedShape, compute_shapes
 from onnx_fold.graph.linear import Edge, compact
 from onnx_fold.graph.operators import operator
@@ -110,27 +110,27 @@ def _lay_out(stream: Stream, fused: Fused, part: Part, rewrite: Rewrite) -> None
     made: list[ir.Value] = []
     shapes: dict[ComputedShape, ir.Value] = {}
 
-    def biased(graph: ir.Graph, value: ir.Value, biases: Iterable[FoldedTensor]) -> ir.Value:
+    def biased(editor: Editor, value: ir.Value, biases: Iterable[FoldedTensor]) -> ir.Value:
         for tensor in biases:
-            bias = new_constant(graph, tensor, f"{linear.y.name}_bias")
-            value = new_node(graph, first, "Add", [value, bias]).outputs[0]
+            bias = editor.constant(tensor, f"{linear.y.name}_bias")
+            value = editor.node(first, "Add", [value, bias]).outputs[0]
         return value
 
-    def laid_out(graph: ir.Graph, each: Part, value: ir.Value) -> ir.Value:
+    def laid_out(editor: Editor, each: Part, value: ir.Value) -> ir.Value:
         end = each.value.producer()
         assert end is not None
         if not shapes:
-            shapes.update(compute_shapes(graph, layouts))
-        return each.layout.build(graph, end, value, shapes)
+            shapes.update(compute_shapes(editor, layouts))
+        return each.layout.build(editor, end, value, shapes)
 
-    def build_part(graph: ir.Graph) -> ir.Value:
-        return laid_out(graph, part, biased(graph, linear.x, own))
+    def build_part(editor: Editor) -> ir.Value:
+        return laid_out(editor, part, biased(editor, linear.x, own))
 
-    def build_other(graph: ir.Graph, index: int) -> ir.Value:
+    def build_other(editor: Editor, index: int) -> ir.Value:
         if not made:
-            value = biased(graph, linear.y, left.values())
-            made.extend(new_split(graph, first, value, sizes) if len(sizes) > 1 else [value])
-        return laid_out(graph, others[index], made[index])
+            value = biased(editor, linear.y, left.values())
+            made.extend(editor.split(first, value, sizes) if len(sizes) > 1 else [value])
+        return laid_out(editor, others[index], made[index])
 
     rewrite.replaced[part.value] = build_part
     for index, other in enumerate(others):

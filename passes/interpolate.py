@@ -28,12 +28,7 @@ from onnx_fold.algebra.expression import (
 )
 from onnx_fold.algebra.selection import RowSelection
 from onnx_fold.engine.folding import Candidate, FoldPass, Options, Proposal, propose
-from onnx_fold.graph.edit import (
-    new_constant,
-    new_integers,
-    new_node,
-    new_split,
-)
+from onnx_fold.graph.edit import Editor
 from onnx_fold.graph.linear import Linear, compact
 from onnx_fold.rewriting.bias import carry_biases
 from onnx_fold.rewriting.permute import Hidden, hidden_stream, permute
@@ -167,18 +162,18 @@ def _split(
     rewrite.nodes_added += 4 if hidden is None else 3
     rewrite.copied, rewrite.gathered = depth + width, 0 if hidden else depth
 
-    def build(graph: ir.Graph) -> ir.Value:
+    def build(editor: Editor) -> ir.Value:
         value, node, name = writer.x, writer.node, writer.weight.leaf.name
         if hidden is None:
-            indices = new_integers(graph, evaluate(rows.final_order), f"{name}_order")
-            value = new_node(graph, node, "Gather", [value, indices], axis=-1).outputs[0]
-        others, chosen = new_split(graph, node, value, [depth - width, width])
-        weight = new_constant(graph, rest, f"{name}_rest")
-        product = new_node(graph, node, "MatMul", [others, weight])
-        total = new_node(graph, node, "Add", [product.outputs[0], chosen]).outputs[0]
+            indices = editor.integers(evaluate(rows.final_order), f"{name}_order")
+            value = editor.node(node, "Gather", [value, indices], axis=-1).outputs[0]
+        others, chosen = editor.split(node, value, [depth - width, width])
+        weight = editor.constant(rest, f"{name}_rest")
+        product = editor.node(node, "MatMul", [others, weight])
+        total = editor.node(node, "Add", [product.outputs[0], chosen]).outputs[0]
         if bias is not None:
-            held = new_constant(graph, bias, f"{name}_bias")
-            total = new_node(graph, node, "Add", [total, held]).outputs[0]
+            held = editor.constant(bias, f"{name}_bias")
+            total = editor.node(node, "Add", [total, held]).outputs[0]
         return total
 
     rewrite.replaced[writer.y] = build
@@ -205,16 +200,16 @@ def _columns_of(
     if hidden is not None:
         permute(hidden, reader, columns, rewrite)
 
-    def build(graph: ir.Graph) -> ir.Value:
+    def build(editor: Editor) -> ir.Value:
         node = reader.node
-        weight = new_constant(graph, rest, f"{reader.weight.leaf.name}_rest")
-        product = new_node(graph, node, "MatMul", [reader.x, weight]).outputs[0]
-        value = new_node(graph, node, "Concat", [reader.x, product], axis=-1).outputs[0]
+        weight = editor.constant(rest, f"{reader.weight.leaf.name}_rest")
+        product = editor.node(node, "MatMul", [reader.x, weight]).outputs[0]
+        value = editor.node(node, "Concat", [reader.x, product], axis=-1).outputs[0]
         if hidden is not None:
             return value
         places = np.argsort(evaluate(columns.final_order))
-        indices = new_integers(graph, places, f"{reader.weight.leaf.name}_order")
-        return new_node(graph, node, "Gather", [value, indices], axis=-1).outputs[0]
+        indices = editor.integers(places, f"{reader.weight.leaf.name}_order")
+        return editor.node(node, "Gather", [value, indices], axis=-1).outputs[0]
 
     rewrite.replaced[reader.y] = build
     sides = list(rebased.readers)

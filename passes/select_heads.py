@@ -28,7 +28,7 @@ from onnx_fold.algebra.expression import (
 )
 from onnx_fold.algebra.selection import select_blocks
 from onnx_fold.engine.folding import Candidate, FoldPass, Options
-from onnx_fold.graph.edit import new_constant, new_integers, new_node
+from onnx_fold.graph.edit import Editor
 from onnx_fold.graph.linear import Linear, compact
 from onnx_fold.rewriting.rebase import rebase, weights_of
 from onnx_fold.rewriting.rewrite import Rewrite
@@ -141,24 +141,24 @@ def _assemble(stream: Stream, share: _Share, basis: Basis, rewrite: Rewrite) -> 
     if len(others):
         rewrite.added.append(rest)
 
-    def build(graph: ir.Graph) -> ir.Value:
+    def build(editor: Editor) -> ir.Value:
         node = reader.node
 
         def step(operator: str, *inputs: ir.Value, **attributes: int) -> ir.Value:
-            return new_node(graph, node, operator, inputs, **attributes).outputs[0]
+            return editor.node(node, operator, inputs, **attributes).outputs[0]
 
         name = reader.weight.leaf.name
 
         if is_whole:
             return reader.x
-        axes = new_integers(graph, [-1], f"{name}_axes")
+        axes = editor.integers([-1], f"{name}_axes")
         product = None
         if len(others):
-            product = step("MatMul", reader.x, new_constant(graph, rest, f"{name}_rest"))
+            product = step("MatMul", reader.x, editor.constant(rest, f"{name}_rest"))
         pieces = []
         for is_chosen, first, last in runs:
             source = reader.x if is_chosen or product is None else product
-            bounds = [new_integers(graph, [b], f"{name}_bound") for b in (first, last)]
+            bounds = [editor.integers([b], f"{name}_bound") for b in (first, last)]
             pieces.append(step("Slice", source, *bounds, axes))
         return pieces[0] if len(pieces) == 1 else step("Concat", *pieces, axis=-1)
 

@@ -37,6 +37,7 @@ from onnx_fold.algebra.expression import (
 from onnx_fold.check import proof as proof_module
 from onnx_fold.check.proof import prove
 from onnx_fold.errors import WrongWeightError
+from onnx_fold.graph.edit import Editor
 from onnx_fold.rewriting.rewrite import Rewrite
 from onnx_fold.runtime.sessions import MissingKernelError
 
@@ -138,12 +139,12 @@ def plant(monkeypatch) -> Callable[[str, str], list[str]]:
     apply = Rewrite.apply
 
     def planting(strategy: str, fault: str) -> list[str]:
-        def wrong(self: Rewrite, model_graph: ir.Graph) -> None:
+        def wrong(self: Rewrite, editor: Editor) -> None:
             fitting = [t for t in self._new_tensors() if is_hit(fault, t.expression.shape)]
             if fitting:
                 fitting[-1].expression = FAULTS[fault](fitting[-1].expression)
                 hit.append(fault)
-            apply(self, model_graph)
+            apply(self, editor)
 
         monkeypatch.setattr(Rewrite, "apply", wrong)
         return hit
@@ -178,11 +179,11 @@ def test_a_wrong_fold_is_caught(strategy, fault, kind, is_large, plant, monkeypa
 def test_a_wrong_fold_is_taken_back_and_the_rest_is_kept(kind, monkeypatch):
     apply = Rewrite.apply
 
-    def wrong(self: Rewrite, model_graph: ir.Graph) -> None:
+    def wrong(self: Rewrite, editor: Editor) -> None:
         if any(value.name == "p0" for value in self.replaced):  # P into M
             tensor = next(t for t in self._new_tensors() if t.expression.shape == (D, F))
             tensor.expression = swapped(tensor.expression)
-        apply(self, model_graph)
+        apply(self, editor)
 
     monkeypatch.setattr(Rewrite, "apply", wrong)
     model = block(kind)
@@ -212,12 +213,12 @@ def test_a_fold_that_is_right_and_inaccurate_is_taken_back(monkeypatch):
     """What is stored is far off; the formula is right. So the proof passes, the judgement not."""
     apply = Rewrite.apply
 
-    def coarse(self: Rewrite, model_graph: ir.Graph) -> None:
+    def coarse(self: Rewrite, editor: Editor) -> None:
         if any(value.name == "p0" for value in self.replaced):
             tensor = next(t for t in self._new_tensors() if t.expression.shape == (D, F))
             half = Cast(tensor.expression, np.dtype(np.float16))
             tensor.expression = Cast(half, np.dtype(np.float32))
-        apply(self, model_graph)
+        apply(self, editor)
 
     monkeypatch.setattr(Rewrite, "apply", coarse)
     monkeypatch.setattr(exact_module, "_is_rounded", lambda *_: True)

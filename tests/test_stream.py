@@ -7,6 +7,7 @@ from helpers import chain, fold, folded, graph, normal, refused, square, stream_
 
 from onnx_fold.algebra.expression import FoldedTensor, Literal
 from onnx_fold.algebra.precision import unit_roundoff
+from onnx_fold.graph.edit import Editor
 from onnx_fold.rewriting.rewrite import Rewrite
 from onnx_fold.streams.stream import Stream
 
@@ -218,7 +219,7 @@ def test_a_search_meets_nodes_that_a_fold_has_added_since():
     stream = stream_of(model, "p")
     vector = FoldedTensor(Literal(normal(4)), ir.DataType.FLOAT)
     value = next(value for value in stream.values if value.name == "p")
-    Rewrite(biases={value: vector}).apply(model.graph)
+    Rewrite(biases={value: vector}).apply(Editor(model.graph))
     again = stream.search.stream(value, -1, 4)
     assert again.is_closed
     assert len(again.constants) == 1

@@ -30,7 +30,7 @@ from onnx_fold.algebra.expression import Expression, FoldedTensor, ImpliedTensor
 from onnx_fold.algebra.precision import unit_roundoff
 from onnx_fold.engine.cost import TARGETS
 from onnx_fold.engine.outcome import CandidateReport, StreamReport
-from onnx_fold.graph.edit import remembered_names
+from onnx_fold.graph.edit import Editor
 from onnx_fold.graph.linear import Linear, compact
 from onnx_fold.graph.shapes import Shapes
 from onnx_fold.rewriting.affine import make_explicit
@@ -283,8 +283,9 @@ def fold_streams(
         no fold could be asked of are reported as they were at first.
     """
     shapes = Shapes(model)
-    with remembered_names(model.graph), make_explicit(model, shapes.without_facts()):
-        reports = _fold_streams(model, passes, options, activations, shapes)
+    editor = Editor(model.graph)
+    with make_explicit(model, shapes.without_facts(), editor):
+        reports = _fold_streams(model, passes, options, activations, shapes, editor)
     for value in model.graph.initializers.values():
         if isinstance(value.const_value, FoldedTensor):
             value.const_value.device = options.device
@@ -297,6 +298,7 @@ def _fold_streams(
     options: Options,
     activations: Activations | None,
     inferred: Shapes,
+    editor: Editor,
 ) -> list[StreamReport]:
     order = {node: position for position, node in enumerate(model.graph)}
     reports: list[tuple[int, StreamReport]] = []
@@ -326,7 +328,7 @@ def _fold_streams(
                 if activations is not None:
                     activations.forget(moved)
                 names = frozenset(v.name for v in (*moved, *rewrite.touched) if v.name)
-                rewrite.apply(model.graph)
+                rewrite.apply(editor)
                 logger.info("%s: %s", report.folded.strategy, report.folded.text)
                 touched |= changed
                 finished |= nodes

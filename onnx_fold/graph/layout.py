@@ -15,7 +15,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from onnx_fold.graph.constants import axes_of, constant, integers
-from onnx_fold.graph.edit import new_integers, new_node
+from onnx_fold.graph.edit import Editor
 from onnx_fold.graph.operators import operator
 from onnx_fold.graph.shapes import Dims, Shapes
 
@@ -70,7 +70,7 @@ class Layout:
 
     def build(
         self,
-        graph: ir.Graph,
+        editor: Editor,
         before: ir.Node,
         value: ir.Value,
         shapes: Mapping[ComputedShape, ir.Value],
@@ -78,7 +78,7 @@ class Layout:
         """Lay out ``value`` (``[leading axes of the layer..., columns.size]``) in this way.
 
         Args:
-            graph: Where to put new nodes.
+            editor: What puts new nodes into the graph.
             before: The node in front of which they come.
             value: What to lay out.
             shapes: What :func:`compute_shapes` made, for this layout among others.
@@ -86,30 +86,30 @@ class Layout:
         leading = self.num_leading
         if self.reshape is not None or self.columns.ndim != 1:
             computed = self.computed_shape
-            shape = self._held_shape(graph, before) if computed is None else shapes[computed]
-            value = new_node(graph, before, "Reshape", [value, shape]).outputs[0]
+            shape = self._held_shape(editor, before) if computed is None else shapes[computed]
+            value = editor.node(before, "Reshape", [value, shape]).outputs[0]
         if not self.is_in_order:
             channel = iter(range(leading, len(self.axes)))
             perm = [next(channel) if axis == CHANNELS else axis for axis in self.axes]
-            value = new_node(graph, before, "Transpose", [value], perm=perm).outputs[0]
+            value = editor.node(before, "Transpose", [value], perm=perm).outputs[0]
         return value
 
-    def _held_shape(self, graph: ir.Graph, before: ir.Node) -> ir.Value:
+    def _held_shape(self, editor: Editor, before: ir.Node) -> ir.Value:
         given = None if self.reshape is None else integers(self.reshape.inputs[1])
         leading = (0,) * self.num_leading if given is None else given[: self.num_leading]
         name = f"{before.name or before.op_type}_shape"
-        return new_integers(graph, [*leading, *self.columns.shape], name)
+        return editor.integers([*leading, *self.columns.shape], name)
 
 
 ComputedShape = tuple[ir.Value, int, tuple[int, ...]]
 """A shape that the graph computes, how many leading axes are taken from it, and the other ones."""
 
 
-def compute_shapes(graph: ir.Graph, layouts: Sequence[Layout]) -> dict[ComputedShape, ir.Value]:
+def compute_shapes(editor: Editor, layouts: Sequence[Layout]) -> dict[ComputedShape, ir.Value]:
     """Make the shapes that ``layouts`` need and the graph computes, each once.
 
     Args:
-        graph: Where to put the nodes that compute them.
+        editor: What puts the nodes that compute them into the graph.
         layouts: The layouts; those whose Reshape comes first in the graph come first.
     """
     made: dict[ComputedShape, ir.Value] = {}
@@ -120,11 +120,11 @@ def compute_shapes(graph: ir.Graph, layouts: Sequence[Layout]) -> dict[ComputedS
         source, leading, tail = needed
         name = before.name or before.op_type
         start, stop, heads = (
-            new_integers(graph, numbers, f"{name}_{suffix}")
+            editor.integers(numbers, f"{name}_{suffix}")
             for numbers, suffix in (([0], "start"), ([leading], "stop"), (tail, "heads"))
         )
-        part = new_node(graph, before, "Slice", [source, start, stop]).outputs[0]
-        made[needed] = new_node(graph, before, "Concat", [part, heads], axis=0).outputs[0]
+        part = editor.node(before, "Slice", [source, start, stop]).outputs[0]
+        made[needed] = editor.node(before, "Concat", [part, heads], axis=0).outputs[0]
     return made
 
 

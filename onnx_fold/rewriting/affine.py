@@ -33,7 +33,7 @@ from onnx_fold.graph.constants import (
     axes_of,
     constant,
 )
-from onnx_fold.graph.edit import new_constant, remove_dead
+from onnx_fold.graph.edit import Editor
 from onnx_fold.graph.linear import Edge
 from onnx_fold.graph.operators import operator
 from onnx_fold.graph.shapes import Shapes
@@ -55,12 +55,12 @@ class Affine:
     is_skip: bool = False
 
 
-def make_explicit(model: ir.Model, shapes: Shapes) -> ExitStack:
+def make_explicit(model: ir.Model, shapes: Shapes, editor: Editor) -> ExitStack:
     """Write gains and centring in closed streams of ``model`` as MatMuls, and leave dead skips out.
 
     A stream counts as closed if it is when these operators are followed too, and if layers both
-    write and read it. ``shapes`` are those of ``model``. Everything is decided before anything is
-    changed.
+    write and read it. ``shapes`` are those of ``model``, whose graph ``editor`` changes. Everything
+    is decided before anything is changed.
 
     Returns:
         What writes back, when it is closed, those that have not merged.
@@ -88,9 +88,9 @@ def make_explicit(model: ir.Model, shapes: Shapes) -> ExitStack:
         skips = [(node, stream, _weights(node, found, stream)) for node, stream in plan]
         for node, stream, weights in skips:
             if found[node].is_skip:
-                _leave_out(node, found[node].index, weights, explicit)
+                _leave_out(node, found[node].index, weights, explicit, editor)
             else:
-                _as_matmul(node, found[node], stream, explicit)
+                _as_matmul(node, found[node], stream, explicit, editor)
         return explicit.pop_all()
 
 
@@ -164,13 +164,13 @@ def _dead_skip(node: ir.Node) -> Affine | None:
     return None
 
 
-def _as_matmul(node: ir.Node, affine: Affine, stream: Stream, explicit: ExitStack) -> None:
+def _as_matmul(
+    node: ir.Node, affine: Affine, stream: Stream, explicit: ExitStack, editor: Editor
+) -> None:
     """Let ``node`` multiply its input by a matrix, and note how to write it back."""
-    graph, index = node.graph, affine.index
-    assert isinstance(graph, ir.Graph)
-    op_type, inputs = node.op_type, tuple(node.inputs)
+    index, op_type, inputs = affine.index, node.op_type, tuple(node.inputs)
     tensor = _matrix(node, affine, stream)
-    matrix = new_constant(graph, tensor, f"{node.outputs[0].name}_matrix")
+    matrix = editor.constant(tensor, f"{node.outputs[0].name}_matrix")
     node.op_type = "MatMul"
     node.replace_input_with(0, inputs[index])
     node.replace_input_with(1, matrix)
@@ -178,12 +178,12 @@ def _as_matmul(node: ir.Node, affine: Affine, stream: Stream, explicit: ExitStac
     def write_back() -> None:
         other = inputs[1 - index]
         if node.graph is None or node.inputs[1] is not matrix:  # it has merged
-            remove_dead(graph, [other])
+            editor.remove_dead([other])
             return
         node.op_type = op_type
         node.replace_input_with(index, node.inputs[0])
         node.replace_input_with(1 - index, other)
-        remove_dead(graph, [matrix])
+        editor.remove_dead([matrix])
 
     explicit.callback(write_back)
 
@@ -216,11 +216,14 @@ def _weights(
 
 
 def _leave_out(
-    node: ir.Node, alive: int, weights: Mapping[Edge, ir.Value], explicit: ExitStack
+    node: ir.Node,
+    alive: int,
+    weights: Mapping[Edge, ir.Value],
+    explicit: ExitStack,
+    editor: Editor,
 ) -> None:
     """Let ``node`` pass on what is not dead, and note how to write it back."""
-    graph, inputs = node.graph, tuple(node.inputs)
-    assert isinstance(graph, ir.Graph)
+    inputs = tuple(node.inputs)
     dead = 1 - alive
     node.op_type = "Identity"
     node.replace_input_with(0, inputs[alive])
@@ -228,7 +231,7 @@ def _leave_out(
 
     def write_back() -> None:
         if node.graph is None:
-            remove_dead(graph, [inputs[dead]])
+            editor.remove_dead([inputs[dead]])
             return
         current = node.inputs[0]
         if all(_holds(edge, leaf) for edge, leaf in weights.items()):
@@ -239,7 +242,7 @@ def _leave_out(
             return
         assert current is not None
         replace_all_uses_with(node.outputs[0], current)
-        remove_dead(graph, [node.outputs[0], inputs[dead]])
+        editor.remove_dead([node.outputs[0], inputs[dead]])
 
     explicit.callback(write_back)
 

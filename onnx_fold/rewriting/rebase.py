@@ -23,7 +23,7 @@ from onnx_fold.algebra.expression import (
     transpose,
 )
 from onnx_fold.graph.constants import constant
-from onnx_fold.graph.edit import new_integers, new_node
+from onnx_fold.graph.edit import Editor
 from onnx_fold.graph.linear import Edge, Linear
 from onnx_fold.rewriting.rewrite import Build, CannotRewriteError, Rewrite
 from onnx_fold.streams.stream import ConstantWriter, Stream
@@ -131,10 +131,10 @@ def become_identity(rewrite: Rewrite, layer: Linear) -> None:
     if edge not in rewrite.stored and bias is not None:
         rewrite.kept.add(bias)
 
-    def build(graph: ir.Graph) -> ir.Value:
+    def build(editor: Editor) -> ir.Value:
         current = node.inputs[index]  # what is stored there by now
         assert current is not None
-        total = new_node(graph, node, "Add", [layer.x, current]).outputs[0]
+        total = editor.node(node, "Add", [layer.x, current]).outputs[0]
         total.type, total.shape = layer.y.type, layer.y.shape
         return total
 
@@ -149,8 +149,8 @@ def in_place(rewrite: Rewrite, layer: Linear) -> ir.Value | Build:
         return layer.x
     rewrite.nodes_added += 1
 
-    def build(graph: ir.Graph) -> ir.Value:
-        target = new_integers(graph, shape, f"{layer.y.name}_shape")
-        return new_node(graph, layer.node, "Reshape", [layer.x, target]).outputs[0]
+    def build(editor: Editor) -> ir.Value:
+        target = editor.integers(shape, f"{layer.y.name}_shape")
+        return editor.node(layer.node, "Reshape", [layer.x, target]).outputs[0]
 
     return build

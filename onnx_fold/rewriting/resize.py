@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from onnx_fold.graph.channels import channels
 from onnx_fold.graph.constants import integers
-from onnx_fold.graph.edit import new_constant, new_node
+from onnx_fold.graph.edit import Editor
 from onnx_fold.graph.operators import operator
 from onnx_fold.rewriting.rewrite import Build, CannotRewriteError, Rewrite
 from onnx_fold.streams.stream import Stream
@@ -78,10 +78,10 @@ def _resized_shape(node: ir.Node, stream: Stream, width: int) -> ir.TensorProtoc
     if last[-1] in (_COPIED, _INFERRED):
         return None
 
-    def build(graph: ir.Graph) -> ir.Value:
+    def build(editor: Editor) -> ir.Value:
         name = f"{concat.outputs[0].name}_width"
-        tail = new_constant(graph, _integers([*last[:-1], width]), name)
-        return new_node(graph, node, "Concat", [*concat.inputs[:-1], tail], axis=0).outputs[0]
+        tail = editor.constant(_integers([*last[:-1], width]), name)
+        return editor.node(node, "Concat", [*concat.inputs[:-1], tail], axis=0).outputs[0]
 
     return build
 

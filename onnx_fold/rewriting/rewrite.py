@@ -19,13 +19,13 @@ from onnx_fold.algebra.expression import (
     sampled,
 )
 from onnx_fold.graph.constants import FLOATS, Constant, constant
-from onnx_fold.graph.edit import initializer, remove_dead, unused_name, unused_node_name
+from onnx_fold.graph.edit import Editor, initializer
 from onnx_fold.graph.linear import Edge
 from onnx_fold.graph.operators import operator
 
 _PICKS = frozenset(("Gather", "GatherND"))
 
-Build = Callable[[ir.Graph], ir.Value]
+Build = Callable[[Editor], ir.Value]
 """Makes, when the change is applied, the value that takes the place of another."""
 
 
@@ -196,8 +196,8 @@ class Rewrite:
             value = new
         return value
 
-    def apply(self, graph: ir.Graph) -> None:
-        """Change ``graph`` and remove what nothing reads any more because of it."""
+    def apply(self, editor: Editor) -> None:
+        """Change the graph and remove what nothing reads any more because of it."""
         suspects: list[ir.Value | None] = []
         new: dict[int, tuple[ir.Value, str]] = {}
         for (node, index), tensor in self.stored.items():
@@ -214,26 +214,25 @@ class Rewrite:
                     output.shape = None if output not in self.resized else output.shape
         for (node, index), build in self.rewired.items():
             suspects.append(node.inputs[index])
-            node.replace_input_with(index, build(graph))
+            node.replace_input_with(index, build(editor))
         for value, tensor in self.biases.items():
             bias = initializer(tensor)
             new[id(tensor)] = (bias, f"{value.name}_bias")
-            _add_bias(graph, value, bias)
+            _add_bias(editor, value, bias)
         for value, replacement in self.replaced.items():
             suspects.append(value)
             if isinstance(replacement, ir.Value):
-                _replace(graph, value, self._resolve(replacement))
+                _replace(editor, value, self._resolve(replacement))
             else:
-                _replace(graph, value, replacement(graph))
+                _replace(editor, value, replacement(editor))
         for value, (axis, width) in self.resized.items():
             if value.shape is not None:
                 dims = list(value.shape)
                 dims[axis] = width
                 value.shape = ir.Shape(dims)
-        remove_dead(graph, suspects)
+        editor.remove_dead(suspects)
         for value, name in new.values():
-            value.name = unused_name(graph, name)
-            graph.register_initializer(value)
+            editor.register(value, name)
 
 
 def _all_hold(value: ir.Value, needed: Callable[[ir.Value], Iterable[ir.Value] | None]) -> bool:
@@ -257,34 +256,34 @@ def _rank(tensor: ir.TensorProtocol) -> int:
     return 1 if isinstance(tensor, ImpliedTensor) else len(tensor.shape)
 
 
-def _add_bias(graph: ir.Graph, value: ir.Value, bias: ir.Value) -> None:
+def _add_bias(editor: Editor, value: ir.Value, bias: ir.Value) -> None:
     """Insert an Add behind ``value``; the sum takes the name if it is a graph output."""
     producer = value.producer()
     assert producer is not None
-    add = ir.node("Add", [value, bias], name=unused_node_name(graph, f"{producer.name}_bias"))
+    add = ir.node("Add", [value, bias], name=editor.unused_node_name(f"{producer.name}_bias"))
     total = add.outputs[0]
     total.type, total.shape = value.type, value.shape
-    graph.insert_after(producer, add)
+    editor.graph.insert_after(producer, add)
     uses = [use for use in value.uses() if use.node is not add]
     if value.is_graph_output():
-        position = list(graph.outputs).index(value)
-        graph.outputs[position] = total
-        total.name, value.name = value.name, unused_name(graph, f"{value.name}_product")
+        position = list(editor.graph.outputs).index(value)
+        editor.graph.outputs[position] = total
+        total.name, value.name = value.name, editor.unused_name(f"{value.name}_product")
     else:
-        total.name = unused_name(graph, f"{value.name}_biased")
+        total.name = editor.unused_name(f"{value.name}_biased")
     for node, index in uses:
         node.replace_input_with(index, total)
 
 
-def _replace(graph: ir.Graph, old: ir.Value, new: ir.Value) -> None:
+def _replace(editor: Editor, old: ir.Value, new: ir.Value) -> None:
     """Let everything that reads ``old`` read ``new``; a graph output keeps its name."""
     if old.is_graph_output():
         node = old.producer()
         assert node is not None
-        identity = ir.node("Identity", [new], name=unused_node_name(graph, f"{node.name}_output"))
+        identity = ir.node("Identity", [new], name=editor.unused_node_name(f"{node.name}_output"))
         output = identity.outputs[0]
         output.type, output.shape, output.name = old.type, old.shape, old.name
-        graph.insert_before(node, identity)
+        editor.graph.insert_before(node, identity)
         replace_all_uses_with(old, output, replace_graph_outputs=True)
         old.name = f"{old.name}_unused"
     else:
