@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
-
 
 class OnnxFoldError(Exception):
     """Base of all errors raised on purpose: the message is meant for the user."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        """One line, whatever names of a model or of a file are quoted in it."""
+        text = super().__str__()
+        if text.isprintable():
+            return text
+        escaped = (c if c.isprintable() else ascii(c)[1:-1] for c in text)
+        return "".join(escaped)
 
 
 class WeightError(OnnxFoldError):

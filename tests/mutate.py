@@ -300,6 +300,8 @@ def result(arguments: list[str]) -> str:
             return f"{error.exit_code} {error.message}"
         except SystemExit as leave:
             return f"{leave.code}"
+        except MemoryError:
+            return "1 there is not enough memory"
     return "0"
 
 

@@ -193,3 +193,22 @@ def test_verify_and_bench_say_that_signatures_differ(tmp_path, monkeypatch, run)
     code, _, err = run("bench", "m.onnx", "o.onnx")
     assert code == 2
     assert "these are not two versions of one model: the inputs differ: x became z" in err
+
+
+@pytest.mark.parametrize("seed", [103991, 105081, 106939, 107796])
+def test_mutants_that_once_got_through(seed, tmp_path):
+    """A Transpose of another rank, a body that is a reference, line ends in names."""
+    mutate.run_mutant(seed, tmp_path)
+
+
+def test_an_attribute_that_refers_to_a_function_outside_of_one():
+    proto = ir.to_proto(graph("(float[2] x) => (float[2] y) { y = Softmax<axis = 0>(x) }"))
+    proto.graph.node[0].attribute[0].ref_attr_name = "axis"
+    with pytest.raises(InvalidModelError, match="refers to one of a function, but is in none"):
+        onnx_fold.inspect(proto)
+
+
+def test_a_message_is_one_line():
+    assert str(InvalidModelError("cannot read 'a\n\tb\x7f\udc80é'")) == (
+        "cannot read 'a\\n\\tb\\x7f\\udc80é'"
+    )

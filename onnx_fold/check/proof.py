@@ -103,7 +103,7 @@ def prove(original: ir.Model, folded: ir.Model, streams: Sequence[StreamReport])
         return _prove_streams(original, folded, streams)
     try:
         error = _compare_whole(original, folded)
-    except _CannotRunError as reason:
+    except (_CannotRunError, MemoryError) as reason:
         logger.debug("not proved whole: %s", reason)
         return _prove_streams(original, folded, streams)
     except _DiffersError as reason:
@@ -236,6 +236,8 @@ def _prove_streams(original: ir.Model, folded: ir.Model, streams: Sequence[Strea
             proof.unproved[stream.name] = str(reason)
         except _DiffersError as reason:
             proof.failed[stream.name] = str(reason)
+        except MemoryError:
+            proof.unproved[stream.name] = "it does not fit in memory"
     return replace(proof, error=largest)
 
 

@@ -69,25 +69,27 @@ def well_formed(proto: onnx.ModelProto) -> onnx.ModelProto:
         MalformedError: A name is no text, an attribute is not of its type, or a tensor has a type
             or sizes that cannot be, or other data than they take.
     """
-    notes = [_broken_notes(message) for message in _messages(proto)]
+    notes = [_broken_notes(message, in_function) for message, in_function in _messages(proto)]
     if not any(notes):
         return proto
     copy = onnx.ModelProto.FromString(proto.SerializeToString())
-    for message, names in zip(_messages(copy), notes, strict=True):
+    for (message, _), names in zip(_messages(copy), notes, strict=True):
         for name in names:
             setattr(message, name, getattr(message, name).decode(errors="replace"))
     return copy
 
 
-def _messages(message: Message) -> Iterator[Message]:
-    """``message`` and all that are in it."""
-    todo = [message]
+def _messages(message: Message) -> Iterator[tuple[Message, bool]]:
+    """``message`` and all that are in it, and whether they are in a function."""
+    todo = [(message, False)]
     while todo:
-        message = todo.pop()
-        yield message
+        message, in_function = todo.pop()
+        in_function = in_function or isinstance(message, onnx.FunctionProto)
+        yield message, in_function
         for field, value in _fields(message):
             if field.message_type is not None:
-                todo.extend(value if field.is_repeated else [value])
+                parts = value if field.is_repeated else [value]
+                todo.extend((part, in_function) for part in parts)
 
 
 def _fields(message: Message) -> list[tuple[Any, Any]]:
@@ -97,10 +99,10 @@ def _fields(message: Message) -> list[tuple[Any, Any]]:
     return list(message.ListFields())
 
 
-def _broken_notes(message: Message) -> list[str]:
+def _broken_notes(message: Message, in_function: bool) -> list[str]:
     """Check one message; return the names of its notes that are no text."""
     if isinstance(message, onnx.AttributeProto):
-        _check_attribute(message)
+        _check_attribute(message, in_function)
     elif isinstance(message, onnx.TensorProto):
         _check_tensor(message)
     broken = []
@@ -116,8 +118,12 @@ def _broken_notes(message: Message) -> list[str]:
     return broken
 
 
-def _check_attribute(attribute: onnx.AttributeProto) -> None:
+def _check_attribute(attribute: onnx.AttributeProto, in_function: bool) -> None:
     if attribute.ref_attr_name:
+        if not in_function:
+            raise MalformedError(
+                f"attribute '{attribute.name}' refers to one of a function, but is in none"
+            )
         return
     field = _DATA.get(attribute.type)
     if field is None:

@@ -141,6 +141,8 @@ def transpose(node: ir.Node, layout: Layout, shapes: Shapes) -> Iterator[Layout]
     """Transpose: axes change places."""
     rank = len(layout.axes)
     perm = node.attributes.get_ints("perm") or tuple(reversed(range(rank)))
+    if sorted(perm) != list(range(rank)):
+        return
     places = _places(layout)
     yield replace(
         layout,
