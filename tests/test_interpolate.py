@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from helpers import fold, folded, graph, normal, operators, refused
+from helpers import assert_same_function, fold, folded, graph, normal, operators, refused
 
 from onnx_fold.errors import UsageError
 from onnx_fold.passes import InterpolatePass
@@ -268,3 +268,18 @@ def test_an_order_put_right_by_a_gather_pays_in_wide_models_only(width, slower):
     (stream,) = (s for s in find_streams(source) if s.width == width and s.is_closed)
     (candidate,) = InterpolatePass().candidates(stream)
     assert candidate.slower_on(4).get("cpu") == slower
+
+
+def test_a_neighbour_whose_weight_is_picked_by_a_gather_waits_for_its_order():
+    source = graph(
+        "(float[2, n, 9] x) => (float[2, n, 64] y, float[2, n, 7] z)"
+        " { a = MatMul(x, M) s = MatMul(a, O) y = MatMul(s, R)"
+        " p = Gather(experts, which) c = MatMul(a, p) z = MatMul(c, Z) }",
+        **FFN | {"M": normal(2, N, F, seed=1)},
+        experts=normal(1, F, F + 2, seed=5),
+        which=np.array(0),
+        Z=normal(F + 2, 7, seed=6),
+    )
+    result = fold(source)
+    assert result.report.folded
+    assert_same_function(source, result.model)

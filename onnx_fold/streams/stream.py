@@ -216,7 +216,8 @@ class Stream:
     @property
     def nodes(self) -> set[ir.Node]:
         """The nodes that write or read it, whose weights a fold would change."""
-        return {member.node for member in self.members}
+        nodes = {member.node for member in self.members}
+        return nodes | {member.edge[0] for member in self.members}  # a Gather may hold the weight
 
 
 def _precision(dtype: ir.DataType) -> float:
