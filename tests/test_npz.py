@@ -124,7 +124,8 @@ def test_pipes_and_devices_do_not_block():
         ("nothing", "No such file or directory"),
         ("no\0thing", "embedded null byte"),
     ):
-        assert refusal(path) == f"cannot read inputs from {path}: {reason}"
+        shown = path.replace("\0", "\\x00")
+        assert refusal(path) == f"cannot read inputs from {shown}: {reason}"
         with pytest.raises(InvalidModelError) as error:
             onnx_fold.inspect(path)
-        assert str(error.value).startswith(f"cannot read {path}: {reason}")
+        assert str(error.value).startswith(f"cannot read {shown}: {reason}")
