@@ -36,12 +36,7 @@ import onnx_ir as ir
 from matrices import KINDS, Matrix, State, StreamWeights
 
 import onnx_fold
-from onnx_fold.algebra.basis import (
-    Basis,
-    Side,
-    probe,
-    product_dtype,
-)
+from onnx_fold.algebra.basis import Basis, Side, probe, product_dtype
 from onnx_fold.algebra.expression import Literal, evaluate
 from onnx_fold.algebra.selection import select_blocks, select_rows
 from onnx_fold.models.config import SkiplessConfig

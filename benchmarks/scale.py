@@ -28,13 +28,7 @@ import numpy as np
 import onnx_ir as ir
 
 import onnx_fold
-from onnx_fold.algebra.expression import (
-    Expression,
-    Factors,
-    FoldedTensor,
-    Product,
-    Solve,
-)
+from onnx_fold.algebra.expression import Expression, Factors, FoldedTensor, Product, Solve
 from onnx_fold.algebra.selection import RowSelection
 from onnx_fold.models.export import export
 

@@ -21,7 +21,7 @@ from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
 from onnx_fold.base.progress import Report, ignore
 from onnx_fold.errors import CannotWriteError, MissingExtraError, UsageError
-from onnx_fold.files import load
+from onnx_fold.files.load import load
 from onnx_fold.files.targets import check_format, check_target
 from onnx_fold.files.write import saving
 from onnx_fold.models import presets
@@ -207,7 +207,7 @@ def _to_torchscript(
             output_names=list(outputs),
             opset_version=opset,
         )
-    return load.load(file)
+    return load(file)
 
 
 def _signature(

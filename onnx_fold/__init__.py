@@ -22,12 +22,7 @@ if TYPE_CHECKING:
         OnnxFoldError,
         UsageError,
     )
-    from onnx_fold.pipeline import (
-        FoldResult,
-        InspectReport,
-        fold,
-        inspect,
-    )
+    from onnx_fold.pipeline import FoldResult, InspectReport, fold, inspect
     from onnx_fold.report.fold import CheckFailedError, FoldReport
     from onnx_fold.speed.timing import BenchReport, bench
 else:

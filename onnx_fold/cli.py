@@ -411,12 +411,7 @@ def demo(**options: Any) -> None:
 
 def _check_targets(output: Path | None, report: Path | None, model: Path, *inputs: Path) -> None:
     """Refuse before the work what could not be written after it."""
-    from onnx_fold.files.targets import (
-        check_format,
-        check_target,
-        collide,
-        inputs_of,
-    )
+    from onnx_fold.files.targets import check_format, check_target, collide, inputs_of
 
     if output is not None:
         check_format(output)

@@ -23,28 +23,13 @@ from onnx_fold.check.parity import ParityReport
 from onnx_fold.check.parity import verify as parity_check
 from onnx_fold.check.sampled import fits_in_memory, verify_sampled
 from onnx_fold.engine.cost import TARGETS, Saving, cost
-from onnx_fold.engine.folding import (
-    PIVOTS,
-    FoldPass,
-    Options,
-    fold_streams,
-)
+from onnx_fold.engine.folding import PIVOTS, FoldPass, Options, fold_streams
 from onnx_fold.errors import UsageError, WeightError
-from onnx_fold.files.load import (
-    ModelSource,
-    blames_models,
-    external_tensors,
-    load,
-)
+from onnx_fold.files.load import ModelSource, blames_models, external_tensors, load
 from onnx_fold.files.order import put_back
 from onnx_fold.files.output import clean, left_over, replacing
 from onnx_fold.files.targets import check_format, check_place, check_target
-from onnx_fold.files.write import (
-    data_of,
-    evaluate,
-    obsolete_data,
-    saving,
-)
+from onnx_fold.files.write import data_of, evaluate, obsolete_data, saving
 from onnx_fold.graph.inline import inline
 from onnx_fold.graph.linear import find_linears, label
 from onnx_fold.report.attention import Attention, find_attention

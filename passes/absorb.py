@@ -15,23 +15,14 @@ import numpy as np
 import onnx_ir as ir
 
 from onnx_fold.algebra.basis import Basis, Side
-from onnx_fold.algebra.expression import (
-    FoldedTensor,
-    reshape,
-    scale,
-    take,
-)
+from onnx_fold.algebra.expression import FoldedTensor, reshape, scale, take
 from onnx_fold.engine.folding import Candidate, FoldPass, Proposal, propose
 from onnx_fold.graph.constants import constant
 from onnx_fold.graph.edit import Editor
 from onnx_fold.graph.layout import Columns, ComputedShape, compute_shapes
 from onnx_fold.graph.linear import Edge, compact
 from onnx_fold.graph.operators import operator
-from onnx_fold.rewriting.rebase import (
-    rebase,
-    stored_matrix,
-    weights_of,
-)
+from onnx_fold.rewriting.rebase import rebase, stored_matrix, weights_of
 from onnx_fold.rewriting.rewrite import CannotRewriteError, Rewrite
 from onnx_fold.streams.fused import Fused, Part, fused
 from onnx_fold.streams.heads import role

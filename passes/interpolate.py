@@ -18,14 +18,7 @@ import onnx_ir as ir
 
 from onnx_fold.algebra.basis import Basis, Side
 from onnx_fold.algebra.device import Array
-from onnx_fold.algebra.expression import (
-    FoldedTensor,
-    Spool,
-    cast,
-    evaluate,
-    scale,
-    transpose,
-)
+from onnx_fold.algebra.expression import FoldedTensor, Spool, cast, evaluate, scale, transpose
 from onnx_fold.algebra.selection import RowSelection
 from onnx_fold.engine.folding import Candidate, FoldPass, Options, Proposal, propose
 from onnx_fold.graph.edit import Editor

@@ -14,12 +14,7 @@ from onnx_fold.algebra.basis import Basis, Side, TableSide
 from onnx_fold.engine.folding import Candidate, FoldPass, Proposal, propose
 from onnx_fold.graph.linear import Linear, compact
 from onnx_fold.rewriting.bias import carry_biases
-from onnx_fold.rewriting.rebase import (
-    become_identity,
-    in_place,
-    rebase,
-    weights_of,
-)
+from onnx_fold.rewriting.rebase import become_identity, in_place, rebase, weights_of
 from onnx_fold.rewriting.resize import resize_stream
 from onnx_fold.rewriting.rewrite import CannotRewriteError, Rewrite
 from onnx_fold.streams.stream import Stream

@@ -8,12 +8,7 @@ import pytest
 from helpers import graph, normal
 from rich.console import Console
 
-from onnx_fold.engine.cost import (
-    Cost,
-    Saving,
-    Target,
-    cost,
-)
+from onnx_fold.engine.cost import Cost, Saving, Target, cost
 from onnx_fold.models.presets import config
 from onnx_fold.models.savings import closed_streams, predicted, presets_table
 from onnx_fold.rewriting.rewrite import Work

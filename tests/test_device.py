@@ -16,12 +16,7 @@ import onnx_fold
 from onnx_fold import pipeline
 from onnx_fold.algebra.basis import Basis
 from onnx_fold.algebra.device import HOST, TorchDevice, find_device
-from onnx_fold.algebra.expression import (
-    FoldedTensor,
-    Literal,
-    cast,
-    evaluate,
-)
+from onnx_fold.algebra.expression import FoldedTensor, Literal, cast, evaluate
 from onnx_fold.algebra.selection import select_rows
 from onnx_fold.errors import UsageError
 

@@ -14,7 +14,7 @@ from helpers import graph, normal
 
 import onnx_fold
 from onnx_fold.errors import InvalidModelError
-from onnx_fold.files import load
+from onnx_fold.files.load import load
 
 D = 8
 SIZE = 4 * D * D
@@ -125,7 +125,7 @@ def test_a_linked_model_reads_the_data_beside_the_link():
     Path("other").mkdir()
     Path("other/m.onnx").symlink_to("../m.onnx")
     with pytest.raises(InvalidModelError, match=r"w\.bin is missing"):
-        load.load("other/m.onnx")
+        load("other/m.onnx")
 
 
 def test_bodies_and_attributes_are_checked_too():
@@ -166,4 +166,4 @@ def test_random_bytes_in_the_description_never_crash():
         keys = generator.choice(["location", "offset", "length", "checksum"], 2, replace=False)
         edit(**{str(key): texts[generator.integers(len(texts))] for key in keys})
         with contextlib.suppress(InvalidModelError):
-            load.load("m.onnx")
+            load("m.onnx")

@@ -4,16 +4,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from helpers import (
-    assert_same_function,
-    fold,
-    folded,
-    graph,
-    normal,
-    operators,
-    refused,
-    square,
-)
+from helpers import assert_same_function, fold, folded, graph, normal, operators, refused, square
 
 import onnx_fold
 from onnx_fold.errors import InvalidModelError

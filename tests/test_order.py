@@ -8,7 +8,7 @@ from helpers import assert_same_function, fold, graph, normal, outputs, proto
 
 import onnx_fold
 from onnx_fold.errors import InvalidModelError
-from onnx_fold.files import load
+from onnx_fold.files.load import load
 
 D = 4
 FOLDS = "p = MatMul(x, P) h = Identity(p) y = MatMul(h, M)"
@@ -94,12 +94,12 @@ def test_where_nothing_folds_the_order_stays(tmp_path, external):
 
 def test_a_model_in_order_is_not_copied():
     model = ir.from_proto(chain(FOLDS))
-    assert load.load(model) is model
+    assert load(model) is model
 
 
 def test_independent_nodes_keep_their_order():
     body = "b = Neg(a) c = Abs(x) a = Exp(x) d = Sqrt(x) y = Sum(b, c, d)"
-    model = load.load(chain(body))
+    model = load(chain(body))
     assert [node.op_type for node in model.graph] == ["Exp", "Neg", "Abs", "Sqrt", "Sum"]
 
 

@@ -13,7 +13,8 @@ import onnx_ir as ir
 import pytest
 
 from onnx_fold.errors import CannotWriteError
-from onnx_fold.files import load, output, write
+from onnx_fold.files import output, write
+from onnx_fold.files.load import load
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +43,7 @@ def names() -> set[str]:
 
 def content(name: str = "f.onnx") -> float:
     """The value of all weights."""
-    held = load.load(name).graph.initializers.values()
+    held = load(name).graph.initializers.values()
     (value,) = {float(x) for tensor in held for x in np.unique(tensor.const_value.numpy())}
     return value
 
@@ -104,7 +105,7 @@ def test_a_symbolic_link_is_replaced_and_its_target_stays():
 def test_another_folder():
     Path("in").mkdir()
     save(matrices(5.0), "in/f.onnx")
-    save(load.load("in/f.onnx"), "g.onnx", shard_size=None)
+    save(load("in/f.onnx"), "g.onnx", shard_size=None)
     assert {path.name for path in Path("in").iterdir()} == {"f.onnx", "f.onnx.data"}
     shutil.rmtree("in")
     assert content("g.onnx") == 5.0
@@ -117,7 +118,7 @@ def test_another_folder():
 def test_a_full_disk(monkeypatch, calls):
     save(matrices(1.0))
     save(matrices(5.0), "in.onnx")
-    source = load.load("in.onnx") if len(calls) > 1 else matrices(2.0)
+    source = load("in.onnx") if len(calls) > 1 else matrices(2.0)
     before = names()
 
     def full(*_):

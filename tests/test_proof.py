@@ -12,12 +12,7 @@ from helpers import fold, graph, normal, proto
 import onnx_fold
 from onnx_fold.algebra import exact as exact_module
 from onnx_fold.algebra.device import Array
-from onnx_fold.algebra.exact import (
-    Multiplier,
-    checked,
-    exact,
-    values,
-)
+from onnx_fold.algebra.exact import Multiplier, checked, exact, values
 from onnx_fold.algebra.expression import (
     Cast,
     Concatenate,

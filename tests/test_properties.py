@@ -7,18 +7,8 @@ from helpers import assert_same_function, fold, graph, normal, proto, square, we
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnx_fold.algebra.basis import (
-    TOLERANCES,
-    Basis,
-    Side,
-    probe,
-)
-from onnx_fold.algebra.expression import (
-    FoldedTensor,
-    Literal,
-    evaluate,
-    scale,
-)
+from onnx_fold.algebra.basis import TOLERANCES, Basis, Side, probe
+from onnx_fold.algebra.expression import FoldedTensor, Literal, evaluate, scale
 
 settings.register_profile("engine", derandomize=True, deadline=None, max_examples=60, database=None)
 settings.load_profile("engine")

@@ -18,12 +18,7 @@ from onnx_fold.runtime.sessions import MissingKernelError
 from onnx_fold.speed.operator_times import side_by_side
 from onnx_fold.speed.plot import plot
 from onnx_fold.speed.steps import Decode, cache_values, step_values
-from onnx_fold.speed.timing import (
-    BenchReport,
-    _paired,
-    _phase,
-    bench,
-)
+from onnx_fold.speed.timing import BenchReport, _paired, _phase, bench
 
 
 def model(*, folded: bool = False, cached: bool = False, length: str = "seq", dtype: str = "float"):

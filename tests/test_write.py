@@ -10,20 +10,14 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from helpers import (
-    assert_same_function,
-    assert_whole,
-    externalise,
-    graph,
-    normal,
-    outputs,
-)
+from helpers import assert_same_function, assert_whole, externalise, graph, normal, outputs
 
 import onnx_fold
 from onnx_fold import pipeline
 from onnx_fold.algebra import expression
 from onnx_fold.errors import CannotWriteError
-from onnx_fold.files import load, write
+from onnx_fold.files import write
+from onnx_fold.files.load import external_tensors, load
 from onnx_fold.report.fold import CheckFailedError
 
 D = 32
@@ -201,13 +195,13 @@ def test_unchanged_weights_are_copied_and_never_read(monkeypatch):
     def read(self):
         raise AssertionError("was read")
 
-    model = load.load("m.onnx")
+    model = load("m.onnx")
     with monkeypatch.context() as patch:
         patch.setattr(ir.ExternalTensor, "numpy", read)
         patch.setattr(ir.ExternalTensor, "tobytes", read)
         with write.saving(model, Path("f.onnx")):
             pass
-    for name, value in load.load("f.onnx").graph.initializers.items():
+    for name, value in load("f.onnx").graph.initializers.items():
         expected = model.graph.initializers[name].const_value.numpy()
         np.testing.assert_array_equal(value.const_value.numpy(), expected)
 
@@ -246,7 +240,7 @@ def test_a_weight_that_overflows_when_it_is_written(monkeypatch):
 
 
 def layout(name: str) -> list[tuple[str, int, int]]:
-    tensors = load.external_tensors(load.load(name))
+    tensors = external_tensors(load(name))
     return sorted((str(t.location), t.offset, t.offset + t.length) for t in tensors)
 
 
@@ -292,7 +286,7 @@ def test_weights_that_share_bytes_share_them_afterwards():
 
 def test_several_data_files():
     external()
-    model = load.load("m.onnx")
+    model = load("m.onnx")
     with write.saving(model, Path("s.onnx"), shard_size=4 * D * D):
         pass
     assert len(list(Path().glob("s.onnx-*"))) == 7
@@ -317,7 +311,7 @@ def test_types_of_every_width_and_small_tensors():
     held = ir.Graph([], [], nodes=[], initializers=values, name="g", opset_imports={"": 21})
     with write.saving(ir.Model(held, ir_version=10), Path("f.onnx"), shard_size=2**20):
         pass
-    read = load.load("f.onnx").graph.initializers
+    read = load("f.onnx").graph.initializers
     outside = {"half", "byte", "flag", "INT4", "BFLOAT16", "FLOAT8E4M3FN"}
     for name, tensor in tensors.items():
         found = read[name].const_value
@@ -408,4 +402,4 @@ def test_a_small_tensor_in_a_file_where_nothing_folds(only):
     Path("out").mkdir()
     onnx_fold.fold("m.onnx", output="out/f.onnx")
     assert_whole("out/f.onnx")
-    assert_same_function(model, load.load("out/f.onnx"))
+    assert_same_function(model, load("out/f.onnx"))

@@ -17,12 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from onnx_fold.algebra.device import (
-    HOST,
-    Array,
-    Device,
-    Indices,
-)
+from onnx_fold.algebra.device import HOST, Array, Device, Indices
 from onnx_fold.algebra.expression import (
     Expression,
     Factors,

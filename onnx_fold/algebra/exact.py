@@ -39,7 +39,7 @@ from onnx_fold.algebra.expression import (
 from onnx_fold.algebra.precision import unit_roundoff
 from onnx_fold.errors import WrongWeightError
 
-__all__ = ["Multiplier", "checked", "exact", "values"]
+__all__ = ["LIMIT", "Multiplier", "checked", "exact", "values"]
 
 _BLOCK = 2**22
 """Elements of a leaf that are widened at a time."""
@@ -47,9 +47,9 @@ _BLOCK = 2**22
 _KEPT = 2
 """LU factors that are kept."""
 
-_DIGITS = 1e-8
-"""What the unit roundoff of the storage type is taken for at least: a weight that is stored in
-float64 was computed in it too, and has lost digits to the condition of its matrices."""
+LIMIT = 1e-8
+"""Relative difference up to which two results of float64 count as equal: they may have lost digits
+to the condition of their matrices."""
 
 _ROWS, _SUMS = 4, 2
 """Rows of a stored weight that are compared, and sums of all rows."""
@@ -224,7 +224,7 @@ def checked(tensor: FoldedTensor) -> Array:
     """
     array = tensor.evaluated()
     whole = exact(tensor.expression, defined=False)
-    unit = max(unit_roundoff(tensor.dtype), _DIGITS)
+    unit = max(unit_roundoff(tensor.dtype), LIMIT)  # what float64 stores was computed in it too
     if array.size and not _is_rounded(array, whole, unit):
         raise WrongWeightError(f"folded weight '{tensor.name}' is not stored as it was proved")
     return array

@@ -27,13 +27,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from onnx_fold.algebra.device import (
-    HOST,
-    Array,
-    Device,
-    Indices,
-    Shape,
-)
+from onnx_fold.algebra.device import HOST, Array, Device, Indices, Shape
 from onnx_fold.errors import NotFiniteError
 
 

@@ -9,15 +9,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from onnx_fold.algebra.device import (
-    HOST,
-    Array,
-    Device,
-    Indices,
-    Shape,
-    converted,
-    subtract,
-)
+from onnx_fold.algebra.device import HOST, Array, Device, Indices, Shape, converted, subtract
 from onnx_fold.algebra.expression import (
     Computed,
     Expression,

@@ -19,13 +19,7 @@ from onnx.reference import ReferenceEvaluator
 
 from onnx_fold.algebra.device import Array
 from onnx_fold.algebra.exact import Multiplier, exact, values
-from onnx_fold.algebra.expression import (
-    Expression,
-    Literal,
-    of_tensor,
-    take,
-    transpose,
-)
+from onnx_fold.algebra.expression import Expression, Literal, of_tensor, take, transpose
 from onnx_fold.algebra.precision import is_float
 from onnx_fold.graph.widen import widen
 from onnx_fold.runtime.sessions import RunFailedError

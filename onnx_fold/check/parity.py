@@ -28,30 +28,15 @@ from onnx_fold.algebra.device import Array
 from onnx_fold.algebra.precision import SIXTEEN_BITS, is_float
 from onnx_fold.base.arguments import several
 from onnx_fold.check.feeds import frozen_feeds, make_feeds
-from onnx_fold.check.judge import (
-    Feed,
-    Judge,
-    OutputParity,
-    Run,
-)
+from onnx_fold.check.judge import Feed, Judge, OutputParity, Run
 from onnx_fold.check.parity_table import parity_table
 from onnx_fold.check.stored import StoredParity, compare_stored
 from onnx_fold.errors import InvalidModelError, UsageError
-from onnx_fold.files.load import (
-    ModelSource,
-    blames_models,
-    load,
-    weight_bytes,
-)
+from onnx_fold.files.load import ModelSource, blames_models, load, weight_bytes
 from onnx_fold.graph.widen import precision, widen
 from onnx_fold.runtime import sessions
 from onnx_fold.runtime.environment import environment
-from onnx_fold.runtime.generate import (
-    Decoder,
-    Function,
-    GreedyCheck,
-    GreedyParity,
-)
+from onnx_fold.runtime.generate import Decoder, Function, GreedyCheck, GreedyParity
 from onnx_fold.runtime.inputs import Arrays
 from onnx_fold.runtime.sessions import MissingKernelError, RunFailedError
 

@@ -24,7 +24,7 @@ import onnx_ir as ir
 from rich.text import Text
 
 from onnx_fold.algebra.device import Array
-from onnx_fold.algebra.exact import exact, values
+from onnx_fold.algebra.exact import LIMIT, exact, values
 from onnx_fold.algebra.expression import FoldedTensor
 from onnx_fold.algebra.precision import is_float
 from onnx_fold.base.tables import counted
@@ -39,12 +39,9 @@ from onnx_fold.runtime.generate import Function
 from onnx_fold.runtime.inputs import Arrays, make_inputs
 from onnx_fold.runtime.sessions import MissingKernelError, RunFailedError
 
-__all__ = ["LIMIT", "Proof", "prove"]
+__all__ = ["Proof", "prove"]
 
 logger = logging.getLogger(__name__)
-
-LIMIT = 1e-8
-"""Difference of an element, as a part of the largest element of its output."""
 
 WHOLE = 2**26
 """Elements of weights up to which a model is run whole."""

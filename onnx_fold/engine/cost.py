@@ -7,16 +7,12 @@ and after is the limit of the speed-up of decoding (Graef, arXiv 2404.12362, "Ex
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
 from onnx_fold.graph.constants import FLOATS
 from onnx_fold.graph.operators import operator
 from onnx_fold.rewriting.rewrite import Work
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)

@@ -23,12 +23,7 @@ import onnx_ir as ir
 from google.protobuf import json_format, text_format
 from google.protobuf.message import DecodeError
 
-from onnx_fold.errors import (
-    InvalidModelError,
-    OnnxFoldError,
-    UsageError,
-    sentence,
-)
+from onnx_fold.errors import InvalidModelError, OnnxFoldError, UsageError, sentence
 from onnx_fold.files.order import in_order
 from onnx_fold.files.wellformed import MalformedError, well_formed
 

@@ -41,12 +41,7 @@ from onnx_fold.files.load import (
     weight_bytes,
 )
 from onnx_fold.files.order import copied
-from onnx_fold.files.output import (
-    check_space,
-    data_names,
-    old_data,
-    replacing,
-)
+from onnx_fold.files.output import check_space, data_names, old_data, replacing
 
 __all__ = [
     "INLINE_LIMIT",

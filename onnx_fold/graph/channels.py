@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import partial
 
 import onnx_ir as ir
 
@@ -88,18 +89,7 @@ def ports(
     return None if rule is None else rule(node, known, width, shapes)
 
 
-def _general(
-    rule: Rule,
-    *,
-    reordered: Rule | None = None,
-    layout: Step | None = None,
-    is_uniform: bool = False,
-    leads_to_heads: bool = False,
-    shape_input: int | None = None,
-) -> Channels:
-    return Channels(Group.GENERAL, rule, reordered, layout, is_uniform, leads_to_heads, shape_input)
-
-
+_general = partial(Channels, Group.GENERAL)
 _SUM = _general(commute.add, reordered=commute.elementwise)
 _FACTOR = _general(commute.scale, reordered=commute.elementwise)
 _ACTIVATION = Channels(Group.PERMUTATION, commute.elementwise)

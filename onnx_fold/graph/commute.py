@@ -13,12 +13,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from onnx_fold.graph.constants import (
-    FLOATS,
-    axes_of,
-    constant,
-    scalar,
-)
+from onnx_fold.graph.constants import FLOATS, axes_of, constant, scalar
 from onnx_fold.graph.operators import operator
 from onnx_fold.graph.shapes import Dims, Shapes
 

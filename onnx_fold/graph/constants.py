@@ -10,13 +10,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from onnx_fold.algebra.device import Array
-from onnx_fold.algebra.expression import (
-    Expression,
-    cast,
-    evaluate,
-    of_tensor,
-    transpose,
-)
+from onnx_fold.algebra.expression import Expression, cast, evaluate, of_tensor, transpose
 from onnx_fold.graph.operators import operator
 
 FLOATS = frozenset(

@@ -14,8 +14,9 @@ from onnx_fold.graph.channels import Group
 from onnx_fold.graph.linear import OPERATORS
 from onnx_fold.graph.operators import operator
 
-_INERT = {name for name, each in CHANNELS.items() if each.group == Group.GENERAL}
-_INERT |= {"Constant", "Shape", "Size"}
+_INERT = {"Constant", "Shape", "Size"} | {
+    name for name, each in CHANNELS.items() if each.group == Group.GENERAL
+}
 
 
 def inline(model: ir.Model) -> ir.Model:

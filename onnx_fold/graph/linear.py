@@ -15,12 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from onnx_fold.algebra.expression import (
-    Expression,
-    reshape,
-    scale,
-    transpose,
-)
+from onnx_fold.algebra.expression import Expression, reshape, scale, transpose
 from onnx_fold.graph.constants import FLOATS, Constant, constant
 from onnx_fold.graph.operators import MICROSOFT, operator
 from onnx_fold.graph.shapes import Shapes

@@ -8,12 +8,7 @@ from dataclasses import asdict, dataclass
 from onnx_fold.graph.linear import compact
 from onnx_fold.graph.shapes import Shapes
 from onnx_fold.streams.fused import Part, fused
-from onnx_fold.streams.heads import (
-    HeadLayout,
-    attention_kind,
-    head_layout,
-    role,
-)
+from onnx_fold.streams.heads import HeadLayout, attention_kind, head_layout, role
 from onnx_fold.streams.stream import Stream
 
 

@@ -17,22 +17,10 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.convenience import replace_all_uses_with
 
-from onnx_fold.algebra.expression import (
-    Diagonal,
-    ImpliedTensor,
-    Literal,
-    Sum,
-    evaluate,
-    reshape,
-)
+from onnx_fold.algebra.expression import Diagonal, ImpliedTensor, Literal, Sum, evaluate, reshape
 from onnx_fold.graph.channels import ports
 from onnx_fold.graph.commute import Port
-from onnx_fold.graph.constants import (
-    FLOATS,
-    Constant,
-    axes_of,
-    constant,
-)
+from onnx_fold.graph.constants import FLOATS, Constant, axes_of, constant
 from onnx_fold.graph.edit import Editor
 from onnx_fold.graph.linear import Edge
 from onnx_fold.graph.operators import operator

@@ -12,14 +12,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from onnx_fold.algebra.expression import (
-    FoldedTensor,
-    Literal,
-    Sum,
-    product,
-    reshape,
-    scale,
-)
+from onnx_fold.algebra.expression import FoldedTensor, Literal, Sum, product, reshape, scale
 from onnx_fold.graph.channels import channels
 from onnx_fold.graph.constants import constant, scalar
 from onnx_fold.graph.linear import Linear

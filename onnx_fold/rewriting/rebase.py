@@ -7,12 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
-from onnx_fold.algebra.basis import (
-    Basis,
-    Side,
-    TableSide,
-    product_dtype,
-)
+from onnx_fold.algebra.basis import Basis, Side, TableSide, product_dtype
 from onnx_fold.algebra.expression import (
     Expression,
     FoldedTensor,

@@ -11,13 +11,7 @@ import onnx_ir as ir
 from onnx_ir.convenience import replace_all_uses_with
 
 from onnx_fold.algebra.device import Device
-from onnx_fold.algebra.expression import (
-    Expression,
-    FoldedTensor,
-    ImpliedTensor,
-    evaluate,
-    sampled,
-)
+from onnx_fold.algebra.expression import Expression, FoldedTensor, ImpliedTensor, evaluate, sampled
 from onnx_fold.graph.constants import FLOATS, Constant, constant
 from onnx_fold.graph.edit import Editor, initializer
 from onnx_fold.graph.linear import Edge

@@ -20,20 +20,9 @@ import onnx_ir as ir
 
 from onnx_fold.algebra.device import Array
 from onnx_fold.errors import InvalidModelError, MissingExtraError, UsageError
-from onnx_fold.files.load import (
-    PROTOBUF_LIMIT,
-    TEXT_SUFFIXES,
-    ModelSource,
-    load,
-    weight_bytes,
-)
+from onnx_fold.files.load import PROTOBUF_LIMIT, TEXT_SUFFIXES, ModelSource, load, weight_bytes
 from onnx_fold.files.write import read_in, write
-from onnx_fold.runtime.placement import (
-    CPU,
-    RECORD,
-    misplaced,
-    placement,
-)
+from onnx_fold.runtime.placement import CPU, RECORD, misplaced, placement
 
 __all__ = [
     "MissingKernelError",

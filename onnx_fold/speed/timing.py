@@ -34,20 +34,10 @@ from onnx_fold.base.tables import figures_table
 from onnx_fold.check.parity import signature_difference
 from onnx_fold.engine.cost import bytes_read
 from onnx_fold.errors import UsageError
-from onnx_fold.files.load import (
-    ModelSource,
-    blames_models,
-    load,
-    weight_bytes,
-)
+from onnx_fold.files.load import ModelSource, blames_models, load, weight_bytes
 from onnx_fold.runtime import sessions
 from onnx_fold.runtime.environment import environment
-from onnx_fold.runtime.inputs import (
-    cache_links,
-    has_cache,
-    input_shapes,
-    token_counts,
-)
+from onnx_fold.runtime.inputs import cache_links, has_cache, input_shapes, token_counts
 from onnx_fold.runtime.sessions import RunFailedError
 from onnx_fold.speed.operator_times import (
     OperatorTime,
@@ -55,13 +45,7 @@ from onnx_fold.speed.operator_times import (
     operators_table,
     side_by_side,
 )
-from onnx_fold.speed.steps import (
-    Decode,
-    Fixed,
-    Step,
-    cache_values,
-    step_values,
-)
+from onnx_fold.speed.steps import Decode, Fixed, Step, cache_values, step_values
 
 __all__ = ["BenchReport", "Phase", "Timing", "bench"]
 

@@ -16,7 +16,6 @@ _ATTENTION_OPERATORS = frozenset(("Attention",)) | contrib(
     *("Attention", "MultiHeadAttention", "GroupQueryAttention", "PackedMultiHeadAttention"),
     *("DecoderMaskedMultiHeadAttention", "DecoderMaskedSelfAttention"),
 )
-_ROTARY = frozenset(("RotaryEmbedding",)) | contrib("RotaryEmbedding")
 _PRODUCTS = frozenset(("MatMul", "Gemm", "Einsum")) | contrib("FusedMatMul")
 _AFTER_SCORES = frozenset(
     ("Cast", "Where", "IsNaN", "Identity", "Dropout", "Mul", "Div", "Add", "Reshape", "Transpose")

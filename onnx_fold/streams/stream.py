@@ -12,23 +12,12 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 
 from onnx_fold.algebra.device import Array
-from onnx_fold.algebra.expression import (
-    Expression,
-    broadcast,
-    reshape,
-    transpose,
-)
+from onnx_fold.algebra.expression import Expression, broadcast, reshape, transpose
 from onnx_fold.algebra.precision import unit_roundoff
 from onnx_fold.graph.channels import ports
 from onnx_fold.graph.commute import OpensStreamError, Port, Rule
 from onnx_fold.graph.constants import FLOATS, Constant, constant
-from onnx_fold.graph.linear import (
-    Edge,
-    Linear,
-    described,
-    find_linears,
-    label,
-)
+from onnx_fold.graph.linear import Edge, Linear, described, find_linears, label
 from onnx_fold.graph.operators import contrib, operator
 from onnx_fold.graph.shapes import Shapes
 from onnx_fold.streams.activations import Activations
