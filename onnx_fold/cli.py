@@ -105,10 +105,18 @@ def _planning(command: Callable[..., None]) -> Callable[..., None]:
                 " with what its layers read.",
             ),
             click.option(
+                "--objective",
+                type=click.Choice(["speed", "size"]),
+                default="speed",
+                show_default=True,
+                help="speed: leave folds whose operators take longer than the weights did that they"
+                " save; size: take whatever saves weights.",
+            ),
+            click.option(
                 "--target",
                 type=click.Choice(["cpu", "cuda"]),
-                show_default="fold whatever saves weights, and say so",
-                help="Leave folds that take longer on this provider than what they save.",
+                show_default="the provider checked on",
+                help="Where no fold may cost time.",
             ),
             click.option(
                 "--device",

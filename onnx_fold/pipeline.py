@@ -24,7 +24,7 @@ from onnx_fold.check.parity import verify as parity_check
 from onnx_fold.check.sampled import fits_in_memory, verify_sampled
 from onnx_fold.engine.cost import TARGETS, Saving, cost
 from onnx_fold.engine.folding import PIVOTS, FoldPass, Options, fold_streams
-from onnx_fold.errors import UsageError, WeightError
+from onnx_fold.errors import MissingExtraError, UsageError, WeightError
 from onnx_fold.files.load import ModelSource, blames_models, external_tensors, load
 from onnx_fold.files.order import put_back
 from onnx_fold.files.output import clean, left_over, replacing
@@ -35,12 +35,15 @@ from onnx_fold.graph.linear import find_linears, label
 from onnx_fold.report.attention import Attention, find_attention
 from onnx_fold.report.fold import CheckFailedError, FoldReport
 from onnx_fold.runtime.calibrate import record
-from onnx_fold.runtime.sessions import onnxruntime
+from onnx_fold.runtime.sessions import onnxruntime, resolve_provider
 from onnx_fold.strategies import OwnPass, passes_of
 from onnx_fold.streams.activations import Activations
 from onnx_fold.streams.quantised import find_quantised
 from onnx_fold.streams.stream import find_streams
 from onnx_fold.trust import Folded, proved, within_limits
+
+OBJECTIVES = ("speed", "size")
+"""What folds are for: never slower, or as few weights as can be."""
 
 CHECKS = ("auto", "full", "sampled")
 """Ways to verify a fold: both models whole, some of the folded streams, or whichever fits."""
@@ -141,6 +144,7 @@ def fold(
     force: bool = False,
     calibrate: str | os.PathLike[str] | Mapping[str, Array] | None = None,
     device: str = "cpu",
+    objective: str = "speed",
     target: str | None = None,
     verify: bool | str = True,
     strict: bool = False,
@@ -186,8 +190,11 @@ def fold(
             weights the rows that interpolation picks.
         device: Where to evaluate weights: ``"cpu"``, or a device of torch such as ``"cuda"``; the
             processor does it, with a logged warning, where torch or the device is missing.
-        target: Leave folds that take longer on this provider, ``"cpu"`` or ``"cuda"``, than what
-            they save; None folds whatever saves weights, and reports which these are.
+        objective: What folds are for. ``"speed"`` leaves those whose operators take longer than
+            reading and multiplying the weights did that they save; ``"size"`` takes whatever saves
+            weights, and reports which cost time.
+        target: With ``"speed"``, where no fold may cost time: ``"cpu"`` or ``"cuda"``. None is the
+            ``provider`` that the fold is checked on.
         verify: Prove each fold in float64 (:mod:`onnx_fold.check.proof`), then compare the models
             in ONNX Runtime: ``"full"`` runs both, ``"sampled"`` a few of the folded streams,
             ``"auto"`` or True the latter where both models do not fit in memory. A fold that does
@@ -211,8 +218,8 @@ def fold(
             function.
         InvalidModelError: The model cannot be read.
         MissingExtraError: ``verify`` is asked for and onnxruntime is not installed.
-        UsageError: An unknown pivot, pass, device or check, or nothing is called as what is to be
-            protected.
+        UsageError: An unknown pivot, pass, objective, device or check, or nothing is called as what
+            is to be protected.
     """
     mode = "auto" if verify is True else verify
     if inputs is not None and shapes is not None:
@@ -229,7 +236,7 @@ def fold(
         tolerance=tolerance,
         force=force,
         device=find_device(device),
-        target=target,
+        target=_target_of(objective, target, provider),
     )
     _check_options(options, strategy)
     chosen = passes_of(options, strategy, several(only), several(skip), several(passes))
@@ -398,8 +405,24 @@ def _check_options(options: Options, strategy: str | None) -> None:
         raise UsageError("to force needs a strategy: absorb, interpolate or select")
     if options.pivot not in PIVOTS:
         raise UsageError(f"unknown pivot '{options.pivot}'; there are {', '.join(PIVOTS)}")
-    if options.target not in (None, *TARGETS):
-        raise UsageError(f"unknown target '{options.target}'; there are {', '.join(TARGETS)}")
+
+
+def _target_of(objective: str, target: str | None, provider: str) -> str | None:
+    """The provider on which no fold may cost time; None if all that counts is the size."""
+    if objective not in OBJECTIVES:
+        raise UsageError(f"unknown objective '{objective}'; there are {', '.join(OBJECTIVES)}")
+    if target not in (None, *TARGETS):
+        raise UsageError(f"unknown target '{target}'; there are {', '.join(TARGETS)}")
+    if objective == "size":
+        if target is not None:
+            raise UsageError("a target is for the objective speed; size takes all that saves weights")
+        return None
+    if target is not None:
+        return target
+    try:
+        return resolve_provider(provider)
+    except MissingExtraError:
+        return "cpu"
 
 
 @dataclass(frozen=True)
@@ -452,6 +475,7 @@ def inspect(
     force: bool = False,
     calibrate: str | os.PathLike[str] | Mapping[str, Array] | None = None,
     device: str = "cpu",
+    objective: str = "speed",
     target: str | None = None,
 ) -> InspectReport:
     """Show the streams of a model, what would fold, and why the rest would not.
@@ -475,6 +499,7 @@ def inspect(
         force=force,
         calibrate=calibrate,
         device=device,
+        objective=objective,
         target=target,
         verify=False,
     )

@@ -171,7 +171,7 @@ def probe(
 
     Args:
         writers: The writers of the stream.
-        readers: Its readers.
+        readers: Its readers; without any, the value of the stream itself is compared.
         dtype: The storage type.
         rows: How many rows of ``h`` to draw.
         device: Where to evaluate.
@@ -213,6 +213,9 @@ def probe(
         x, x_folded = x + before, x_folded + after
     x_original, x_folded = rounded(x), rounded(x_folded)
     worst, worst_original = 0.0, 0.0
+    if not readers:
+        with np.errstate(invalid="ignore"):
+            worst, worst_original = _relative(x_folded, x), _relative(x_original, x)
     for side in readers:
         picked = sample(side.before, 1, generator)
         r = part(side.before, picked, 1)

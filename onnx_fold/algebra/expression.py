@@ -501,6 +501,56 @@ class Sum(Expression):
 
 
 @dataclass(frozen=True, eq=False)
+class Times(Expression):
+    """``left · right``, element by element, of one type; they broadcast and have one rank."""
+
+    left: Expression
+    right: Expression
+
+    @property
+    def shape(self) -> Shape:
+        return np.broadcast_shapes(self.left.shape, self.right.shape)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self.left.dtype
+
+    @property
+    def operands(self) -> tuple[Expression, ...]:
+        return self.left, self.right
+
+    def compute(self, device: Device, *operands: Any) -> Any:
+        left, right = operands
+        return left * right
+
+    def take(self, indices: Expression, axis: int) -> Expression:
+        parts = (self.left, self.right)
+        return Times(*(x if x.shape[axis] == 1 else x.take(indices, axis) for x in parts))
+
+
+@dataclass(frozen=True, eq=False)
+class Placed(_Unary):
+    """The elements of ``x`` at ``positions`` of an array of zeros, counted in row-major order."""
+
+    positions: Expression
+    dims: Shape
+
+    @property
+    def shape(self) -> Shape:
+        return self.dims
+
+    @property
+    def operands(self) -> tuple[Expression, ...]:
+        return self.x, self.positions
+
+    def compute(self, device: Device, *operands: Any) -> Any:
+        x, positions = operands
+        array = device.zeros(self.dims, self.dtype)
+        array.reshape(-1)[positions.reshape(-1)] = x.reshape(-1)
+        return array
+
+
+@dataclass(frozen=True, eq=False)
 class Product(Expression):
     """``left @ right``, ``[..., n] @ [n, m]``, both of one type. Made by :func:`product`."""
 

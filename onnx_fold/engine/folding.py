@@ -37,6 +37,7 @@ from onnx_fold.rewriting.affine import make_explicit
 from onnx_fold.rewriting.rebase import become_identity, rebase
 from onnx_fold.rewriting.rewrite import CannotRewriteError, Rewrite
 from onnx_fold.streams.activations import Activations
+from onnx_fold.streams.branches import Branches, find_branches
 from onnx_fold.streams.stream import Stream, find_streams
 
 logger = logging.getLogger(__name__)
@@ -105,6 +106,11 @@ class Candidate:
         """Operators that it adds, less those that it removes."""
         return self.rewrite.nodes_change()
 
+    @property
+    def _saves_operators(self) -> bool:
+        """Whether it is worth it though as many weights stay."""
+        return self.rewrite.drops_implied or (self.basis is None and self.nodes < 0)
+
     def _growth(self) -> str:
         shared = self.rewrite.shared()
         if shared:
@@ -126,9 +132,10 @@ class Candidate:
         return (
             f"{slower_on[target]} would be slower on {target}: {work.nodes:+} operators and"
             f" {values:,} values to move a token, for {self.weights_removed:,} weights"
+            f" (--objective size takes it all the same)"
         )
 
-    def judged(self, stream: Stream, options: Options, memo: Memo) -> CandidateReport:
+    def judged(self, stream: Subject, options: Options, memo: Memo) -> CandidateReport:
         """Weigh it: cheap checks first, the weights are evaluated last, and once."""
         report = CandidateReport(
             strategy=self.strategy,
@@ -137,9 +144,7 @@ class Candidate:
             nodes_added=self.nodes,
             slower_on=self.slower_on(stream.dtype.itemsize),
         )
-        if self.weights_removed < 0 or (
-            self.weights_removed == 0 and not self.rewrite.drops_implied
-        ):
+        if self.weights_removed < 0 or (self.weights_removed == 0 and not self._saves_operators):
             return replace(report, refused=self._growth())
         if protected := sorted(self.rewrite.names() & options.protect):
             return replace(report, refused=f"'{protected[0]}' is protected")
@@ -154,7 +159,7 @@ class Candidate:
         return memo[key][0]
 
     def _measured(
-        self, report: CandidateReport, stream: Stream, options: Options
+        self, report: CandidateReport, stream: Subject, options: Options
     ) -> CandidateReport:
         given: Mapping[Expression, Any] = {}
         if self.basis is not None:
@@ -193,6 +198,9 @@ def _over_limits(error: float, own: float, dtype: ir.DataType, options: Options)
 _FORCING = "--strategy with --force takes it all the same"
 
 
+Subject: TypeAlias = Stream | Branches
+"""What a pass is asked about."""
+
 Proposal: TypeAlias = Candidate | CandidateReport
 """A way to fold a stream, or the reason why it cannot be done in the graph."""
 
@@ -210,7 +218,7 @@ def propose(strategy: str, text: str, plan: Callable[[], Candidate]) -> Proposal
 class FoldPass(ir.passes.InPlacePass):
     """Base of the fold strategies; also a pass of its own in any ``onnx_ir.passes.Sequential``.
 
-    A strategy sets ``name`` and implements :meth:`candidates`.
+    A strategy sets ``name`` and implements :meth:`candidates`, or :meth:`of_branches`.
 
     Attributes:
         name: What it is called on the command line.
@@ -231,7 +239,17 @@ class FoldPass(ir.passes.InPlacePass):
 
         What it would do but cannot do in the graph is a report with the reason.
         """
-        raise NotImplementedError
+        yield from ()
+
+    def of_branches(self, branches: Branches) -> Iterator[Proposal]:
+        """Yield the ways in which it can fold the linear paths between two values."""
+        yield from ()
+
+    def proposals(self, subject: Subject) -> Iterator[Proposal]:
+        """Yield the ways in which it can fold ``subject``."""
+        if isinstance(subject, Stream):
+            return self.candidates(subject)
+        return self.of_branches(subject)
 
     def make_identity(self, stream: Stream, layer: Linear, basis: Basis) -> Proposal:
         """Propose ``basis``, in which ``layer`` becomes the identity: ``W T``, and ``T⁻¹ R``.
@@ -306,10 +324,11 @@ def _fold_streams(
     shapes: Shapes | None = inferred
     is_first_round = True
     memo: Memo = {}
+    phases = _phases(passes)
     while True:
         left: list[tuple[int, StreamReport]] = []
         touched: set[ir.Node] = set()
-        for stream in find_streams(model, activations, shapes):
+        for stream in _subjects(model, activations, shapes or Shapes(model)):
             nodes = stream.nodes
             position = min(order.get(node, 0) for node in nodes)
             report = StreamReport.of(stream)
@@ -319,7 +338,7 @@ def _fold_streams(
                 continue
             if nodes & touched:
                 continue  # a neighbour has just changed: look again in the next round
-            report, rewrite = _choose(stream, report, passes, options, memo)
+            report, rewrite = _choose(stream, report, phases[0], options, memo)
             if rewrite is not None and report.folded is not None:
                 changed = nodes | rewrite.nodes
                 if changed & touched:
@@ -333,16 +352,32 @@ def _fold_streams(
                 touched |= changed
                 finished |= nodes
                 reports.append((position, replace(report, changed=names)))
-            elif stream.is_closed or not nodes & finished:
+            elif (stream.is_closed or not nodes & finished) and report.is_foldable:
                 left.append((position, report))
-        if not touched:
+        if not touched and len(phases) == 1:
             break
-        is_first_round, shapes = False, None
+        if not touched:
+            del phases[0]
+        is_first_round, shapes = False, None if touched else shapes
     return [report for _, report in sorted([*reports, *left], key=lambda item: item[0])]
 
 
+def _phases(passes: Sequence[FoldPass]) -> list[Sequence[FoldPass]]:
+    """Whatever merges first, to the fixpoint: a change of basis may stand in its way."""
+    merging = [each for each in passes if not each.is_basis_change]
+    return [merging, passes] if 0 < len(merging) < len(passes) else [passes]
+
+
+def _subjects(
+    model: ir.Model, activations: Activations | None, shapes: Shapes
+) -> Iterator[Subject]:
+    """What the passes are asked about."""
+    yield from list(find_branches(model.graph, shapes))
+    yield from find_streams(model, activations, shapes)
+
+
 def _choose(
-    stream: Stream,
+    stream: Subject,
     report: StreamReport,
     passes: Sequence[FoldPass],
     options: Options,
@@ -381,7 +416,7 @@ def _is_rounding(verdict: CandidateReport) -> bool:
 
 
 def _ranked(
-    stream: Stream, passes: Sequence[FoldPass], refused: list[CandidateReport]
+    stream: Subject, passes: Sequence[FoldPass], refused: list[CandidateReport]
 ) -> Iterator[list[Candidate]]:
     """Candidates that tie, those that gain most first, of those the ones with fewest operators.
 
@@ -390,7 +425,7 @@ def _ranked(
     """
     waiting: list[Candidate] = []
     for _, tier in groupby(sorted(passes, key=_operators), key=_operators):
-        proposals = [proposal for each in tier for proposal in each.candidates(stream)]
+        proposals = [proposal for each in tier for proposal in each.proposals(stream)]
         refused += [proposal for proposal in proposals if isinstance(proposal, CandidateReport)]
         waiting += [proposal for proposal in proposals if isinstance(proposal, Candidate)]
         yield from _ties([candidate for candidate in waiting if _is_full(candidate, stream)])
@@ -398,7 +433,7 @@ def _ranked(
     yield from _ties(waiting)
 
 
-def _is_full(candidate: Candidate, stream: Stream) -> bool:
+def _is_full(candidate: Candidate, stream: Subject) -> bool:
     return -_gain(candidate)[0] >= stream.width**2
 
 
@@ -420,7 +455,7 @@ def _gain(candidate: Candidate) -> tuple[int, int, int]:
     return -matrices, candidate.nodes, -candidate.weights_removed
 
 
-def _names(stream: Stream) -> set[str]:
+def _names(stream: Subject) -> set[str]:
     names = {value.name for value in stream.values}
     for member in stream.members:
         names |= {member.weight.leaf.name, member.node.name, member.label}

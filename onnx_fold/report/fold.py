@@ -177,7 +177,7 @@ def slower_text(folds: Mapping[str, Sequence[CandidateReport]]) -> Text:
     counts = " and ".join(f"{len(each)} on {provider}" for provider, each in folds.items())
     return Text(
         f"Folds that are likely to cost time: {counts}. The operators they add take longer than"
-        f" reading the weights did; --target {next(iter(folds))} leaves them."
+        f" reading the weights did; --objective speed leaves them."
     )
 
 

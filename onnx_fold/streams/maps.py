@@ -1,0 +1,393 @@
+"""Linear maps along one channel axis: what a layer does to a value, and what a path of layers does.
+
+Products, gains, biases, inference BatchNorms and convolutions are one kind of map, ONNX's Conv:
+``y = x ∗ kernel + bias``. A product is a convolution without a window, a gain has as many groups as
+channels. Maps in a row are one map (:meth:`LinearMap.then`), and so is a sum of maps (:func:`add`).
+The kernels are merged as in X. Ding et al., "RepVGG", arXiv 2101.03697.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import onnx_ir as ir
+
+from onnx_fold.algebra.device import Indices
+from onnx_fold.algebra.expression import (
+    Expression,
+    Literal,
+    Placed,
+    Sum,
+    Times,
+    broadcast,
+    evaluate,
+    product,
+    reshape,
+    scale,
+    take,
+    transpose,
+)
+from onnx_fold.graph.constants import FLOATS, Constant, constant
+from onnx_fold.graph.linear import as_linear
+from onnx_fold.graph.operators import operator
+from onnx_fold.graph.shapes import Shapes
+
+__all__ = ["LinearMap", "add", "as_map", "identity"]
+
+
+@dataclass(frozen=True, eq=False)
+class LinearMap:
+    """``y = x ∗ kernel + bias``.
+
+    Attributes:
+        axis: The channel axis of ``x`` and ``y``, from the end. The window lies along the axes
+            behind it.
+        kernel: ``[out, in / groups, *window]``, float64.
+        groups: Into how many parts the channels are divided.
+        bias: ``[out]``, float64; None if nothing is added.
+        strides: Steps of the window, one for each of its axes.
+        dilations: Distances between its positions.
+        before: Zeros in front of ``x`` along these axes.
+        behind: Zeros behind it.
+    """
+
+    axis: int
+    kernel: Expression
+    groups: int
+    bias: Expression | None
+    strides: tuple[int, ...]
+    dilations: tuple[int, ...]
+    before: tuple[int, ...]
+    behind: tuple[int, ...]
+
+    @property
+    def out_features(self) -> int:
+        """Channels of ``y``."""
+        return self.kernel.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        """Channels of ``x``."""
+        return self.kernel.shape[1] * self.groups
+
+    @property
+    def window(self) -> tuple[int, ...]:
+        """Size of the window."""
+        return self.kernel.shape[2:]
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether it reads zeros around ``x``."""
+        return any((*self.before, *self.behind))
+
+    @property
+    def is_pointwise(self) -> bool:
+        """Whether each position of ``y`` comes from the same position of ``x``."""
+        return not self.is_padded and all(size == 1 for size in (*self.window, *self.strides))
+
+    @property
+    def is_gain(self) -> bool:
+        """Whether each channel is only multiplied by a number, and shifted."""
+        return self.is_pointwise and self.groups == self.in_features == self.out_features
+
+    @property
+    def matrix(self) -> Expression:
+        """``[in / groups · window, out]``: what the probe multiplies by."""
+        return transpose(reshape(self.kernel, (self.out_features, -1)))
+
+    def then(self, second: LinearMap) -> LinearMap | None:
+        """This map and behind it ``second``, as one; None if that is not one map.
+
+        A bias that zeros are put around is not the same at every position. Of two layers one must
+        look at one position only: two windows in a row have more weights as one.
+        """
+        if second.is_padded and self.bias is not None:
+            return None
+        if second.is_gain:
+            kernel = Times(self.kernel, _column(second.kernel, self.kernel))
+            return replace(self, kernel=kernel, bias=self._bias_behind(second))
+        if self.is_gain:
+            kernel = Times(second.kernel, self._gains_of(second))
+        elif self.groups != 1 or second.groups != 1:
+            return None
+        elif second.is_pointwise:
+            rows = reshape(self.kernel, (self.out_features, -1))
+            mixed = product(reshape(second.kernel, (second.out_features, -1)), rows)
+            kernel = reshape(mixed, (second.out_features, *self.kernel.shape[1:]))
+            return replace(self, kernel=kernel, bias=self._bias_behind(second))
+        elif self.is_pointwise:
+            order = (0, *range(2, len(second.kernel.shape)), 1)
+            columns = transpose(second.kernel, order)
+            mixed = product(
+                reshape(columns, (-1, second.in_features)), reshape(self.kernel, (-1, self.in_features))
+            )
+            shape = (second.out_features, *second.window, self.in_features)
+            back = (0, len(shape) - 1, *range(1, len(shape) - 1))
+            kernel = transpose(reshape(mixed, shape), back)
+        else:
+            return None
+        return replace(second, kernel=kernel, bias=self._bias_behind(second))
+
+    def _gains_of(self, second: LinearMap) -> Expression:
+        """The gain of each input of ``second``, ``[out, in / groups, 1, ...]``."""
+        return _inputs(reshape(self.kernel, (-1,)), second)
+
+    def _bias_behind(self, second: LinearMap) -> Expression | None:
+        """What the own bias has become behind ``second``, and its bias."""
+        if self.bias is None:
+            return second.bias
+        weighted = Times(second.kernel, _inputs(self.bias, second))
+        rows = reshape(weighted, (second.out_features, -1))
+        carried = reshape(product(rows, Literal(np.ones((rows.shape[1], 1)))), (-1,))
+        return carried if second.bias is None else Sum((carried, second.bias))
+
+    def scaled(self, factor: float) -> LinearMap:
+        """The map times a number."""
+        bias = None if self.bias is None else scale(self.bias, factor)
+        return replace(self, kernel=scale(self.kernel, factor), bias=bias)
+
+
+def identity(axis: int, width: int) -> LinearMap:
+    """The map that changes nothing."""
+    return _gain(axis, Literal(np.ones(width)))
+
+
+def add(maps: Sequence[LinearMap]) -> LinearMap | None:
+    """The sum of maps of one value, as one; None if their windows do not move alike."""
+    first = next((each for each in maps if not each.is_pointwise), maps[0])
+    axes = range(len(first.strides))
+    if len({each.out_features for each in maps}) > 1 or len({each.in_features for each in maps}) > 1:
+        return None
+    for axis in axes:
+        sizes = {(each.strides[axis], _shrinks(each, axis)) for each in maps}
+        steps = {each.dilations[axis] for each in maps if each.window[axis] > 1}
+        if len(sizes) > 1 or len(steps) > 1:
+            return None
+    dilations = tuple(
+        next((each.dilations[axis] for each in maps if each.window[axis] > 1), 1) for axis in axes
+    )
+    offsets = {each: _offset(each, maps, dilations) for each in maps}
+    if any(offset is None for offset in offsets.values()):
+        return None
+    before = tuple(max(each.before[axis] for each in maps) for axis in axes)
+    behind = tuple(max(each.behind[axis] for each in maps) for axis in axes)
+    groups = {each.groups for each in maps if not each.is_gain or each.in_features == 1}
+    groups = groups or {first.in_features}
+    divided = groups.pop() if len(groups) == 1 else 1
+    window = tuple(
+        (before[axis] + behind[axis] - _shrinks(first, axis) - 1) // dilations[axis] + 1
+        for axis in axes
+    )
+    kernels = tuple(_placed(each, divided, window, offsets[each] or ()) for each in maps)
+    biases = tuple(each.bias for each in maps if each.bias is not None)
+    bias = None if not biases else biases[0] if len(biases) == 1 else Sum(biases)
+    kernel = kernels[0] if len(kernels) == 1 else Sum(kernels)
+    return LinearMap(first.axis, kernel, divided, bias, first.strides, dilations, before, behind)
+
+
+def _shrinks(each: LinearMap, axis: int) -> int:
+    """Zeros around ``x``, less what the window covers: what the size of ``y`` depends on."""
+    covered = (each.window[axis] - 1) * each.dilations[axis]
+    return each.before[axis] + each.behind[axis] - covered - 1
+
+
+def _offset(
+    each: LinearMap, maps: Sequence[LinearMap], dilations: Sequence[int]
+) -> tuple[int, ...] | None:
+    """Where the window of one map begins in the one that holds those of all ``maps``."""
+    offset = []
+    for axis, step in enumerate(dilations):
+        zeros = max(other.before[axis] for other in maps) - each.before[axis]
+        if zeros % step:
+            return None
+        offset.append(zeros // step)
+    return tuple(offset)
+
+
+def _placed(
+    each: LinearMap, groups: int, window: Sequence[int], offset: Sequence[int]
+) -> Expression:
+    """The kernel for another number of groups and a larger window."""
+    outs, ins = each.kernel.shape[:2]
+    dims = (outs, each.in_features // groups, *window)
+    if dims == each.kernel.shape and groups == each.groups:
+        return each.kernel
+    rows, columns = np.arange(outs), np.arange(ins)
+    channel = (rows // (outs // each.groups) * ins)[:, None] + columns  # of x, by output and input
+    column = channel - (rows // (outs // groups) * dims[1])[:, None]
+    places = [rows.reshape(-1, *[1] * (len(dims) - 1)), column.reshape(outs, ins, *[1] * len(window))]
+    for axis, (size, start) in enumerate(zip(each.window, offset, strict=True)):
+        shape = [1] * len(dims)
+        shape[2 + axis] = size
+        places.append((np.arange(size) + start).reshape(shape))
+    positions = np.ravel_multi_index(np.broadcast_arrays(*places), dims)
+    return Placed(each.kernel, Literal(positions.reshape(-1)), dims)
+
+
+def _column(kernel: Expression, like: Expression) -> Expression:
+    """The numbers of a gain, one for each output of another kernel."""
+    return reshape(kernel, (kernel.shape[0], *[1] * (len(like.shape) - 1)))
+
+
+def _inputs(vector: Expression, second: LinearMap) -> Expression:
+    """The element of ``vector``, ``[in]``, for each input of a kernel: ``[out, in / groups, 1..]``."""
+    outs, ins = second.kernel.shape[:2]
+    ones = [1] * len(second.window)
+    if second.groups == 1:
+        return reshape(vector, (1, ins, *ones))
+    channel: Indices = (np.arange(outs) // (outs // second.groups) * ins)[:, None] + np.arange(ins)
+    return reshape(take(vector, channel.reshape(-1), 0), (outs, ins, *ones))
+
+
+# --- What a node does ----------------------------------------------------------------------------
+
+
+def as_map(node: ir.Node, axis: int, shapes: Shapes) -> tuple[ir.Value, LinearMap] | None:
+    """What ``node`` does to the channels along ``axis`` of the value that it reads, if it is linear.
+
+    Returns:
+        The value that it reads and the map; None if it is no linear map with constant weights.
+    """
+    if len(node.outputs) != 1 and operator(node) != "Dropout":
+        return None
+    match operator(node):
+        case "Conv":
+            return _conv(node, axis)
+        case "BatchNormalization":
+            return _batch_norm(node, axis, shapes)
+        case "Mul" | "Div" | "Add" | "Sub":
+            return _with_constant(node, axis, shapes)
+        case "Identity" | "Neg":
+            x = node.inputs[0]
+            width = None if x is None else shapes.dim(x, axis)
+            if x is None or not isinstance(width, int) or -axis > (shapes.rank(x) or 0):
+                return None
+            return x, identity(axis, width).scaled(-1.0 if operator(node) == "Neg" else 1.0)
+    return _product(node, axis, shapes) if axis == -1 else None
+
+
+def _product(node: ir.Node, axis: int, shapes: Shapes) -> tuple[ir.Value, LinearMap] | None:
+    linear = as_linear(node, shapes)
+    if linear is None or not linear.is_plain or linear.edge[0] is not node:
+        return None
+    if linear.identity_shape is not None or operator(node) == "Conv":
+        return None
+    bias = None
+    if linear.bias is not None:
+        held = constant(node.inputs[linear.bias[1]])
+        bias = None if held is None else _vector(held, -1, linear.out_features, 2)
+        if bias is None:
+            return None
+        bias = scale(bias, linear.beta)
+    return linear.x, LinearMap(axis, transpose(linear.matrix()), 1, bias, (), (), (), ())
+
+
+def _conv(node: ir.Node, axis: int) -> tuple[ir.Value, LinearMap] | None:
+    x, held = node.inputs[0], constant(node.inputs[1])
+    if x is None or held is None or held.dtype not in FLOATS or constant(x) is not None:
+        return None
+    if axis != 1 - len(held.shape) or not held.size:
+        return None
+    window = held.shape[2:]
+    ones = (1,) * len(window)
+    strides = tuple(node.attributes.get_ints("strides", ones))
+    dilations = tuple(node.attributes.get_ints("dilations", ones))
+    pads = _pads(node, window, strides, dilations)
+    bias = None
+    if len(node.inputs) > 2 and node.inputs[2] is not None:
+        vector = constant(node.inputs[2])
+        if vector is None:
+            return None
+        bias = vector.wide()
+    if pads is None:
+        return None
+    groups = node.attributes.get_int("group", 1)
+    before, behind = pads[: len(window)], pads[len(window) :]
+    return x, LinearMap(axis, held.wide(), groups, bias, strides, dilations, before, behind)
+
+
+def _pads(
+    node: ir.Node, window: Sequence[int], strides: Sequence[int], dilations: Sequence[int]
+) -> tuple[int, ...] | None:
+    """Zeros in front of each axis, then behind each; None if they depend on its size."""
+    mode = node.attributes.get_string("auto_pad", "NOTSET")
+    zeros = (0,) * (2 * len(window))
+    if mode == "NOTSET":
+        pads = tuple(node.attributes.get_ints("pads", zeros))
+        return pads if min(pads, default=0) >= 0 else None
+    if mode == "VALID":
+        return zeros
+    if any(step != 1 for step in strides):
+        return None
+    total = [(size - 1) * step for size, step in zip(window, dilations, strict=True)]
+    small, large = [size // 2 for size in total], [size - size // 2 for size in total]
+    return (*small, *large) if mode == "SAME_UPPER" else (*large, *small)
+
+
+def _batch_norm(node: ir.Node, axis: int, shapes: Shapes) -> tuple[ir.Value, LinearMap] | None:
+    """``(x - mean) / sqrt(var + epsilon) · scale + bias`` with the statistics of inference."""
+    x, *rest = node.inputs
+    held = [constant(value) for value in rest]
+    rank = None if x is None else shapes.rank(x)
+    if x is None or rank is None or axis != 1 - rank or constant(x) is not None:
+        return None
+    if len(held) != 4 or node.attributes.get_int("training_mode", 0):
+        return None
+    factors: list[np.ndarray[tuple[int, ...], np.dtype[np.float64]]] = []
+    for each in held:
+        if each is None or each.dtype not in FLOATS:
+            return None
+        factors.append(evaluate(each.wide()))
+    gain, shift, mean, variance = factors
+    with np.errstate(all="ignore"):
+        gain = gain / np.sqrt(variance + node.attributes.get_float("epsilon", 1e-5))
+    if not np.isfinite(gain).all():
+        return None
+    return x, replace(_gain(axis, Literal(gain)), bias=Literal(shift - mean * gain))
+
+
+def _with_constant(node: ir.Node, axis: int, shapes: Shapes) -> tuple[ir.Value, LinearMap] | None:
+    """A gain or a number that multiplies, a vector or a number that is added."""
+    name = operator(node)
+    for index in (1, 0) if name != "Div" else (1,):
+        x, held = node.inputs[1 - index], constant(node.inputs[index])
+        if x is None or held is None or held.dtype not in FLOATS or constant(x) is not None:
+            continue
+        width, rank = shapes.dim(x, axis), shapes.rank(x)
+        if rank is None or -axis > rank or not isinstance(width, int):
+            return None
+        vector = _vector(held, axis, width, rank)
+        if vector is None:
+            return None
+        if name in ("Add", "Sub"):
+            sign = -1.0 if name == "Sub" and index == 0 else 1.0
+            bias = scale(vector, -1.0 if name == "Sub" and index == 1 else 1.0)
+            return x, replace(identity(axis, width).scaled(sign), bias=bias)
+        if name == "Div":
+            with np.errstate(all="ignore"):
+                inverse = 1.0 / evaluate(vector)
+            if not np.isfinite(inverse).all():
+                return None
+            vector = Literal(inverse)
+        return x, _gain(axis, vector)
+    return None
+
+
+def _vector(held: Constant, axis: int, width: int, rank: int) -> Expression | None:
+    """``[width]``: one number a channel, if ``held`` is the same at every position of a value."""
+    dims = held.shape
+    if len(dims) > rank or any(size != 1 for i, size in enumerate(dims) if i - len(dims) != axis):
+        return None
+    return broadcast(reshape(held.wide(), (-1,)), (width,)) if held.size in (1, width) else None
+
+
+def _gain(axis: int, vector: Expression) -> LinearMap:
+    """Each channel times its number."""
+    width = math.prod(vector.shape)
+    ones = (1,) * (-axis - 1)
+    zeros = (0,) * (-axis - 1)
+    kernel = reshape(vector, (width, 1, *ones))
+    return LinearMap(axis, kernel, width, None, ones, ones, zeros, zeros)
