@@ -415,7 +415,9 @@ def _target_of(objective: str, target: str | None, provider: str) -> str | None:
         raise UsageError(f"unknown target '{target}'; there are {', '.join(TARGETS)}")
     if objective == "size":
         if target is not None:
-            raise UsageError("a target is for the objective speed; size takes all that saves weights")
+            raise UsageError(
+                "a target is for the objective speed; size takes all that saves weights"
+            )
         return None
     if target is not None:
         return target

@@ -5,11 +5,20 @@ A new strategy is a new file here and one entry in :data:`PASSES`.
 
 from onnx_fold.passes.absorb import AbsorbPass
 from onnx_fold.passes.branches import BranchesPass
+from onnx_fold.passes.concat import ConcatPass
 from onnx_fold.passes.interpolate import InterpolatePass
 from onnx_fold.passes.merge import MergePass
 from onnx_fold.passes.select_heads import SelectPass
 
-__all__ = ["PASSES", "AbsorbPass", "BranchesPass", "InterpolatePass", "MergePass", "SelectPass"]
+__all__ = [
+    "PASSES",
+    "AbsorbPass",
+    "BranchesPass",
+    "ConcatPass",
+    "InterpolatePass",
+    "MergePass",
+    "SelectPass",
+]
 
-PASSES = (BranchesPass, MergePass, AbsorbPass, InterpolatePass, SelectPass)
+PASSES = (BranchesPass, ConcatPass, MergePass, AbsorbPass, InterpolatePass, SelectPass)
 """All strategies, in the order in which they propose."""

@@ -1,9 +1,9 @@
 """Branches: all linear paths from one value to one sum become one layer.
 
-``x W + s (x A) B = x (W + s A B)``, and ``x ∗ K₁ + x ∗ K₂ + x = x ∗ (K₁ + K₂ + I)`` with the smaller
-kernels in the middle of the largest (X. Ding et al., "RepVGG", arXiv 2101.03697). Nothing is
-inverted, and the error is that of rounding one weight in the place of several. What would grow,
-a pair of low rank without a layer beside it, is left.
+``x W + s (x A) B = x (W + s A B)``, and of convolutions ``x * K₁ + x * K₂ + x = x * (K₁ + K₂ + I)``
+with the smaller kernels in the middle of the largest (X. Ding et al., "RepVGG", arXiv 2101.03697).
+Nothing is inverted, and the error is that of rounding one weight in the place of several. What
+would grow, a pair of low rank without a layer beside it, is left.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ class BranchesPass(FoldPass):
 
     def of_branches(self, branches: Branches) -> Iterator[Candidate]:
         """Yield the one layer."""
-        total, node = branches.map, branches.inside[-1]
+        total, node = branches.map, branches.result.producer()
+        assert node is not None
         dtype = branches.dtype
         weight = FoldedTensor(_stored(total), dtype)
         shape = _bias_shape(total)
@@ -38,7 +39,8 @@ class BranchesPass(FoldPass):
         rewrite = Rewrite(added=[weight] if bias is None else [weight, bias])
         rewrite.dropped = {each.edge for each in branches.members}
         is_fused = bias is None or _is_conv(total)
-        rewrite.nodes_added = 1 + (not is_fused) + len(branches.rest) - (len(branches.inside) - 1)
+        rewrite.nodes_added = 1 + (not is_fused) + len(branches.rest)
+        rewrite.nodes_added -= len(branches.inside) - 1 - len(branches.later)
 
         def build(editor: Editor) -> ir.Value:
             largest = max(branches.members, key=lambda each: each.weight.size)
@@ -51,7 +53,7 @@ class BranchesPass(FoldPass):
                 value = editor.node(node, operator, inputs).outputs[0]
             return value
 
-        rewrite.replaced[branches.result] = build
+        rewrite.replaced |= {**branches.later, branches.result: build}
         rounded = cast(weight.rounded, total.kernel.dtype)
         side = Side(total.matrix, _matrix(total, rounded))
         text = f"{compact(branches.labels)} into one"

@@ -22,7 +22,8 @@ class Cost:
     Attributes:
         weights: Elements of all floating-point initializers and Constant nodes.
         bytes: Their size as stored.
-        nodes: Operators, those in the bodies of control flow included; a function call is one.
+        nodes: Operators, those in the bodies of control flow included; a function call is one, a
+            Constant none.
     """
 
     weights: int
@@ -68,7 +69,7 @@ def cost(model: ir.Model) -> Cost:
     return Cost(
         weights=sum(tensor.size for tensor in tensors),
         bytes=sum(tensor.nbytes for tensor in tensors),
-        nodes=sum(1 for _ in model.graph.all_nodes()),
+        nodes=sum(operator(node) != "Constant" for node in model.graph.all_nodes()),
     )
 
 

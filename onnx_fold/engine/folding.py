@@ -38,7 +38,8 @@ from onnx_fold.rewriting.rebase import become_identity, rebase
 from onnx_fold.rewriting.rewrite import CannotRewriteError, Rewrite
 from onnx_fold.streams.activations import Activations
 from onnx_fold.streams.branches import Branches, find_branches
-from onnx_fold.streams.stream import Stream, find_streams
+from onnx_fold.streams.joined import Joined, find_joined
+from onnx_fold.streams.stream import Search, Stream, find_streams
 
 logger = logging.getLogger(__name__)
 
@@ -198,7 +199,7 @@ def _over_limits(error: float, own: float, dtype: ir.DataType, options: Options)
 _FORCING = "--strategy with --force takes it all the same"
 
 
-Subject: TypeAlias = Stream | Branches
+Subject: TypeAlias = Stream | Branches | Joined
 """What a pass is asked about."""
 
 Proposal: TypeAlias = Candidate | CandidateReport
@@ -218,7 +219,8 @@ def propose(strategy: str, text: str, plan: Callable[[], Candidate]) -> Proposal
 class FoldPass(ir.passes.InPlacePass):
     """Base of the fold strategies; also a pass of its own in any ``onnx_ir.passes.Sequential``.
 
-    A strategy sets ``name`` and implements :meth:`candidates`, or :meth:`of_branches`.
+    A strategy sets ``name`` and implements :meth:`candidates`, :meth:`of_branches` or
+    :meth:`of_joined`.
 
     Attributes:
         name: What it is called on the command line.
@@ -245,11 +247,15 @@ class FoldPass(ir.passes.InPlacePass):
         """Yield the ways in which it can fold the linear paths between two values."""
         yield from ()
 
+    def of_joined(self, joined: Joined) -> Iterator[Proposal]:
+        """Yield the ways in which it can fold a layer behind channels side by side."""
+        yield from ()
+
     def proposals(self, subject: Subject) -> Iterator[Proposal]:
         """Yield the ways in which it can fold ``subject``."""
         if isinstance(subject, Stream):
             return self.candidates(subject)
-        return self.of_branches(subject)
+        return self.of_joined(subject) if isinstance(subject, Joined) else self.of_branches(subject)
 
     def make_identity(self, stream: Stream, layer: Linear, basis: Basis) -> Proposal:
         """Propose ``basis``, in which ``layer`` becomes the identity: ``W T``, and ``T⁻¹ R``.
@@ -373,6 +379,7 @@ def _subjects(
 ) -> Iterator[Subject]:
     """What the passes are asked about."""
     yield from list(find_branches(model.graph, shapes))
+    yield from list(find_joined(Search(model.graph, shapes)))
     yield from find_streams(model, activations, shapes)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from onnx_fold.graph.linear import compact
 from onnx_fold.streams.branches import Branches
 from onnx_fold.streams.heads import roles
+from onnx_fold.streams.joined import Joined
 from onnx_fold.streams.stream import Opening, Stream
 
 
@@ -77,11 +78,14 @@ class StreamReport:
     changed: frozenset[str] = frozenset()
 
     @classmethod
-    def of(cls, stream: Stream | Branches) -> StreamReport:
+    def of(cls, stream: Stream | Branches | Joined) -> StreamReport:
         """Describe ``stream`` before anything is done to it."""
         if isinstance(stream, Branches):
             dtype, source = stream.dtype.name.lower(), [stream.source.name or "?"]
             return cls(stream.width, dtype, source, stream.labels, is_closed=True)
+        if isinstance(stream, Joined):
+            dtype = stream.dtype.name.lower()
+            return cls(stream.width, dtype, stream.labels, [stream.reader.label], is_closed=True)
         has_norm = any(opening.is_norm for opening in stream.openings)
         is_foldable = bool(stream.written_by and (stream.readers or has_norm))
         return cls(

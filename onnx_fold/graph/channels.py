@@ -132,6 +132,9 @@ OPERATORS: dict[str, Channels] = {
     "Pad": _general(commute.pad),
     "ReduceSum": _general(commute.reduce),
     "ReduceMean": _general(commute.reduce, is_uniform=True),
+    "AveragePool": _general(commute.pool),
+    "GlobalAveragePool": _general(commute.pool, is_uniform=True),
+    "Resize": _general(commute.resize, is_uniform=True),
     # diagonal: each channel may be scaled by a positive number
     "Relu": _RECTIFIER,
     "LeakyRelu": _RECTIFIER,

@@ -278,6 +278,24 @@ def reduce(node: ir.Node, known: Port, width: int, shapes: Shapes) -> list[Port]
     return [known, Port(True, 0, kept.index(known.axis) - len(kept))]
 
 
+def pool(node: ir.Node, known: Port, width: int, shapes: Shapes) -> list[Port] | None:
+    """AveragePool, GlobalAveragePool: means along the axes behind the channels, axis 1."""
+    rank = shapes.rank(_input(node))
+    if rank is None or known.index != 0 or known.axis != 1 - rank:
+        return None
+    return _through(known.axis)
+
+
+def resize(node: ir.Node, known: Port, width: int, shapes: Shapes) -> list[Port] | None:
+    """Resize of other axes, without zeros from outside."""
+    if known.index != 0 or node.attributes.get_string("coordinate_transformation_mode", "") == (
+        "tf_crop_and_resize"
+    ):
+        return None
+    sizes = (shapes.dim(_input(node), known.axis), shapes.dim(node.outputs[0], known.axis))
+    return _through(known.axis) if sizes == (width, width) else None
+
+
 def elementwise(node: ir.Node, known: Port, width: int, shapes: Shapes) -> list[Port] | None:
     """Every operand that has all the channels, for changes that only reorder them."""
     found = [Port(True, 0, known.axis)]

@@ -38,6 +38,8 @@ def _resize(value: ir.Value, stream: Stream, width: int, rewrite: Rewrite) -> No
         return
     if operator(node) == "Squeeze" and width == 1 and not _names_axes(node):
         raise CannotRewriteError(f"Squeeze '{node.name}' would remove a single channel")
+    if operator(node) == "Resize" and len(node.inputs) > 3 and node.inputs[3] is not None:
+        raise CannotRewriteError(f"Resize '{node.name}' names the width of its channels")
     shape_input = channels(node).shape_input
     if shape_input is None:
         return

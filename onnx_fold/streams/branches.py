@@ -12,11 +12,14 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
+from onnx_fold.algebra.expression import scale
+from onnx_fold.graph.channels import channels, ports
+from onnx_fold.graph.commute import OpensStreamError, Port
 from onnx_fold.graph.constants import FLOATS, Constant, constant
 from onnx_fold.graph.linear import Edge, label
 from onnx_fold.graph.operators import operator
 from onnx_fold.graph.shapes import Shapes
-from onnx_fold.streams.maps import LinearMap, add, as_map, identity
+from onnx_fold.streams.maps import LinearMap, add, as_map, as_vector, identity
 
 __all__ = ["Branches", "Weight", "find_branches"]
 
@@ -65,9 +68,11 @@ class Branches:
         result: The value that they end in.
         map: What they compute.
         rest: Other operands of the sum, with the sign that each has.
-        inside: The nodes that become one, that of ``result`` last.
-        num_paths: How many paths there are.
+        inside: The nodes that become one.
         shapes: Shapes of all values of the graph.
+        later: Values that are computed in ``result`` already, where only the layout changes between
+            that and them, and what their readers read instead.
+        between: The values between ``result`` and them.
     """
 
     source: ir.Value
@@ -75,8 +80,9 @@ class Branches:
     map: LinearMap
     rest: list[tuple[float, ir.Value]]
     inside: list[ir.Node]
-    num_paths: int
     shapes: Shapes
+    later: dict[ir.Value, ir.Value] = field(default_factory=dict)
+    between: list[ir.Value] = field(default_factory=list)
     members: list[Weight] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -103,15 +109,11 @@ class Branches:
         return self.shapes.dtype(self.result) or self.members[0].weight.dtype
 
     @property
-    def layers(self) -> list[Weight]:
-        """The weights of its layers, one each."""
-        return [each for each in self.members if operator(each.node) in _LAYERS and each.index < 2]
-
-    @property
     def labels(self) -> list[str]:
         """Labels of its layers and BatchNorms, each once."""
         named = [*_LAYERS, "BatchNormalization"]
-        found = (each.label for each in self.members if operator(each.node) in named)
+        weights = (each for each in self.members if operator(each.node) in named)
+        found = (each.label for each in weights if each.index < 2)
         return list(dict.fromkeys(found)) or [label(self.inside[-1])]
 
     @property
@@ -121,8 +123,8 @@ class Branches:
 
     @property
     def values(self) -> list[ir.Value]:
-        """The values that go."""
-        return [value for node in self.inside for value in node.outputs]
+        """The values that go, or come to mean something else."""
+        return [*(value for node in self.inside for value in node.outputs), *self.between]
 
 
 def find_branches(graph: ir.Graph, shapes: Shapes) -> Iterator[Branches]:
@@ -166,20 +168,86 @@ def _branches(node: ir.Node, axis: int, graph: ir.Graph, shapes: Shapes) -> Bran
     if total is None:
         return None
     rest = [operand for place, operand in enumerate(operands) if place not in chosen]
+    total, rest = _shifted(total, rest, shapes.rank(node.outputs[0]) or 0)
     inside = [each for path in chosen.values() for each in path.nodes]
     (source,) = {path.source for path in chosen.values()}
-    found = Branches(source, node.outputs[0], total, rest, [*inside, *sums], len(chosen), shapes)
+    found = Branches(source, node.outputs[0], total, rest, [*inside, *sums], shapes)
     return found if rest else _extended(found, axis, graph)
+
+
+def _shifted(
+    total: LinearMap, rest: Sequence[tuple[float, ir.Value]], rank: int
+) -> tuple[LinearMap, list[tuple[float, ir.Value]]]:
+    """``total`` with those operands in its bias that are one number a channel; and the others."""
+    left = []
+    for sign, value in rest:
+        held = constant(value)
+        vector = None if held is None else as_vector(held, total.axis, total.out_features, rank)
+        if vector is None:
+            left.append((sign, value))
+        else:
+            total = total.shifted(scale(vector, sign))
+    return total, left
 
 
 def _single(node: ir.Node, axis: int, graph: ir.Graph, shapes: Shapes) -> Branches | None:
     """A layer and the BatchNorm in front of it or behind it."""
-    for path in _paths(node.outputs[0], axis, graph, shapes):
+    for path in _paths(node.outputs[0], axis, graph, shapes, is_result=True):
         if path.has_layer and _has_norm(path):
-            return Branches(
-                path.source, node.outputs[0], path.map, [], [*path.nodes], 1, shapes
-            )
+            return Branches(path.source, node.outputs[0], path.map, [], [*path.nodes], shapes)
+    return _behind_layout(node, axis, graph, shapes)
+
+
+def _behind_layout(node: ir.Node, axis: int, graph: ir.Graph, shapes: Shapes) -> Branches | None:
+    """A layer, operators that only move its channels, and a BatchNorm behind them."""
+    norm = as_map(node, axis, shapes) if operator(node) == "BatchNormalization" else None
+    if norm is None:
+        return None
+    x, gain = norm
+    value, between = x, [node.outputs[0]]
+    while (producer := value.producer()) is not None and producer.graph is graph:
+        users = {user for user, _ in value.uses() if operator(user) not in ("Shape", "Size")}
+        if value.is_graph_output() or len(users) != 1:
+            return None
+        layer = as_map(producer, axis, shapes) if operator(producer) in _LAYERS else None
+        if layer is not None:
+            total = layer[1].then(gain)
+            if total is None:
+                return None
+            found = Branches(layer[0], value, total, [], [producer, node], shapes)
+            found.later, found.between = {node.outputs[0]: x}, between
+            return _put_back(found, node)
+        if not channels(producer).is_uniform or len(producer.outputs) > 1:
+            return None
+        try:
+            crossed = ports(producer, Port(True, 0, axis), gain.in_features, shapes)
+        except OpensStreamError:
+            return None
+        front = [port for port in crossed or () if not port.is_output]
+        if len(front) != 1 or front[0].index != 0 or producer.inputs[0] is None:
+            return None
+        between.append(value)
+        axis, value = front[0].axis, producer.inputs[0]
     return None
+
+
+def _put_back(found: Branches, norm: ir.Node) -> Branches:
+    """``found``, without a Reshape behind ``norm`` that only undoes the one in front of it."""
+    user, behind = _only_user(norm.outputs[0]), found.between[1:]
+    if user is None or operator(user) != "Reshape" or not behind:
+        return found
+    shape = user.inputs[1].producer() if user.inputs[1] is not None else None
+    same = shape is not None and operator(shape) == "Shape" and not shape.attributes
+    same = same and shape is not None and shape.inputs[0] is found.result
+    dims = found.shapes(user.outputs[0])
+    if not same and (dims is None or None in dims or dims != found.shapes(found.result)):
+        return found
+    gone = [node for value in behind if (node := value.producer()) is not None]
+    if same and shape is not None and _only_user(shape.outputs[0]) is user:
+        gone.append(shape)
+    found.inside += [*gone, user]
+    found.later = {user.outputs[0]: found.result}
+    return found
 
 
 def _has_norm(path: _Path) -> bool:
@@ -207,8 +275,14 @@ def _operands(root: ir.Node) -> tuple[list[tuple[float, ir.Value]], list[ir.Node
     return operands, sums[::-1]
 
 
-def _paths(value: ir.Value, axis: int, graph: ir.Graph, shapes: Shapes) -> list[_Path]:
-    """The paths that end in ``value``, the shortest first: what each inner value goes into goes."""
+def _paths(
+    value: ir.Value, axis: int, graph: ir.Graph, shapes: Shapes, *, is_result: bool = False
+) -> list[_Path]:
+    """The paths that end in ``value``, the shortest first.
+
+    They go once they are one layer, so nothing else reads their values; nor ``value``, unless it is
+    the result.
+    """
     width = shapes.dim(value, axis)
     if not isinstance(width, int) or constant(value) is not None:
         return []
@@ -216,7 +290,8 @@ def _paths(value: ir.Value, axis: int, graph: ir.Graph, shapes: Shapes) -> list[
     while True:
         last = found[-1]
         node = last.source.producer()
-        if node is None or node.graph is not graph or _only_user(last.source) is None:
+        is_read = _only_user(last.source) is None and not (is_result and len(found) == 1)
+        if node is None or node.graph is not graph or is_read:
             return found
         step = as_map(node, axis, shapes)
         joined = None if step is None else step[1].then(last.map)
@@ -248,7 +323,5 @@ def _extended(found: Branches, axis: int, graph: ir.Graph) -> Branches:
         if joined is None:
             break
         inside = [*found.inside, node]
-        found = Branches(
-            found.source, node.outputs[0], joined, [], inside, found.num_paths, found.shapes
-        )
+        found = Branches(found.source, node.outputs[0], joined, [], inside, found.shapes)
     return found

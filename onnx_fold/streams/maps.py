@@ -1,7 +1,7 @@
 """Linear maps along one channel axis: what a layer does to a value, and what a path of layers does.
 
 Products, gains, biases, inference BatchNorms and convolutions are one kind of map, ONNX's Conv:
-``y = x ∗ kernel + bias``. A product is a convolution without a window, a gain has as many groups as
+``y = x * kernel + bias``. A product is a convolution without a window, a gain has as many groups as
 channels. Maps in a row are one map (:meth:`LinearMap.then`), and so is a sum of maps (:func:`add`).
 The kernels are merged as in X. Ding et al., "RepVGG", arXiv 2101.03697.
 """
@@ -35,12 +35,12 @@ from onnx_fold.graph.linear import as_linear
 from onnx_fold.graph.operators import operator
 from onnx_fold.graph.shapes import Shapes
 
-__all__ = ["LinearMap", "add", "as_map", "identity"]
+__all__ = ["LinearMap", "add", "as_map", "as_vector", "identity"]
 
 
 @dataclass(frozen=True, eq=False)
 class LinearMap:
-    """``y = x ∗ kernel + bias``.
+    """``y = x * kernel + bias``.
 
     Attributes:
         axis: The channel axis of ``x`` and ``y``, from the end. The window lies along the axes
@@ -121,9 +121,8 @@ class LinearMap:
         elif self.is_pointwise:
             order = (0, *range(2, len(second.kernel.shape)), 1)
             columns = transpose(second.kernel, order)
-            mixed = product(
-                reshape(columns, (-1, second.in_features)), reshape(self.kernel, (-1, self.in_features))
-            )
+            rows = reshape(self.kernel, (-1, self.in_features))
+            mixed = product(reshape(columns, (-1, second.in_features)), rows)
             shape = (second.out_features, *second.window, self.in_features)
             back = (0, len(shape) - 1, *range(1, len(shape) - 1))
             kernel = transpose(reshape(mixed, shape), back)
@@ -144,6 +143,10 @@ class LinearMap:
         carried = reshape(product(rows, Literal(np.ones((rows.shape[1], 1)))), (-1,))
         return carried if second.bias is None else Sum((carried, second.bias))
 
+    def shifted(self, vector: Expression) -> LinearMap:
+        """The map with ``vector``, ``[out]``, added to its result."""
+        return replace(self, bias=vector if self.bias is None else Sum((self.bias, vector)))
+
     def scaled(self, factor: float) -> LinearMap:
         """The map times a number."""
         bias = None if self.bias is None else scale(self.bias, factor)
@@ -159,7 +162,7 @@ def add(maps: Sequence[LinearMap]) -> LinearMap | None:
     """The sum of maps of one value, as one; None if their windows do not move alike."""
     first = next((each for each in maps if not each.is_pointwise), maps[0])
     axes = range(len(first.strides))
-    if len({each.out_features for each in maps}) > 1 or len({each.in_features for each in maps}) > 1:
+    if len({(each.in_features, each.out_features) for each in maps}) > 1:
         return None
     for axis in axes:
         sizes = {(each.strides[axis], _shrinks(each, axis)) for each in maps}
@@ -218,7 +221,8 @@ def _placed(
     rows, columns = np.arange(outs), np.arange(ins)
     channel = (rows // (outs // each.groups) * ins)[:, None] + columns  # of x, by output and input
     column = channel - (rows // (outs // groups) * dims[1])[:, None]
-    places = [rows.reshape(-1, *[1] * (len(dims) - 1)), column.reshape(outs, ins, *[1] * len(window))]
+    ones = [1] * len(window)
+    places = [rows.reshape(-1, 1, *ones), column.reshape(outs, ins, *ones)]
     for axis, (size, start) in enumerate(zip(each.window, offset, strict=True)):
         shape = [1] * len(dims)
         shape[2 + axis] = size
@@ -233,7 +237,7 @@ def _column(kernel: Expression, like: Expression) -> Expression:
 
 
 def _inputs(vector: Expression, second: LinearMap) -> Expression:
-    """The element of ``vector``, ``[in]``, for each input of a kernel: ``[out, in / groups, 1..]``."""
+    """``vector``, ``[in]``, for each input of a kernel: ``[out, in / groups, 1, ...]``."""
     outs, ins = second.kernel.shape[:2]
     ones = [1] * len(second.window)
     if second.groups == 1:
@@ -246,7 +250,7 @@ def _inputs(vector: Expression, second: LinearMap) -> Expression:
 
 
 def as_map(node: ir.Node, axis: int, shapes: Shapes) -> tuple[ir.Value, LinearMap] | None:
-    """What ``node`` does to the channels along ``axis`` of the value that it reads, if it is linear.
+    """What ``node`` does to the channels along ``axis`` of what it reads, if it is linear.
 
     Returns:
         The value that it reads and the map; None if it is no linear map with constant weights.
@@ -278,7 +282,7 @@ def _product(node: ir.Node, axis: int, shapes: Shapes) -> tuple[ir.Value, Linear
     bias = None
     if linear.bias is not None:
         held = constant(node.inputs[linear.bias[1]])
-        bias = None if held is None else _vector(held, -1, linear.out_features, 2)
+        bias = None if held is None else as_vector(held, -1, linear.out_features, 2)
         if bias is None:
             return None
         bias = scale(bias, linear.beta)
@@ -359,7 +363,7 @@ def _with_constant(node: ir.Node, axis: int, shapes: Shapes) -> tuple[ir.Value, 
         width, rank = shapes.dim(x, axis), shapes.rank(x)
         if rank is None or -axis > rank or not isinstance(width, int):
             return None
-        vector = _vector(held, axis, width, rank)
+        vector = as_vector(held, axis, width, rank)
         if vector is None:
             return None
         if name in ("Add", "Sub"):
@@ -376,7 +380,7 @@ def _with_constant(node: ir.Node, axis: int, shapes: Shapes) -> tuple[ir.Value, 
     return None
 
 
-def _vector(held: Constant, axis: int, width: int, rank: int) -> Expression | None:
+def as_vector(held: Constant, axis: int, width: int, rank: int) -> Expression | None:
     """``[width]``: one number a channel, if ``held`` is the same at every position of a value."""
     dims = held.shape
     if len(dims) > rank or any(size != 1 for i, size in enumerate(dims) if i - len(dims) != axis):

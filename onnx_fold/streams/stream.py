@@ -97,9 +97,8 @@ class Opening:
 
 _NORMS = frozenset(
     (
-        *("BatchNormalization", "GroupNormalization", "InstanceNormalization"),
-        *("LayerNormalization", "LpNormalization", "RMSNormalization"),
-        "SimplifiedLayerNormalization",
+        *("GroupNormalization", "InstanceNormalization", "LayerNormalization"),
+        *("LpNormalization", "RMSNormalization", "SimplifiedLayerNormalization"),
     )
 ) | contrib("SkipLayerNormalization", "SkipSimplifiedLayerNormalization")
 _STATISTICS = frozenset(("ReduceMean", "ReduceL2", "ReduceSumSquare"))

@@ -1,0 +1,139 @@
+"""Channels of several streams side by side, and the one layer that reads them.
+
+``[x, y] F = x F₁ + y F₂``: for each of the streams the layer is a reader like any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from onnx_fold.graph.constants import FLOATS
+from onnx_fold.graph.linear import Linear, label
+from onnx_fold.graph.operators import operator
+from onnx_fold.streams.stream import ConstantWriter, Search, Stream
+
+__all__ = ["Joined", "find_joined"]
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """One operand of the Concat.
+
+    Attributes:
+        value: The operand.
+        rows: The rows of the reader that belong to it.
+        stream: Its stream, if that is closed but for the Concat; else None.
+    """
+
+    value: ir.Value
+    rows: range
+    stream: Stream | None
+
+
+@dataclass(frozen=True, eq=False)
+class Joined:
+    """A Concat of channels that one linear layer reads.
+
+    Attributes:
+        concat: The Concat.
+        reader: The layer, of one position.
+        parts: The operands, in order.
+        search: What found it.
+    """
+
+    concat: ir.Node
+    reader: Linear
+    parts: list[Part]
+    search: Search
+
+    @property
+    def streams(self) -> list[Stream]:
+        """Those of its streams that are closed but for the Concat."""
+        return [part.stream for part in self.parts if part.stream is not None]
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether it can be changed."""
+        return True
+
+    @property
+    def width(self) -> int:
+        """Channels side by side."""
+        return self.reader.in_features
+
+    @property
+    def dtype(self) -> ir.DataType:
+        """Narrowest type of its streams and of the layer."""
+        own = self.search.shapes.dtype(self.reader.y) or self.reader.weight.dtype
+        return min([own, *(stream.dtype for stream in self.streams)], key=lambda d: d.bitwidth)
+
+    @property
+    def members(self) -> list[Linear | ConstantWriter]:
+        """Everything that holds a weight of them."""
+        return [member for stream in self.streams for member in stream.members] + [self.reader]
+
+    @property
+    def labels(self) -> list[str]:
+        """Labels of what writes its streams, each once."""
+        found = [name for stream in self.streams for name in stream.written_by]
+        return list(dict.fromkeys(found)) or [label(self.concat)]
+
+    @property
+    def nodes(self) -> set[ir.Node]:
+        """The nodes that a fold changes."""
+        inside = {node for stream in self.streams for node in stream.nodes}
+        return {self.concat, self.reader.node, *inside}
+
+    @property
+    def values(self) -> list[ir.Value]:
+        """The values that go, or get another basis."""
+        inside = [value for stream in self.streams for value in stream.values]
+        return [*inside, self.concat.outputs[0], self.reader.y]
+
+
+def find_joined(search: Search) -> Iterator[Joined]:
+    """The Concats of channels of the main graph that one layer reads and nothing else."""
+    for reader in list(search.linears.values()):
+        concat = reader.x.producer()
+        if concat is None or operator(concat) != "Concat" or len(reader.x.uses()) != 1:
+            continue
+        if reader.x.is_graph_output() or not _is_one_matrix(reader):
+            continue
+        axis = reader.x_axis
+        rank = search.shapes.rank(reader.x)
+        own = concat.attributes.get_int("axis", 0)
+        if axis is None or rank is None or (own if own < 0 else own - rank) != axis:
+            continue
+        parts = list(_parts(concat, axis, search))
+        if sum(len(part.rows) for part in parts) != reader.in_features:
+            continue
+        if any(part.stream is not None for part in parts):
+            yield Joined(concat, reader, parts, search)
+
+
+def _is_one_matrix(reader: Linear) -> bool:
+    return (
+        reader.num_matrices == 1
+        and reader.x_axis == reader.y_axis
+        and reader.keeps_layout
+        and reader.identity_shape is None
+        and reader.edge[0] is reader.node
+        and reader.weight.dtype in FLOATS
+    )
+
+
+def _parts(concat: ir.Node, axis: int, search: Search) -> Iterator[Part]:
+    start = 0
+    for value in concat.inputs:
+        size = None if value is None else search.shapes.dim(value, axis)
+        if value is None or not isinstance(size, int):
+            return
+        stream = search.stream(value, axis, size)
+        is_own = [opening.node is concat for opening in stream.openings] == [True]
+        is_own = is_own and bool(stream.writers) and not stream.readers and not stream.tables
+        is_own = is_own and all(writer.num_matrices == 1 for writer in stream.writers)
+        yield Part(value, range(start, start + size), stream if is_own else None)
+        start += size

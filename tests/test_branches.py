@@ -1,0 +1,432 @@
+"""Linear paths from one value to one sum become one layer: numbers, structure, refusal."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from helpers import (
+    assert_same_function,
+    fold,
+    folded,
+    graph,
+    normal,
+    operators,
+    proto,
+    refused,
+    weights,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import onnx_fold
+
+IMAGE = "(float[n, 8, h, w] x) => (float[n, 8, a, b] z)"
+ROWS = "(float[n, t, 16] x) => (float[n, t, 16] z)"
+
+
+def norm(width: int, seed: int) -> dict[str, np.ndarray]:
+    """Gain, bias, mean and variance of a BatchNorm, ``g0, b0, m0, v0`` for seed 0."""
+    generator = np.random.default_rng(seed)
+    gain, bias, mean = generator.standard_normal((3, width)).astype(np.float32)
+    variance = generator.uniform(0.5, 2.0, width).astype(np.float32)
+    return {f"g{seed}": gain, f"b{seed}": bias, f"m{seed}": mean, f"v{seed}": variance}
+
+
+def bn(seed: int) -> str:
+    return f"g{seed}, b{seed}, m{seed}, v{seed}"
+
+
+# --- Convolutions ---------------------------------------------------------------------------------
+
+
+def test_repvgg_block_is_one_convolution() -> None:
+    """3x3 and 1x1 convolutions and the identity, each with a BatchNorm: 8·8·9 + 8 are left."""
+    source = graph(
+        f"{IMAGE} {{ a0 = Conv<pads = [1, 1, 1, 1]>(x, K) a = BatchNormalization(a0, {bn(0)})"
+        f" c0 = Conv(x, P) c = BatchNormalization(c0, {bn(1)}) i = BatchNormalization(x, {bn(2)})"
+        " s = Add(a, c) t = Add(s, i) z = Relu(t) }",
+        K=normal(8, 8, 3, 3),
+        P=normal(8, 8, 1, 1, seed=1),
+        **(norm(8, 0) | norm(8, 1) | norm(8, 2)),
+    )
+    result = folded(source, 8 * 8 + 3 * 4 * 8 - 8)
+    assert operators(result.model) == ["Conv", "Relu"]
+    assert weights(result.model) == 8 * 8 * 9 + 8
+    (stream,) = result.report.folded
+    assert stream.folded is not None
+    assert stream.folded.nodes_added == -6
+
+
+def test_strided_depthwise_block() -> None:
+    """MobileOne's first block: no identity, groups, and a step of 2."""
+    source = graph(
+        f"{IMAGE} {{ a0 = Conv<pads = [1, 1, 1, 1], strides = [2, 2], group = 8>(x, K)"
+        f" a = BatchNormalization(a0, {bn(0)}) c0 = Conv<strides = [2, 2], group = 8>(x, P)"
+        f" c = BatchNormalization(c0, {bn(1)}) s = Add(c, a) z = Relu(s) }}",
+        K=normal(8, 1, 3, 3),
+        P=normal(8, 1, 1, 1, seed=1),
+        **(norm(8, 0) | norm(8, 1)),
+    )
+    result = folded(source)
+    assert operators(result.model) == ["Conv", "Relu"]
+    assert weights(result.model) == 8 * 9 + 8
+
+
+def test_fastvit_mixer() -> None:
+    """``x + g · (BN(conv(x)) - BN(x))`` is one depthwise convolution."""
+    source = graph(
+        f"{IMAGE} {{ a0 = Conv<pads = [3, 3, 3, 3], group = 8>(x, K)"
+        f" a = BatchNormalization(a0, {bn(0)}) i = BatchNormalization(x, {bn(1)}) s = Sub(a, i)"
+        " t = Mul(G, s) u = Add(x, t) z = Relu(u) }",
+        K=normal(8, 1, 7, 7),
+        G=normal(8, 1, 1, seed=5),
+        **(norm(8, 0) | norm(8, 1)),
+    )
+    result = folded(source)
+    assert operators(result.model) == ["Conv", "Relu"]
+    assert weights(result.model) == 8 * 49 + 8
+
+
+def test_repvit_norm_behind_the_sum() -> None:
+    source = graph(
+        f"{IMAGE} {{ a = Conv<pads = [1, 1, 1, 1], group = 8>(x, K, k) c = Conv<group = 8>(x, P)"
+        f" s = Add(a, c) t = Add(s, x) u = BatchNormalization(t, {bn(0)}) z = Relu(u) }}",
+        K=normal(8, 1, 3, 3),
+        k=normal(8, seed=9),
+        P=normal(8, 1, 1, 1, seed=1),
+        **norm(8, 0),
+    )
+    result = folded(source)
+    assert operators(result.model) == ["Conv", "Relu"]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "kernels"),
+    [
+        ("pads = [0, 1, 0, 1]", "pads = [1, 0, 1, 0]", ((1, 3), (3, 1))),
+        ("pads = [2, 2, 2, 2], dilations = [2, 2]", "pads = [0, 0, 0, 0]", ((3, 3), (1, 1))),
+        ('auto_pad = "SAME_UPPER"', "pads = [1, 1, 1, 1]", ((2, 2), (3, 3))),
+        ("pads = [0, 0, 0, 0]", "pads = [0, 0, 0, 0]", ((3, 3), (3, 3))),
+    ],
+)
+def test_windows_are_put_into_one(
+    first: str, second: str, kernels: tuple[tuple[int, int], tuple[int, int]]
+) -> None:
+    source = graph(
+        f"{IMAGE} {{ a = Conv<{first}>(x, K, k) c = Conv<{second}>(x, P, p) s = Add(a, c)"
+        " z = Relu(s) }",
+        K=normal(8, 8, *kernels[0]),
+        k=normal(8, seed=2),
+        P=normal(8, 8, *kernels[1], seed=1),
+        p=normal(8, seed=3),
+    )
+    result = fold(source)
+    if result.report.folded:
+        assert_same_function(source, result.model, sizes={"n": 2, "h": 7, "w": 6})
+        assert operators(result.model) == ["Conv", "Relu"]
+    else:  # two kernels have fewer weights than the one that holds both
+        assert "weights would grow" in refused(source)
+
+
+def test_branches_of_one_dimension() -> None:
+    source = graph(
+        "(float[n, 8, t] x) => (float[n, 8, s] z) { a = Conv<pads = [1, 1]>(x, K)"
+        f" i = BatchNormalization(x, {bn(0)}) s = Add(a, i) z = Relu(s) }}",
+        K=normal(8, 8, 3),
+        **norm(8, 0),
+    )
+    assert operators(folded(source).model) == ["Conv", "Relu"]
+
+
+def test_convolution_and_batch_norm() -> None:
+    """Either order; in front only where no zeros are put around the bias."""
+    behind = graph(
+        f"{IMAGE} {{ a = Conv<pads = [1, 1, 1, 1]>(x, K) b = BatchNormalization(a, {bn(0)})"
+        " z = Relu(b) }",
+        K=normal(8, 8, 3, 3),
+        **norm(8, 0),
+    )
+    assert operators(folded(behind, 3 * 8).model) == ["Conv", "Relu"]
+    front = "{IMAGE} {{ r = Relu(x) a = BatchNormalization(r, {norm}) z = Conv{pads}(a, K) }}"
+    texts = [
+        front.format(IMAGE=IMAGE, norm=bn(0), pads=pads) for pads in ("", "<pads = [1, 1, 1, 1]>")
+    ]
+    held = {"K": normal(8, 8, 3, 3), **norm(8, 0)}
+    assert operators(folded(graph(texts[0], **held)).model)[:2] == ["Relu", "Conv"]
+    assert not fold(graph(texts[1], **held)).report.folded
+
+
+# --- Products -------------------------------------------------------------------------------------
+
+
+def lora(ops: str, **held: np.ndarray) -> ir.Model:
+    """``x W`` beside what ``ops`` make of ``x``, ``c``; rank 4."""
+    held = {
+        "W": normal(16, 16),
+        "A": normal(16, 4, seed=1),
+        "B": normal(4, 16, seed=2),
+    } | held
+    if ", s)" in ops or "(s," in ops:
+        held["s"] = np.float32([2.0])
+    return graph(f"{ROWS} {{ y = MatMul(x, W) {ops} u = Add(y, c) z = Relu(u) }}", **held)
+
+
+@pytest.mark.parametrize(
+    "ops",
+    [
+        "a = MatMul(x, A) b = MatMul(a, B) c = Mul(b, s)",
+        "a = MatMul(x, A) b = MatMul(a, B) c = Div(b, s)",
+        "a = MatMul(x, A) b = Mul(s, a) c = MatMul(b, B)",
+        "k = Constant<value_float = 0.5>() a = MatMul(x, A) b = MatMul(a, B) c = Mul(b, k)",
+        "d = Identity(x) a = MatMul(d, A) b = MatMul(a, B) c = Neg(b)",
+    ],
+)
+def test_lora_is_the_layer_itself(ops: str) -> None:
+    result = folded(lora(ops), objective="speed", target="cpu")
+    assert operators(result.model) == ["MatMul", "Relu"]
+    assert weights(result.model) == 16 * 16
+
+
+def test_several_adapters_and_biases() -> None:
+    """A bias on each of them, and one on the layer: one bias is left."""
+    source = graph(
+        f"{ROWS} {{ y0 = MatMul(x, W) y = Add(y0, e) a = MatMul(x, A) b = MatMul(a, B)"
+        " c0 = MatMul(x, C) c1 = Add(f, c0) c = MatMul(c1, D) t = Add(y, b) u = Add(t, c)"
+        " z = Relu(u) }",
+        W=normal(16, 16),
+        e=normal(16, seed=3),
+        A=normal(16, 4, seed=1),
+        B=normal(4, 16, seed=2),
+        C=normal(16, 2, seed=4),
+        D=normal(2, 16, seed=5),
+        f=normal(2, seed=6),
+    )
+    result = folded(source)
+    assert operators(result.model) == ["MatMul", "Add", "Relu"]
+    assert weights(result.model) == 16 * 16 + 16
+
+
+def test_lora_of_a_gemm() -> None:
+    """GPT-2's Conv1D beside an adapter; the sum is a Gemm's, and has its bias."""
+    source = graph(
+        "(float[n, 16] x) => (float[n, 8] z) { y = Gemm<beta = 0.5>(x, W, e)"
+        " a = Gemm<transB = 1>(x, A) b = Gemm<alpha = 3.0>(a, B) u = Add(y, b) z = Relu(u) }",
+        W=normal(16, 8),
+        e=normal(8, seed=3),
+        A=normal(2, 16, seed=1),
+        B=normal(2, 8, seed=2),
+    )
+    assert weights(folded(source).model) == 16 * 8 + 8
+
+
+def test_two_heads_averaged() -> None:
+    """The heads of a distilled model: ``((x W + b) + (x V + c)) / 2``."""
+    source = graph(
+        "(float[n, 16] x) => (float[n, 5] z) { a = Gemm<transB = 1>(x, W, b)"
+        " c = Gemm<transB = 1>(x, V, d) s = Add(a, c) z = Div(s, two) }",
+        W=normal(5, 16),
+        b=normal(5, seed=1),
+        V=normal(5, 16, seed=2),
+        d=normal(5, seed=3),
+        two=np.float32(2.0),
+    )
+    result = folded(source)
+    assert weights(result.model) == 5 * 16 + 5
+    assert "Div" not in operators(result.model)
+
+
+def test_a_skip_goes_into_the_layer() -> None:
+    """``x + x W``: as many weights, an operator less."""
+    source = graph(f"{ROWS} {{ a = MatMul(x, W) s = Add(x, a) z = Relu(s) }}", W=normal(16, 16))
+    assert operators(folded(source, 0).model) == ["MatMul", "Relu"]
+
+
+def test_what_comes_from_elsewhere_is_added_as_before() -> None:
+    source = graph(
+        "(float[n, t, 16] x, float[n, t, 16] y) => (float[n, t, 16] z) { r = Relu(y)"
+        " a = MatMul(x, W) b0 = MatMul(x, A) b = MatMul(b0, B) s = Sub(r, a) t0 = Add(s, p)"
+        " u = Add(t0, b) z = Relu(u) }",
+        W=normal(16, 16),
+        A=normal(16, 4, seed=1),
+        B=normal(4, 16, seed=2),
+        p=normal(3, 16, seed=4)[:1],
+    )
+    result = folded(source)
+    assert operators(result.model).count("MatMul") == 1
+
+
+# --- BatchNorm behind a change of layout ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", ["q = Shape(y)", "q = Constant<value_ints = [2, 3, 6]>()"])
+def test_batch_norm_behind_a_flattened_product(shape: str) -> None:
+    """LeViT: ``BN(flatten(x W))``, reshaped back; both changes of layout go."""
+    source = graph(
+        "(float[2, 3, 16] x) => (float[2, 3, 6] z) { y = MatMul(x, W) f = Reshape(y, to)"
+        f" b = BatchNormalization(f, {bn(0)}) {shape} r = Reshape(b, q) z = Relu(r) }}",
+        W=normal(16, 6),
+        to=np.array([-1, 6]),
+        **norm(6, 0),
+    )
+    result = folded(source, 3 * 6)
+    assert [op for op in operators(result.model) if op != "Constant"] == ["MatMul", "Add", "Relu"]
+    (stream,) = result.report.folded
+    assert stream.folded is not None
+
+
+def test_batch_norm_behind_a_transpose() -> None:
+    """BatchNorm1d over channels first, behind a layer with channels last."""
+    source = graph(
+        "(float[n, t, 16] x) => (float[n, 6, t] z) { y = MatMul(x, W) f = Transpose<perm ="
+        f" [0, 2, 1]>(y) b = BatchNormalization(f, {bn(0)}) z = Relu(b) }}",
+        W=normal(16, 6),
+        **norm(6, 0),
+    )
+    assert operators(folded(source).model) == ["MatMul", "Add", "Transpose", "Relu"]
+
+
+# --- Refusal --------------------------------------------------------------------------------------
+
+
+def test_a_low_rank_pair_stays() -> None:
+    source = graph(
+        f"{ROWS} {{ a = MatMul(x, A) b = MatMul(a, B) z = Relu(b) }}",
+        A=normal(16, 4, seed=1),
+        B=normal(4, 16, seed=2),
+    )
+    assert operators(fold(source, only=["branches"]).model) == operators(source)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        # a bias that zeros are put around
+        "r = Conv(x, P, p) a = Conv<pads = [1, 1, 1, 1]>(r, K) z = Add(a, x)",
+        # another step
+        "a = Conv<strides = [2, 2], pads = [1, 1, 1, 1]>(x, K) c = Conv(x, P) q = Shape(c)"
+        ' e = Resize<mode = "nearest">(a, , , q) z = Add(e, c)',
+        # statistics of the batch
+        "a, d, e = BatchNormalization<training_mode = 1>(x, g0, b0, m0, v0) c = Conv(x, P)"
+        " z = Add(a, c)",
+        # a gain that is not the same at every position
+        "a = Conv(x, P) c = Mul(x, W) z = Add(a, c)",
+    ],
+)
+def test_what_is_no_linear_map_stays(body: str) -> None:
+    source = graph(
+        f"(float[n, 8, 6, 6] x) => (float[n, 8, a, b] z) {{ {body} }}",
+        K=normal(8, 8, 3, 3),
+        P=normal(8, 8, 1, 1, seed=1),
+        p=normal(8, seed=2),
+        W=normal(6, 6, seed=3),
+        **norm(8, 0),
+    )
+    result = fold(source, only=["branches"])
+    assert not result.report.folded or "Conv" in operators(result.model)
+    if result.report.folded:
+        folded(source, only=["branches"])
+
+
+def test_values_that_something_else_reads_stay() -> None:
+    """The half of an adapter that is a graph output, and a weight that another layer reads."""
+    source = graph(
+        "(float[n, t, 16] x) => (float[n, t, 16] z, float[n, t, 4] a) { y = MatMul(x, W)"
+        " a = MatMul(x, A) b = MatMul(a, B) s = Add(y, b) z = Relu(s) }",
+        W=normal(16, 16),
+        A=normal(16, 4, seed=1),
+        B=normal(4, 16, seed=2),
+    )
+    assert proto(fold(source, only=["branches"]).model) == proto(source)
+    tied = graph(
+        "(float[n, t, 16] x) => (float[n, t, 16] z, float[n, t, 16] o) { y = MatMul(x, W)"
+        " v = MatMul(x, V) s = Add(y, v) z = Relu(s) r = Relu(x) o = MatMul(r, W) }",
+        W=normal(16, 16),
+        V=normal(16, 16, seed=1),
+    )
+    result = folded(tied, only=["branches"])
+    assert weights(result.model) == 2 * 16 * 16
+
+
+def test_an_adapter_that_is_an_input_stays() -> None:
+    source = graph(
+        "(float[n, t, 16] x, float[16, 4] A, float[4, 16] B) => (float[n, t, 16] z) {"
+        " y = MatMul(x, W) a = MatMul(x, A) b = MatMul(a, B) s = Add(y, b) z = Relu(s) }",
+        W=normal(16, 16),
+    )
+    assert proto(fold(source).model) == proto(source)
+
+
+def test_protected_weights_stay() -> None:
+    source = lora("a = MatMul(x, A) b = MatMul(a, B) c = Mul(b, s)")
+    assert "'A' is protected" in refused(source, protect=["A"], only=["branches"])
+
+
+def test_a_wrong_kernel_is_caught_by_the_proof(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A window in the wrong corner: the fold is named, taken back, and the model stays right."""
+    from onnx_fold.streams import maps
+
+    offset = maps._offset
+    monkeypatch.setattr(
+        maps, "_offset", lambda *given: tuple(0 for _ in offset(*given) or ()) or None
+    )
+    source = graph(
+        f"{IMAGE} {{ a = Conv<pads = [1, 1, 1, 1]>(x, K) c = Conv(x, P) s = Add(a, c)"
+        " z = Relu(s) }",
+        K=normal(8, 8, 3, 3),
+        P=normal(8, 8, 1, 1, seed=1),
+    )
+    result = onnx_fold.fold(source, only="branches", shapes={"n": 2, "h": 6, "w": 5})
+    assert not result.report.folded
+    assert "the proof rejects it" in str(result.report.taken_back)
+
+
+# --- Any block ------------------------------------------------------------------------------------
+
+
+def _branch(draw: Callable[[st.SearchStrategy[str]], str], number: int, groups: int) -> str:
+    """One path from ``x`` to ``p{number}``: a few linear operators that keep the size."""
+    steps, value = [], "x"
+    for step in range(int(draw(st.sampled_from("0123")))):
+        seed = 3 * number + step  # weights of its own, so that paths do not cancel out
+        kinds = [
+            f"Conv<pads = [1, 1, 1, 1], group = {groups}>({value}, K{seed})",
+            f"Conv<group = {groups}>({value}, P{seed})",
+            f"BatchNormalization({value}, {bn(seed)})",
+            f"Mul({value}, L{seed})",
+            f"Add(L{seed}, {value})",
+            f"Neg({value})",
+            f"Conv<pads = [2, 0, 2, 0], group = {groups}>({value}, T{seed}, b{seed})",
+        ]
+        steps.append(f"y{seed} = {draw(st.sampled_from(kinds))}")
+        value = f"y{seed}"
+    return " ".join([*steps, f"p{number} = Identity({value})"])
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_any_block(data: st.DataObject) -> None:
+    """Whatever is folded of random blocks is the same function, and has no more weights."""
+    groups, count = data.draw(st.sampled_from([1, 2, 4])), data.draw(st.integers(2, 4))
+    held: dict[str, np.ndarray] = {}
+    for seed in range(3 * count):
+        held |= norm(4, seed)
+        held[f"K{seed}"] = normal(4, 4 // groups, 3, 3, seed=seed)
+        held[f"P{seed}"] = normal(4, 4 // groups, 1, 1, seed=seed)
+        held[f"T{seed}"] = normal(4, 4 // groups, 5, 1, seed=seed)
+        held[f"L{seed}"] = normal(4, 1, 1, seed=seed)
+    body = [_branch(data.draw, number, groups) for number in range(count)]
+    total = "p0"
+    for number in range(1, count):
+        operator = data.draw(st.sampled_from(["Add", "Sub"]))
+        body.append(f"s{number} = {operator}({total}, p{number})")
+        total = f"s{number}"
+    text = " ".join([*body, f"z = Relu({total})"])
+    held = {name: array for name, array in held.items() if re.search(rf"\b{name}\b", text)}
+    source = graph(f"(float[n, 4, h, w] x) => (float[n, 4, h, w] z) {{ {text} }}", **held)
+    result = fold(source, only=["branches"])
+    if result.report.folded:
+        folded(source, only=["branches"])
