@@ -133,6 +133,7 @@ def _parts(concat: ir.Node, axis: int, search: Search) -> Iterator[Part]:
             return
         stream = search.stream(value, axis, size)
         is_own = [opening.node is concat for opening in stream.openings] == [True]
+        is_own = is_own and list(concat.inputs).count(value) == 1
         is_own = is_own and bool(stream.writers) and not stream.readers and not stream.tables
         is_own = is_own and all(writer.num_matrices == 1 for writer in stream.writers)
         yield Part(value, range(start, start + size), stream if is_own else None)
