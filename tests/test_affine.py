@@ -146,3 +146,19 @@ def test_an_infinite_gain():
     assert "not finite" in refused(model)
     assert proto(fold(model).model) == proto(model)
     assert isinstance(model, ir.Model)
+
+
+def test_a_gain_that_is_a_bias_elsewhere() -> None:
+    """What a gain is written back with stays, though a fold changes the bias that it also is."""
+    source = graph(
+        "(float[n, t, 4] x) => (float[n, t, 4] y, float[n, t, 4] z) { p = MatMul(x, P)"
+        " q = Add(b, p) r = MatMul(q, Q) y = Abs(r) s = MatMul(q, R) t = Mul(s, b)"
+        " u = MatMul(t, U) v = MatMul(t, V) w = Relu(v) c = Abs(u) z = Add(w, c) }",
+        P=square(4),
+        Q=normal(4, 4, seed=1),
+        R=normal(4, 4, seed=2),
+        U=normal(4, 4, seed=3),
+        V=normal(4, 4, seed=4),
+        b=normal(4, seed=5),
+    )
+    folded(source, only=["absorb"], tolerance=float("inf"))

@@ -157,21 +157,23 @@ def _as_matmul(
 ) -> None:
     """Let ``node`` multiply its input by a matrix, and note how to write it back."""
     index, op_type, inputs = affine.index, node.op_type, tuple(node.inputs)
-    tensor = _matrix(node, affine, stream)
+    tensor, other = _matrix(node, affine, stream), inputs[1 - index]
     matrix = editor.constant(tensor, f"{node.outputs[0].name}_matrix")
+    held = other
+    if affine.gain is not None:  # a fold of what reads it too must leave it for the way back
+        held = editor.node(node, "Identity", [other]).outputs[0]
     node.op_type = "MatMul"
     node.replace_input_with(0, inputs[index])
     node.replace_input_with(1, matrix)
 
     def write_back() -> None:
-        other = inputs[1 - index]
         if node.graph is None or node.inputs[1] is not matrix:  # it has merged
-            editor.remove_dead([other])
+            editor.remove_dead([held])
             return
         node.op_type = op_type
         node.replace_input_with(index, node.inputs[0])
         node.replace_input_with(1 - index, other)
-        editor.remove_dead([matrix])
+        editor.remove_dead([matrix, held])
 
     explicit.callback(write_back)
 

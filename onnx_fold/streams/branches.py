@@ -294,10 +294,39 @@ def _paths(
         if node is None or node.graph is not graph or is_read:
             return found
         step = as_map(node, axis, shapes)
-        joined = None if step is None else step[1].then(last.map)
-        if step is None or joined is None:
+        way = _flattened(node, axis, shapes) if step is None else _Path(*step, (node,))
+        joined = None if way is None else way.map.then(last.map)
+        if way is None or joined is None:
             return found
-        found.append(_Path(step[0], joined, (node, *last.nodes)))
+        found.append(_Path(way.source, joined, (*way.nodes, *last.nodes)))
+
+
+def _flattened(node: ir.Node, axis: int, shapes: Shapes) -> _Path | None:
+    """A layer between two Reshapes, of which ``node`` gives back what the other one changed.
+
+    So exporters write a Gemm of more than two axes. It is the same at every position.
+    """
+    if operator(node) != "Reshape" or axis != -1:
+        return None
+    value, width, nodes = node.inputs[0], shapes.dim(node.outputs[0], -1), [node]
+    if value is None or not isinstance(width, int) or shapes.dim(value, -1) != width:
+        return None
+    total = identity(axis, width)
+    while (front := value.producer()) is not None and _only_user(value) is not None:
+        nodes.insert(0, front)
+        if operator(front) == "Reshape":
+            x = front.inputs[0]
+            if x is None or shapes.dim(x, -1) != total.in_features:
+                return None
+            before, after = shapes(x) or (), shapes(node.outputs[0]) or (None,)
+            is_back = before[:-1] == after[:-1] and None not in before[:-1]
+            return _Path(x, total, tuple(nodes)) if is_back else None
+        step = as_map(front, axis, shapes)
+        joined = None if step is None else step[1].then(total)
+        if step is None or joined is None:
+            return None
+        value, total = step[0], joined
+    return None
 
 
 def _common(paths: Sequence[Sequence[_Path]]) -> dict[int, _Path]:
