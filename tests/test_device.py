@@ -77,10 +77,12 @@ def block(dtype: type) -> ir.Model:
 def test_a_fold_by_torch(monkeypatch: pytest.MonkeyPatch, strategy: str, dtype: type) -> None:
     monkeypatch.setattr(pipeline, "find_device", TorchDevice)
     model = block(dtype)
-    result = onnx_fold.fold(model, strategy=strategy, verify=False, device="cpu")
+    result = onnx_fold.fold(model, strategy=strategy, objective="size", verify=False, device="cpu")
     assert result.report.saving.weights == 36
     assert_same_function(model, result.model)
-    expected = onnx_fold.fold(model, strategy=strategy, verify=False, device="cpu")
+    expected = onnx_fold.fold(
+        model, strategy=strategy, objective="size", verify=False, device="cpu"
+    )
     for name, value in result.model.graph.initializers.items():
         if isinstance(tensor := value.const_value, FoldedTensor):
             assert tensor.device == pickle.loads(pickle.dumps(tensor)).device == TORCH

@@ -127,7 +127,7 @@ def biases_removed(name: str, strategy: str) -> set[int]:
 def test_each_closed_stream_loses_d_squared(tmp_path, name, exporter, cache):
     skipless = case(name, cache=cache)
     model = ir.load(export(skipless, tmp_path / "model.onnx", exporter, opset(name, exporter)))
-    result = onnx_fold.fold(model, verify=False)
+    result = onnx_fold.fold(model, objective="size", verify=False)
     report = result.report
     family = FAMILIES[name]
     streams = family.streams_with_cache if cache else family.streams
@@ -152,7 +152,7 @@ UNMODIFIED = [
 def test_with_norms_and_skips_nothing_changes(tmp_path, name, exporter):
     unmodified = case(name, skipless=False)
     path = export(unmodified, tmp_path / "model.onnx", exporter, opset(name, exporter))
-    result = onnx_fold.fold(path, verify=False)
+    result = onnx_fold.fold(path, objective="size", verify=False)
     assert not result.report.folded
     result.save(tmp_path / "same.onnx")
     assert (tmp_path / "same.onnx").read_bytes() == path.read_bytes()

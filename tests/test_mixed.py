@@ -37,7 +37,7 @@ def test_islands_of_float32(tmp_path, name, islands):
     path = export(case(name), tmp_path / "wide.onnx", "torchscript", 17)
     source = tmp_path / "mixed.onnx"
     onnx.save(mixed(path, islands), source)
-    result = onnx_fold.fold(source, output=tmp_path / "folded.onnx")
+    result = onnx_fold.fold(source, objective="size", output=tmp_path / "folded.onnx")
     assert len(result.report.folded) == FAMILIES[name].streams - ((name, islands) in NOT_SEEN)
     assert result.report.verification.ok
     onnx.checker.check_model(str(tmp_path / "folded.onnx"), full_check=True)

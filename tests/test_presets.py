@@ -53,7 +53,7 @@ def signature(model: ir.Model) -> list[tuple[str | None, str, str]]:
 
 def check(path: Path, tmp_path: Path, weights: int, **options) -> onnx_fold.FoldResult:
     """Fold ``path``: the count, the checker, the signature, parity, and nothing left to fold."""
-    result = onnx_fold.fold(path, provider="cpu", **options)
+    result = onnx_fold.fold(path, provider="cpu", objective="size", **options)
     assert result.report.saving.weights == weights
     output = tmp_path / "folded.onnx"
     result.save(output)
@@ -100,7 +100,7 @@ def test_pivot_of_mha(exported, tmp_path, pivot):
 
 
 def test_structure_of_a_serial_fold(exported):
-    result = onnx_fold.fold(exported("tiny-gqa", kv_cache=True), provider="cpu")
+    result = onnx_fold.fold(exported("tiny-gqa", kv_cache=True), provider="cpu", objective="size")
     names = set(result.model.graph.initializers)
     for layer in range(PRESETS["tiny-gqa"].num_hidden_layers):
         assert f"layers.{layer}.attn.q_proj.weight" not in names
@@ -110,7 +110,9 @@ def test_structure_of_a_serial_fold(exported):
 
 
 def test_one_of_p_q_k_v_in_a_parallel_block(exported):
-    result = onnx_fold.fold(exported("tiny-parallel", kv_cache=True), provider="cpu")
+    result = onnx_fold.fold(
+        exported("tiny-parallel", kv_cache=True), provider="cpu", objective="size"
+    )
     for stream in result.report.folded:
         assert stream.folded.weights_removed == PRESETS["tiny-parallel"].hidden_size ** 2
 
@@ -119,7 +121,7 @@ def test_one_of_p_q_k_v_in_a_parallel_block(exported):
 @pytest.mark.parametrize("preset", TINY)
 def test_residual_twin_comes_out_unchanged(exported, tmp_path, preset, exporter, opset):
     path = exported(preset, exporter, opset, residual=True)
-    result = onnx_fold.fold(path, provider="cpu")
+    result = onnx_fold.fold(path, provider="cpu", objective="size")
     assert not result.report.folded
     assert any("norm" in reason for s in result.report.left_alone for reason in s.reasons)
     result.save(tmp_path / "same.onnx")
@@ -128,7 +130,9 @@ def test_residual_twin_comes_out_unchanged(exported, tmp_path, preset, exporter,
 
 def test_same_input_gives_same_bytes(exported, tmp_path):
     for name in ("a.onnx", "b.onnx"):
-        onnx_fold.fold(exported("tiny-gqa", kv_cache=True), verify=False).save(tmp_path / name)
+        onnx_fold.fold(exported("tiny-gqa", kv_cache=True), objective="size", verify=False).save(
+            tmp_path / name
+        )
     assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
 
 

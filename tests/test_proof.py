@@ -183,7 +183,7 @@ def test_a_wrong_fold_is_taken_back_and_the_rest_is_kept(kind, monkeypatch):
     monkeypatch.setattr(Rewrite, "apply", wrong)
     model = block(kind)
     before = proto(model)
-    result = onnx_fold.fold(model)
+    result = onnx_fold.fold(model, objective="size")
     assert proto(model) == before
     taken_back = result.report.taken_back
     assert taken_back.keys() == {
@@ -196,7 +196,7 @@ def test_a_wrong_fold_is_taken_back_and_the_rest_is_kept(kind, monkeypatch):
     refused = [each.refused for stream in result.report.streams for each in stream.candidates]
     assert set(taken_back.values()) < set(refused)
     with pytest.raises(onnx_fold.CheckFailedError, match="the proof rejects absorb"):
-        onnx_fold.fold(model, strict=True)
+        onnx_fold.fold(model, objective="size", strict=True)
 
 
 def test_a_fold_that_only_the_whole_model_rejects_is_found_by_bisection(monkeypatch):
@@ -217,12 +217,12 @@ def test_a_fold_that_is_right_and_inaccurate_is_taken_back(monkeypatch):
 
     monkeypatch.setattr(Rewrite, "apply", coarse)
     monkeypatch.setattr(exact_module, "_is_rounded", lambda *_: True)
-    result = onnx_fold.fold(block("float"))
+    result = onnx_fold.fold(block("float"), objective="size")
     assert result.report.proof.proved == [stream.name for stream in result.report.folded]
     assert any("is not the same function" in why for why in result.report.taken_back.values())
     assert result.report.verification is None or result.report.verification.ok
     with pytest.raises(onnx_fold.CheckFailedError, match="is not the same function"):
-        onnx_fold.fold(block("float"), strict=True)
+        onnx_fold.fold(block("float"), objective="size", strict=True)
 
 
 @pytest.mark.parametrize("kind", TYPES)
