@@ -18,7 +18,8 @@ from rich.console import Group, RenderableType
 from onnx_fold.algebra.device import Array, find_device
 from onnx_fold.base.arguments import several
 from onnx_fold.base.progress import Report, ignore
-from onnx_fold.base.tables import new_table
+from onnx_fold.base.schema import SCHEMA_VERSION
+from onnx_fold.base.tables import Shown, new_table
 from onnx_fold.check.parity import ParityReport
 from onnx_fold.check.parity import verify as parity_check
 from onnx_fold.check.sampled import fits_in_memory, verify_sampled
@@ -61,6 +62,9 @@ class FoldResult:
     report: FoldReport
     original: ir.Model
     source: Path | None = None
+
+    def __repr__(self) -> str:
+        return f"<FoldResult: {self.report!r}>"
 
     def save(
         self,
@@ -403,7 +407,7 @@ def _check_options(options: Options, strategy: str | None) -> None:
 
 
 @dataclass(frozen=True)
-class InspectReport:
+class InspectReport(Shown):
     """What is in a model and what folding would do to it.
 
     Attributes:
@@ -416,9 +420,13 @@ class InspectReport:
     plan: FoldReport
     metadata: dict[str, Any] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        return f"<InspectReport: {self.plan!r}>"
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON-ready data."""
         return {
+            "schema_version": SCHEMA_VERSION,
             "model": self.metadata,
             "attention": [each.to_dict() for each in self.attention],
             "plan": self.plan.to_dict(),

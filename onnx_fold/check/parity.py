@@ -27,6 +27,8 @@ from onnx_fold.algebra.basis import MAX_RATIO
 from onnx_fold.algebra.device import Array
 from onnx_fold.algebra.precision import SIXTEEN_BITS, is_float
 from onnx_fold.base.arguments import several
+from onnx_fold.base.schema import SCHEMA_VERSION
+from onnx_fold.base.tables import Shown
 from onnx_fold.check.feeds import frozen_feeds, make_feeds
 from onnx_fold.check.judge import Feed, Judge, OutputParity, Run
 from onnx_fold.check.parity_table import parity_table
@@ -61,7 +63,7 @@ EVALUATOR_LIMIT = 2 * 2**30
 
 
 @dataclass
-class ParityReport:
+class ParityReport(Shown):
     """Whether two models compute the same function.
 
     Attributes:
@@ -94,9 +96,13 @@ class ParityReport:
         """Whether the models compute the same function: ``assert verify(a, b)`` means it."""
         return self.ok
 
+    def __repr__(self) -> str:
+        verdict = "same function" if self.ok else f"differs: {self.reason}"
+        return f"<ParityReport: {verdict}>"
+
     def to_dict(self) -> dict[str, Any]:
         """Return the report for JSON; infinity and NaN become None."""
-        report: dict[str, Any] = _finite(asdict(self))
+        report: dict[str, Any] = {"schema_version": SCHEMA_VERSION, **_finite(asdict(self))}
         return report
 
     def __rich__(self) -> RenderableType:

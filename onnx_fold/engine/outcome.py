@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
-from onnx_fold.graph.linear import compact
+from onnx_fold.graph.linear import Linear, compact
+from onnx_fold.rewriting.rewrite import Rewrite, stored_size
 from onnx_fold.streams.heads import roles
-from onnx_fold.streams.stream import Opening, Stream
+from onnx_fold.streams.stream import ConstantWriter, Opening, Stream
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,27 @@ class CandidateReport:
         return f"{self.strategy} {self.text}"
 
 
+Role: TypeAlias = Literal["table", "writer", "reader"]
+"""What a layer is to a stream."""
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer or table of a stream: what it weighs, and what it does after the fold.
+
+    Attributes:
+        name: Its label.
+        role: What it is to the stream.
+        weights: Elements of its weight.
+        weights_after: The same after the fold of this stream: 0 if it became the identity.
+    """
+
+    name: str
+    role: Role
+    weights: int
+    weights_after: int
+
+
 @dataclass(frozen=True)
 class StreamReport:
     """One stream: who writes and reads it, and what became of it.
@@ -60,6 +82,8 @@ class StreamReport:
         reasons: Why it was left alone; empty if it was folded.
         candidates: All ways that were weighed.
         folded: The one that was taken.
+        layers: What its tables, writers and readers weigh.
+        leads_to: Labels of the layers that come next behind its readers.
         changed: Names of the values that this gave another basis, or another order of channels.
     """
 
@@ -73,6 +97,8 @@ class StreamReport:
     reasons: list[str] = field(default_factory=list)
     candidates: list[CandidateReport] = field(default_factory=list)
     folded: CandidateReport | None = None
+    layers: list[LayerReport] = field(default_factory=list)
+    leads_to: list[str] = field(default_factory=list)
     changed: frozenset[str] = frozenset()
 
     @classmethod
@@ -89,6 +115,8 @@ class StreamReport:
             is_foldable=is_foldable,
             ending=_ending(stream) if stream.written_by and not is_foldable else None,
             reasons=[_reason(opening, stream) for opening in stream.openings],
+            layers=[*layers_of(stream)],
+            leads_to=stream.leads_to if is_foldable else [],
         )
 
     @property
@@ -99,6 +127,20 @@ class StreamReport:
     def to_dict(self) -> dict[str, Any]:
         """As JSON-ready data."""
         return {name: value for name, value in asdict(self).items() if name != "changed"}
+
+
+def layers_of(stream: Stream, rewrite: Rewrite | None = None) -> Iterator[LayerReport]:
+    """Its tables, writers and readers, in this order, and what ``rewrite`` makes of them."""
+    roles: tuple[tuple[Role, Sequence[Linear | ConstantWriter]], ...] = (
+        ("table", stream.tables),
+        ("writer", stream.writers),
+        ("reader", stream.readers),
+    )
+    for role, members in roles:
+        for member in members:
+            before = stored_size(member.weight.tensor)
+            after = before if rewrite is None else rewrite.weights_after(member)
+            yield LayerReport(member.label, role, before, after)
 
 
 def _ending(stream: Stream) -> str:
