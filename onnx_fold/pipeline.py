@@ -16,7 +16,7 @@ import onnx_ir as ir
 from rich.console import Group, RenderableType
 
 from onnx_fold.algebra.device import Array, find_device
-from onnx_fold.base.arguments import several
+from onnx_fold.base.arguments import DeviceName, Pivot, Provider, TargetName, several
 from onnx_fold.base.progress import Report, ignore
 from onnx_fold.base.schema import SCHEMA_VERSION
 from onnx_fold.base.tables import Shown, new_table
@@ -135,7 +135,7 @@ def fold(
     in_place: bool = False,
     delete_old_data: bool = False,
     shard_size: int | None = None,
-    pivot: str = "auto",
+    pivot: Pivot = "auto",
     strategy: str | None = None,
     only: str | Iterable[str] = (),
     skip: str | Iterable[str] = (),
@@ -144,13 +144,13 @@ def fold(
     tolerance: float | None = None,
     force: bool = False,
     calibrate: str | os.PathLike[str] | Mapping[str, Array] | None = None,
-    device: str = "cpu",
-    target: str | None = None,
+    device: DeviceName = "cpu",
+    target: TargetName | None = None,
     verify: bool | str = True,
     strict: bool = False,
     shapes: Mapping[str, int] | Iterable[Mapping[str, int]] | None = None,
     inputs: str | os.PathLike[str] | Mapping[str, Array] | None = None,
-    provider: str = "auto",
+    provider: Provider = "auto",
     executor: Executor | None = None,
     progress: Report = ignore,
 ) -> FoldResult:
@@ -450,7 +450,7 @@ class InspectReport(Shown):
 def inspect(
     model: ModelSource,
     *,
-    pivot: str = "auto",
+    pivot: Pivot = "auto",
     strategy: str | None = None,
     only: str | Iterable[str] = (),
     skip: str | Iterable[str] = (),
@@ -459,8 +459,8 @@ def inspect(
     tolerance: float | None = None,
     force: bool = False,
     calibrate: str | os.PathLike[str] | Mapping[str, Array] | None = None,
-    device: str = "cpu",
-    target: str | None = None,
+    device: DeviceName = "cpu",
+    target: TargetName | None = None,
 ) -> InspectReport:
     """Show the streams of a model, what would fold, and why the rest would not.
 

@@ -15,6 +15,10 @@ WIDTH = 120
 class Shown:
     """What is printed as the command line shows it: ``print(report)``."""
 
+    def __rich__(self) -> RenderableType:
+        """For the terminal."""
+        raise NotImplementedError
+
     def __str__(self) -> str:
         return as_text(self)
 

@@ -26,7 +26,7 @@ from rich.text import Text
 from onnx_fold.algebra.basis import MAX_RATIO
 from onnx_fold.algebra.device import Array
 from onnx_fold.algebra.precision import SIXTEEN_BITS, is_float
-from onnx_fold.base.arguments import several
+from onnx_fold.base.arguments import Provider, several
 from onnx_fold.base.schema import SCHEMA_VERSION
 from onnx_fold.base.tables import Shown
 from onnx_fold.check.feeds import frozen_feeds, make_feeds
@@ -82,7 +82,7 @@ class ParityReport(Shown):
 
     ok: bool
     reason: str = ""
-    provider: str = "cpu"
+    provider: Provider = "cpu"
     dtype: str = ""
     outputs: list[OutputParity] = field(default_factory=list)
     shapes: list[str] = field(default_factory=list)
@@ -127,7 +127,7 @@ def verify(
     original: ModelSource,
     folded: ModelSource,
     *,
-    provider: str = "cpu",
+    provider: Provider = "cpu",
     samples: int = 1,
     shapes: Mapping[str, int] | Iterable[Mapping[str, int]] | None = None,
     inputs: str | os.PathLike[str] | Mapping[str, Array] | None = None,
@@ -260,7 +260,7 @@ class _FoldedFailedError(Exception):
 class _Runner:
     """Runs models one after another, each in a session that is dropped before the next is made."""
 
-    provider: str
+    provider: Provider
     emulate: bool | None
     notes: list[str]
     greedy: GreedyCheck | None = None

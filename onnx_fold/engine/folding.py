@@ -28,6 +28,7 @@ from onnx_fold.algebra.basis import (
 from onnx_fold.algebra.device import HOST, Device
 from onnx_fold.algebra.expression import Expression, FoldedTensor, ImpliedTensor
 from onnx_fold.algebra.precision import unit_roundoff
+from onnx_fold.base.arguments import Pivot, TargetName
 from onnx_fold.engine.cost import TARGETS
 from onnx_fold.engine.outcome import CandidateReport, StreamReport, layers_of
 from onnx_fold.graph.edit import Editor
@@ -62,13 +63,13 @@ class Options:
             whatever saves weights.
     """
 
-    pivot: str = "auto"
+    pivot: Pivot = "auto"
     protect: frozenset[str] = frozenset()
     tolerance: float | None = None
     force: bool = False
     taken_back: Mapping[str, str] = field(default_factory=dict)
     device: Device = HOST
-    target: str | None = None
+    target: TargetName | None = None
 
 
 Memo = dict[tuple[object, ...], tuple[CandidateReport, tuple[ir.TensorProtocol, ...]]]

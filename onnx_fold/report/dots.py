@@ -1,4 +1,4 @@
-"""Dot plots: a row for each figure, a dot where it lies, a line at its limit. Places in per cent."""
+"""Dot plots: a dot for each figure, on a track with a line at its limit. Places in per cent."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The parity check as JUnit XML: a test case for each output, as continuous integration reads it."""
+"""The parity check as JUnit XML, a test case for each output: for continuous integration."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from onnx_fold.engine.cost import Saving
 from onnx_fold.errors import MissingExtraError
 from onnx_fold.files.output import replacing
 from onnx_fold.graph.linear import compact
-from onnx_fold.report.alike import Alike, Repeat, alike, reasons_of, repeats
+from onnx_fold.report.alike import Repeat, alike, reasons_of, repeats
 from onnx_fold.report.attention import Attention
 from onnx_fold.report.blocks import WIDTH, Drawing, draw, scale_of
 from onnx_fold.report.dots import parity_plot, speed_plot
@@ -38,8 +38,11 @@ if TYPE_CHECKING:
 
 __all__ = ["check", "page", "write_page"]
 
-MOST_DRAWINGS, MOST_STREAMS, MOST_LISTED = 12, 60, 40
+MOST_DRAWINGS, MOST_STREAMS, MOST_LISTED = 12, 40, 24
 """Blocks that are drawn, kinds of streams that are listed, names that are listed of one kind."""
+
+LONGEST = 400
+"""Characters of one text; names in a model may be of any length."""
 
 
 class Inspected(Protocol):
@@ -143,12 +146,21 @@ def _template() -> Template:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("onnx_fold.report"),
         autoescape=True,
+        finalize=_finalize,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters |= {"compact": compact, "count": counted, "amount": _amount}
+    environment.filters["whole"] = jinja2.filters.FILTERS["forceescape"]
     return environment.get_template("page.html")
+
+
+def _finalize(value: Any) -> Any:
+    """Cut what is too long; markup that a template made is not."""
+    if isinstance(value, str) and not hasattr(value, "__html__") and len(value) > LONGEST:
+        return f"{value[: LONGEST - 1]}…"
+    return value
 
 
 def _amount(number: float) -> str:

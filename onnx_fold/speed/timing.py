@@ -29,7 +29,7 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
-from onnx_fold.base.arguments import several
+from onnx_fold.base.arguments import Provider, several
 from onnx_fold.base.schema import SCHEMA_VERSION
 from onnx_fold.base.tables import Shown, figures_table
 from onnx_fold.check.parity import signature_difference
@@ -131,7 +131,7 @@ class BenchReport(Shown):
             :func:`onnx_fold.runtime.environment.environment`.
     """
 
-    provider: str
+    provider: Provider
     repeats: int
     tokens: int
     threads: int | None
@@ -178,7 +178,7 @@ def bench(
     original: ModelSource,
     folded: ModelSource,
     *,
-    provider: str = "cpu",
+    provider: Provider = "cpu",
     batch: int | Iterable[int] = 1,
     prefill: int | Iterable[int] = 128,
     past: int | None = None,
