@@ -53,7 +53,7 @@ def deep():
 
 def stream(*layers: tuple[str, str, int, int], folded: str = "", **fields) -> StreamReport:
     """A report with layers ``(name, role, weights, after)``."""
-    made = [LayerReport(*layer) for layer in layers]
+    made = [LayerReport(*layer, output=layer[0]) for layer in layers]
     fold = CandidateReport("merge", folded, 64, -1) if folded else None
     return StreamReport(
         width=D,

@@ -58,12 +58,14 @@ class LayerReport:
         role: What it is to the stream.
         weights: Elements of its weight.
         weights_after: The same after the fold of this stream: 0 if it became the identity.
+        output: Name of the value that it makes; names of layers may be equal, these are not.
     """
 
     name: str
     role: Role
     weights: int
     weights_after: int
+    output: str
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,8 @@ def layers_of(stream: Stream, rewrite: Rewrite | None = None) -> Iterator[LayerR
         for member in members:
             before = stored_size(member.weight.tensor)
             after = before if rewrite is None else rewrite.weights_after(member)
-            yield LayerReport(member.label, role, before, after)
+            output = member.node.outputs[0].name or ""
+            yield LayerReport(member.label, role, before, after, output)
 
 
 def _ending(stream: Stream) -> str:

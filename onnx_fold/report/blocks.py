@@ -27,7 +27,7 @@ LARGEST, ASPECT, SMALLEST = 74.0, 1.35, 5.0
 ABOVE, TEXT, BELOW = 26.0, 28.0, 14.0
 """Heights: of the lines to a box, of its label, of the line that leaves it."""
 
-UNKNOWN = "…"
+UNKNOWN, NORM = "…", ": a norm"
 
 Point: TypeAlias = tuple[float, float]
 
@@ -42,6 +42,7 @@ class Box:
         count: How many layers it stands for.
         weights: Elements of one of them before the fold.
         weights_after: The same after it.
+        output: Name of the value that it makes.
         is_source: Whether it became the identity, or part of it did.
         is_target: Whether another layer was folded into it.
         is_table: Whether it is looked up by row.
@@ -59,6 +60,7 @@ class Box:
     count: int
     weights: int
     weights_after: int
+    output: str = ""
     is_source: bool = False
     is_target: bool = False
     is_table: bool = False
@@ -116,11 +118,18 @@ class Drawing:
         count: How many times it comes in a row.
         height: Units from top to bottom.
         is_folded: Whether anything in it was folded.
+        has_open: Whether something looks at the channels of one of its streams.
+        title: What was folded into what.
+        boxes: The layers.
+        lines: What joins them.
+        words: What is written between them.
+        arrows: From what was folded to what it was folded into.
     """
 
     count: int = 1
     height: float = 0.0
     is_folded: bool = False
+    has_open: bool = False
     title: str = ""
     boxes: list[Box] = field(default_factory=list)
     lines: list[Line] = field(default_factory=list)
@@ -144,6 +153,7 @@ def draw(block: Repeat, scale: float, endings: Mapping[str, str]) -> Drawing:
     """
     texts = [stream.folded.text for stream in block.streams if stream.folded is not None]
     drawing = Drawing(block.count, is_folded=bool(texts), title="; ".join(texts) or "left alone")
+    drawing.has_open = not all(stream.is_closed for stream in block.streams)
     _Artist(scale, endings, drawing).draw(block.streams)
     return drawing
 
@@ -164,7 +174,7 @@ class _Artist:
         for stream, below in zip_longest(streams, streams[1:]):
             shared = [box for box in hanging if box.is_shared]
             own = _boxes(stream, ("table", "writer"))
-            own = [box for box in own if box.name not in {each.name for each in shared}]
+            own = [box for box in own if box.output not in {each.output for each in shared}]
             if above is not None and not shared:
                 self._between(above, hanging, stream)
             bus = self._writers(own, shared)
@@ -175,7 +185,7 @@ class _Artist:
             self._readers(stream, hanging, bus)
             self._arrows([*shared, *own, *hanging], stream)
             above = stream
-        if above is not None and hanging and self._met(above) != UNKNOWN:
+        if above is not None and above.leads_to and self._met(above) != UNKNOWN:
             self._between(above, hanging, None)
         self.drawing.height = self.y + MARGIN
 
@@ -188,7 +198,12 @@ class _Artist:
         return bus
 
     def _stream(self, stream: StreamReport, bus: float) -> None:
-        self._line(MARGIN, bus, WIDTH - MARGIN, bus, "stream")
+        self._line(
+            MARGIN, bus, WIDTH - MARGIN, bus, "stream" if stream.is_closed else "stream open"
+        )
+        if not stream.is_closed:
+            is_norm = any(NORM in reason for reason in stream.reasons)
+            self._word(MARGIN, bus - 5, "open at a norm" if is_norm else "open", "open-name")
         self._word(WIDTH - MARGIN, bus + 13, f"{stream.width:,} wide", "stream-name")
 
     def _readers(self, stream: StreamReport, hanging: Sequence[Box], bus: float) -> None:
@@ -201,8 +216,7 @@ class _Artist:
                 )
         elif stream.folded is None:
             self._line(WIDTH / 2, bus, WIDTH / 2, bus + 12)
-            is_norm = any("a norm between" in reason for reason in stream.reasons)
-            self._word(WIDTH / 2, bus + 26, "norm" if is_norm else UNKNOWN, "between")
+            self._word(WIDTH / 2, bus + 26, UNKNOWN, "between")
             self.y = bus + 32
 
     def _between(
@@ -278,8 +292,8 @@ def _curve(source: Box, target: Box) -> str:
         x2, y2 = x2 - side * (target.width / 2 + 2), target.top(target.height_after / 2)
         return _path((x1, y1), (x1, (y1 + y2) / 2), (x2 - side * 40, y2), (x2, y2))
     x1, y1 = x1 + side * source.width / 2, source.top(source.height / 2)
-    x2, y2 = x2 + side * 9, target.top(target.height_after) - 2
-    reach = max(30.0, abs(x2 - x1) / 2)
+    x2, y2 = x2 + side * min(9.0, target.width / 2), target.top(target.height_after) - 2
+    reach = max(5.0 * len(source.label), abs(x2 - x1) / 2)  # around its own label
     return _path((x1, y1), (x1 + side * reach, y1), (x2, (y1 + y2) / 2), (x2, y2))
 
 
@@ -308,6 +322,7 @@ def _boxes(stream: StreamReport, roles: Sequence[str]) -> list[Box]:
                 1,
                 each.weights,
                 each.weights_after,
+                each.output,
                 is_source,
                 is_folded and not is_source,
                 each.role == "table",
@@ -319,16 +334,16 @@ def _boxes(stream: StreamReport, roles: Sequence[str]) -> list[Box]:
         is_target, is_source = any(b.is_target for b in rest), any(b.is_source for b in rest)
         weights = sum(box.weights * box.count for box in rest)
         after = sum(box.weights_after * box.count for box in rest)
-        more = Box(f"{count} more", f"{count} more", 1, weights, after, is_source, is_target)
+        more = Box(f"{count} more", f"{count} more", 1, weights, after, "", is_source, is_target)
         boxes = [*boxes[: SLOTS - 1], more]
     return boxes
 
 
 def _share(hanging: Sequence[Box], writers: Sequence[Box]) -> None:
     """Layers that read one stream and write the next are drawn once, as both folds left them."""
-    below = {box.name: box for box in writers}
+    below = {box.output: box for box in writers}
     for box in hanging:
-        if (writer := below.get(box.name)) is None:
+        if (writer := below.get(box.output)) is None:
             continue
         box.is_shared = True
         if writer.weights_after == box.weights:  # the fold below came first
