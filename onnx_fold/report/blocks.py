@@ -201,9 +201,8 @@ class _Artist:
         self._line(
             MARGIN, bus, WIDTH - MARGIN, bus, "stream" if stream.is_closed else "stream open"
         )
-        if not stream.is_closed:
-            is_norm = any(NORM in reason for reason in stream.reasons)
-            self._word(MARGIN, bus - 5, "open at a norm" if is_norm else "open", "open-name")
+        if not stream.is_closed and stream.readers:
+            self._word(MARGIN, bus - 5, f"open{_where(stream)}", "open-name")
         self._word(WIDTH - MARGIN, bus + 13, f"{stream.width:,} wide", "stream-name")
 
     def _readers(self, stream: StreamReport, hanging: Sequence[Box], bus: float) -> None:
@@ -216,7 +215,7 @@ class _Artist:
                 )
         elif stream.folded is None:
             self._line(WIDTH / 2, bus, WIDTH / 2, bus + 12)
-            self._word(WIDTH / 2, bus + 26, UNKNOWN, "between")
+            self._word(WIDTH / 2, bus + 26, f"open{_where(stream)}", "between")
             self.y = bus + 32
 
     def _between(
@@ -258,7 +257,7 @@ class _Artist:
         row = max(max(box.height, box.height_after) for box in boxes)
         for number, box in enumerate(boxes):
             box.x, box.y, box.row = MARGIN + slot * (number + 0.5), self.y, row
-            box.label = _short(box.name, int(slot / 6.4))
+            box.label = _short(box.name, int(slot / 7))
         self.drawing.boxes += boxes
         self.y += row + TEXT
 
@@ -352,6 +351,11 @@ def _share(hanging: Sequence[Box], writers: Sequence[Box]) -> None:
             box.weights_after = writer.weights_after
         box.is_source |= writer.is_source
         box.is_target |= writer.is_target
+
+
+def _where(stream: StreamReport) -> str:
+    """What holds the basis of an open stream, in a word."""
+    return " at a norm" if any(NORM in reason for reason in stream.reasons) else ""
 
 
 def _short(name: str, length: int) -> str:
