@@ -327,7 +327,9 @@ def test_a_page_of_a_fold_that_does_not_verify(run, monkeypatch):
     code, _, _ = run("fold", "m.onnx", "-o", "f.onnx", "--strict", "--html", "p.html")
     assert code == 1
     assert files() == {"m.onnx", "p.html"}
-    assert "not the same function: the outputs differ" in Path("p.html").read_text()
+    text = Path("p.html").read_text()
+    assert "not the same function" in text
+    assert "the outputs differ" in text
 
 
 def test_without_jinja_a_page_is_refused_before_the_work(run, monkeypatch):

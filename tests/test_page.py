@@ -164,6 +164,7 @@ def test_why_streams_stayed():
     assert text.count("is read by Softmax") == 2, "once in the list, once with the streams"
     assert f"{TIMES} 7" in text
     assert "'c' is protected" in text
+    assert "Left alone" in page(report(stream(("c", "writer", 9, 9), ("d", "reader", 9, 9))))
 
 
 def test_a_fold_that_was_taken_back():
@@ -178,9 +179,9 @@ def test_parity(deep):
     assert "same function" in text
     assert parity.outputs[0].name in text
     failed = replace(parity.outputs[0], ok=False, margin=3.0, reason="too far")
-    text = Reader(page(ParityReport(False, "too far", outputs=[failed]))).text
-    assert "differs: too far" in text
-    assert "300 % of the limit" in text
+    text = Reader(page(ParityReport(False, "output 'y' is too far", outputs=[failed]))).text
+    assert "differs output 'y' is too far" in text
+    assert "3x its limit: too far" in text
 
 
 def test_bench():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from onnx_fold.check.judge import OutputParity
 from onnx_fold.check.parity import ParityReport
@@ -69,7 +69,6 @@ class Plot:
     lines: Sequence[Mark]
     caption: str
     left_out: int = 0
-    notes: Sequence[str] = field(default_factory=list)
 
 
 def parity_plot(proof: Proof | None, parity: ParityReport | None, limit: float) -> Plot | None:
@@ -103,6 +102,9 @@ def _output_row(output: OutputParity) -> Row:
     if output.margin is None:
         text = output.reason or ("equal" if output.ok else "differs")
         return _margin_row(output.name, 0.0 if output.ok else math.inf, text, output.ok)
+    if not output.ok:
+        text = f"{output.margin:.3g}x its limit: {output.reason}"
+        return _margin_row(output.name, output.margin, text, ok=False)
     parts = [f"{100 * output.margin:.3g} % of the limit"]
     if output.error_original is not None and output.error_folded is not None:
         parts.append(f"error {output.error_original:.1e} → {output.error_folded:.1e}")
@@ -110,9 +112,7 @@ def _output_row(output: OutputParity) -> Row:
         parts.append(f"relative error {output.relative_error:.1e}")
     if output.judged:
         parts.append(f"judged by {output.judged}")
-    if not output.ok and output.reason:
-        parts.append(output.reason)
-    return _margin_row(output.name, output.margin, ", ".join(parts), output.ok)
+    return _margin_row(output.name, output.margin, ", ".join(parts), ok=True)
 
 
 def _margin_row(name: str, margin: float, text: str, ok: bool) -> Row:

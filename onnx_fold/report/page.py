@@ -81,6 +81,7 @@ class Page:
     title: str
     verdict: str
     tone: str
+    reason: str = ""
     figures: list[Figure] = field(default_factory=list)
     drawings: list[Drawing] = field(default_factory=list)
     undrawn: int = 0
@@ -192,6 +193,7 @@ def _fold(report: FoldReport) -> Page:
         "most": MOST_LISTED,
     }
     if report.verification is not None:
+        made.reason = report.verification.reason
         made.sections |= _parity_sections(report.verification)
     made.sections["parity"] = parity_plot(report.proof, report.verification, LIMIT)
     made.sections["unproved"] = {} if report.proof is None else report.proof.unproved
@@ -211,7 +213,7 @@ def _inspect(report: Inspected) -> Page:
 def _verdict(report: FoldReport) -> tuple[str, str]:
     count = counted(len(report.folded), "stream")
     if report.verification is not None and not report.verification.ok:
-        return f"not the same function: {report.verification.reason}", "bad"
+        return "not the same function", "bad"
     if not report.folded:
         return "nothing folds: the model stays as it is", "neutral"
     if report.is_plan:
@@ -310,15 +312,13 @@ def _verify(report: ParityReport) -> Page:
     if report.ok:
         made = Page("Parity", f"same function{scope}", "good")
     else:
-        made = Page("Parity", f"differs{scope}: {report.reason}", "bad")
+        made = Page("Parity", f"differs{scope}", "bad", report.reason)
     made.figures = [_parity_figure(report)]
     margins = [output.margin for output in report.outputs if output.margin is not None]
     if margins:
         nearest = max(margins)
-        tone = "good" if nearest <= 1 else "bad"
-        made.figures.append(
-            Figure("nearest to its limit", f"{nearest:.1%}", "of what it may be", tone)
-        )
+        share, tone = (f"{nearest:.1%}", "good") if nearest <= 1 else (f"{nearest:.3g}x", "bad")
+        made.figures.append(Figure("nearest to its limit", share, "of what it may be", tone))
     agreements = [o.top1_agreement for o in report.outputs if o.top1_agreement is not None]
     if agreements:
         made.figures.append(Figure("top-1", f"{min(agreements):.1%}", "the same likeliest token"))
@@ -365,7 +365,7 @@ def _bench(report: BenchReport) -> Page:
 def _flat(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     """Nested data as pairs of a name and a text; what is unknown is left out."""
     for name, value in data.items():
-        words = f"{prefix}{name.replace('_', ' ')}"
+        words = f"{prefix}{name.replace('_', ' ').replace(' mib', ' MiB')}"
         if isinstance(value, Mapping):
             leaves_out = name in ("machine", "versions")
             yield from _flat(value, "" if leaves_out else f"{words} ")
