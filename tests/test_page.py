@@ -318,6 +318,7 @@ def test_a_layer_between_two_streams_is_drawn_once():
     drawing = drawn(first, second)
     assert [box.name for box in drawing.boxes] == ["a", "b", "c"]
     assert [box.weights_after for box in drawing.boxes] == [0, 0, 80]
+    assert len(drawing.arrows) == 2
 
 
 def test_layers_that_are_alike_are_a_pile():

@@ -149,7 +149,7 @@ def draw(block: Repeat, scale: float, endings: Mapping[str, str]) -> Drawing:
     Args:
         block: Its streams.
         scale: See :func:`scale_of`.
-        endings: Where the streams end that its layers write, see :attr:`StreamReport.ending`.
+        endings: Where streams end, see :attr:`StreamReport.ending`, by the values that layers make.
     """
     texts = [stream.folded.text for stream in block.streams if stream.folded is not None]
     drawing = Drawing(block.count, is_folded=bool(texts), title="; ".join(texts) or "left alone")
@@ -198,9 +198,8 @@ class _Artist:
         return bus
 
     def _stream(self, stream: StreamReport, bus: float) -> None:
-        self._line(
-            MARGIN, bus, WIDTH - MARGIN, bus, "stream" if stream.is_closed else "stream open"
-        )
+        kind = "stream" if stream.is_closed else "stream open"
+        self._line(MARGIN, bus, WIDTH - MARGIN, bus, kind)
         if not stream.is_closed and stream.readers:
             self._word(MARGIN, bus - 5, f"open{_where(stream)}", "open-name")
         self._word(WIDTH - MARGIN, bus + 13, f"{stream.width:,} wide", "stream-name")
@@ -210,9 +209,8 @@ class _Artist:
         if hanging:
             self._row(hanging)
             for box in hanging:
-                self._line(
-                    box.x, bus, box.x, box.top(min(box.height, box.height_after or box.height))
-                )
+                least = min(box.height, box.height_after or box.height)
+                self._line(box.x, bus, box.x, box.top(least))
         elif stream.folded is None:
             self._line(WIDTH / 2, bus, WIDTH / 2, bus + 12)
             self._word(WIDTH / 2, bus + 26, f"open{_where(stream)}", "between")
@@ -237,7 +235,8 @@ class _Artist:
 
     def _met(self, stream: StreamReport) -> str:
         """What stands behind the readers of ``stream``."""
-        met = {self.endings.get(name) for name in stream.readers}
+        readers = (each.output for each in stream.layers if each.role == "reader")
+        met = {self.endings.get(output) for output in readers}
         if "attention cores" in met:
             is_parallel = "activations" in met and len(stream.leads_to) > 1
             return "attention, activation" if is_parallel else "attention"
@@ -269,30 +268,30 @@ class _Artist:
         box.height_after = max(SMALLEST, after) if box.weights_after else 0.0
 
     def _arrows(self, boxes: Sequence[Box], stream: StreamReport) -> None:
-        if stream.folded is None:
-            return
-        sources = [box for box in boxes if box.is_source]
-        targets = [box for box in boxes if box.is_target and not box.is_source]
-        for source in sources[:3]:
-            for target in targets:
-                self.drawing.arrows.append(Arrow(_curve(source, target)))
+        gone = _sources(stream)
+        targets = [box for box in boxes if box.output not in gone]
+        for source in [box for box in boxes if box.output in gone][:3]:
+            self.drawing.arrows += [Arrow(_curve(source, target)) for target in targets]
 
 
 def _curve(source: Box, target: Box) -> str:
     """Over the top to a box beside; to one above or below from side to side."""
     x1, x2 = source.x, target.x
+    height = target.height_after or target.height  # it may have been folded further
     if source.y == target.y:
-        y1, y2 = source.top(source.height) - 1, target.top(target.height_after) - 2
+        y1, y2 = source.top(source.height) - 1, target.top(height) - 2
         over = min(y1, y2) - 16
         return _path((x1, y1), (x1, over), (x2, over), (x2, y2))
     side = 1 if x2 >= x1 else -1
     if source.y > target.y:
         y1 = source.top(source.height) - 1
-        x2, y2 = x2 - side * (target.width / 2 + 2), target.top(target.height_after / 2)
-        return _path((x1, y1), (x1, (y1 + y2) / 2), (x2 - side * 40, y2), (x2, y2))
+        x2, y2 = x2 - side * (target.width / 2 + 2), target.top(height / 2)
+        around = 6 * len(target.label) if abs(target.x - x1) < target.width / 2 else 0
+        leaving = (x1 - side * around, (y1 + y2) / 2)
+        return _path((x1, y1), leaving, (x2 - side * 40, y2), (x2, y2))
     x1, y1 = x1 + side * source.width / 2, source.top(source.height / 2)
-    x2, y2 = x2 + side * min(9.0, target.width / 2), target.top(target.height_after) - 2
-    reach = max(5.0 * len(source.label), abs(x2 - x1) / 2)  # around its own label
+    x2, y2 = x2 + side * min(9.0, target.width / 2), target.top(height) - 2
+    reach = max(7.0 * len(source.label), abs(x2 - x1) / 2)  # around its own label
     return _path((x1, y1), (x1 + side * reach, y1), (x2, (y1 + y2) / 2), (x2, y2))
 
 
@@ -302,15 +301,13 @@ def _path(start: Point, leaving: Point, arriving: Point, end: Point) -> str:
 
 
 def _boxes(stream: StreamReport, roles: Sequence[str]) -> list[Box]:
-    """The layers of some roles, those that are alike in one; the smallest together if too many."""
+    """The layers of some roles, those that are alike in one; the last ones together if too many."""
     layers = [each for each in stream.layers if each.role in roles]
     is_folded = stream.folded is not None
-    sources = {each.name for each in stream.layers if each.weights_after == 0}
-    if not sources and is_folded:
-        sources = {each.name for each in stream.layers if each.weights_after < each.weights}
+    sources = _sources(stream)
     found: dict[tuple[object, ...], Box] = {}
     for each in layers:
-        is_source = each.name in sources
+        is_source = each.output in sources
         key = nameless(each.name), each.role, each.weights, each.weights_after, is_source
         if key in found:
             found[key].count += 1
@@ -336,6 +333,14 @@ def _boxes(stream: StreamReport, roles: Sequence[str]) -> list[Box]:
         more = Box(f"{count} more", f"{count} more", 1, weights, after, "", is_source, is_target)
         boxes = [*boxes[: SLOTS - 1], more]
     return boxes
+
+
+def _sources(stream: StreamReport) -> set[str]:
+    """Outputs of the layers that became the identity, or of those of which a part did."""
+    if stream.folded is None:
+        return set()
+    gone = {each.output for each in stream.layers if each.weights_after == 0}
+    return gone or {each.output for each in stream.layers if each.weights_after < each.weights}
 
 
 def _share(hanging: Sequence[Box], writers: Sequence[Box]) -> None:

@@ -271,10 +271,11 @@ def _cut(blocks: Sequence[Repeat]) -> Iterator[Repeat]:
 def _drawings(report: FoldReport, blocks: Iterator[Repeat]) -> tuple[list[Drawing], int]:
     scale = scale_of(stream for stream in report.streams if stream.is_foldable)
     endings = {
-        name: stream.ending
+        layer.output: stream.ending
         for stream in report.streams
         if stream.ending is not None
-        for name in stream.writers
+        for layer in stream.layers
+        if layer.role == "writer"
     }
     found = list(blocks)
     shown = found[:MOST_DRAWINGS]
