@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 RUNTIME := $(shell nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test fuzz lint speed check clean
+.PHONY: demo test fuzz lint speed dist check clean
 
 demo: $(VENV)/.user
 	$(BIN)/onnx-fold demo
@@ -27,10 +27,16 @@ lint: $(VENV)/.dev
 speed: $(VENV)/.bench
 	$(BIN)/python benchmarks/speed.py --provider $(RUNTIME)
 
+dist: $(VENV)/.dev
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/python tests/wheel.py dist/*.whl
+
 check: test lint
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build dist *.egg-info
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

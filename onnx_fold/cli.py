@@ -7,10 +7,11 @@ import functools
 import json
 import os
 import re
+import shlex
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -36,6 +37,11 @@ _PROVIDER = click.option(
 
 
 _QUIET = click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
+
+
+_HTML = click.option(
+    "--html", type=ModelPath, metavar="FILE.html", help="Write a page to look at, too."
+)
 
 
 def _own_passes(
@@ -222,7 +228,13 @@ def _running(command: Callable[..., None]) -> Callable[..., None]:
 )
 @_planning
 @click.option("--dry-run", is_flag=True, help="Fold and check, but write nothing.")
-@click.option("--report", type=ModelPath, metavar="FILE.json", help="Write the report as JSON.")
+@click.option(
+    "--report",
+    type=ModelPath,
+    metavar="FILE.json",
+    help="Write the report as JSON; - is standard output, and the tables go to standard error.",
+)
+@_HTML
 @click.option(
     "--verify",
     type=click.Choice(["auto", "full", "sampled"]),
@@ -246,6 +258,7 @@ def fold(
     delete_old_data: bool,
     dry_run: bool,
     report: Path | None,
+    html: Path | None,
     verify: str,
     no_verify: bool,
     quiet: bool,
@@ -259,7 +272,8 @@ def fold(
             "say where to write with -o FILE or --in-place, or ask for a --dry-run"
         )
     _check_targets(output, report, model, options["calibrate"])
-    console = _console(quiet)
+    _check_page(html, (output, report), model, options["calibrate"])
+    console = _console(quiet, report == _STANDARD_OUTPUT)
     if not dry_run:
         options |= {"output": output, "in_place": in_place, "delete_old_data": delete_old_data}
     try:
@@ -269,6 +283,7 @@ def fold(
     except onnx_fold.CheckFailedError as error:
         if report is not None:
             _write_json(report, error.report.to_dict())
+        _write_page(html, error.report, model)
         console.print(error.report)
         raise
     console.print(result.report)
@@ -280,19 +295,23 @@ def fold(
             console.print(line, highlight=False)
     if report is not None:
         _write_json(report, result.report.to_dict())
+    _write_page(html, result.report, model)
 
 
 @cli.command(short_help="Show what would fold in MODEL, and why the rest would not.")
 @click.argument("model", type=ModelPath)
 @_planning
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def inspect(model: Path, as_json: bool, **options: Any) -> None:
+@_HTML
+def inspect(model: Path, as_json: bool, html: Path | None, **options: Any) -> None:
     """Show the streams of MODEL: what would fold into what, and why the rest would not."""
     import onnx_fold
 
+    _check_page(html, (), model, options["calibrate"])
     with _status(f"inspecting {model}"):
         report = onnx_fold.inspect(model, **options)
     _show(report, as_json)
+    _write_page(html, report, model)
 
 
 @cli.command(short_help="Check that two models compute the same function.")
@@ -308,13 +327,37 @@ def inspect(model: Path, as_json: bool, **options: Any) -> None:
 )
 @click.option("--greedy", type=int, metavar="N", help="Let both models write N tokens, too.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def verify(original: Path, folded: Path, as_json: bool, **options: Any) -> None:
+@click.option(
+    "--junit",
+    type=ModelPath,
+    metavar="FILE.xml",
+    help="Write a test case for each output, as continuous integration reads them.",
+)
+@_HTML
+def verify(
+    original: Path,
+    folded: Path,
+    as_json: bool,
+    junit: Path | None,
+    html: Path | None,
+    **options: Any,
+) -> None:
     """Check that ORIGINAL and FOLDED compute the same function: exit code 0 if so, 1 if not."""
     import onnx_fold
 
+    _check_page(html, (junit,), original, folded, options["inputs"])
+    if junit is not None:
+        from onnx_fold.files.targets import check_target, inputs_of
+
+        check_target(junit, inputs_of(original, folded, options["inputs"]))
     with _status("running both models"):
         report = onnx_fold.verify(original, folded, **options)
     _show(report, as_json)
+    if junit is not None:
+        from onnx_fold.report.junit import write_junit
+
+        write_junit(report, junit, f"{original} {folded}")
+    _write_page(html, report, original, folded)
     if not report.ok:
         sys.exit(errors.OnnxFoldError.exit_code)
 
@@ -346,7 +389,15 @@ _SEVERAL = "; may be given several times"
 @click.option("--profile", is_flag=True, help="Say where the time goes, by operator.")
 @click.option("--plot", type=ModelPath, metavar="FILE.svg", help="Draw latency and speed-up.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def bench(original: Path, folded: Path, plot: Path | None, as_json: bool, **options: Any) -> None:
+@_HTML
+def bench(
+    original: Path,
+    folded: Path,
+    plot: Path | None,
+    as_json: bool,
+    html: Path | None,
+    **options: Any,
+) -> None:
     """Time ORIGINAL and FOLDED side by side, prefill and decode, beside the bytes ratio."""
     import onnx_fold
     from onnx_fold.speed import plot as drawing
@@ -356,12 +407,14 @@ def bench(original: Path, folded: Path, plot: Path | None, as_json: bool, **opti
 
         check_target(plot, inputs_of(original, folded))
         drawing.check(plot)
+    _check_page(html, (plot,), original, folded)
     with _status("timing both models") as tell:
         report = onnx_fold.bench(original, folded, progress=tell, **options)
     _show(report, as_json)
     if plot is not None:
         drawing.plot(report, plot)
         click.echo(f"Wrote {plot}.", err=as_json)
+    _write_page(html, report, original, folded)
 
 
 @cli.command(short_help="Export a fresh skipless transformer.")
@@ -424,10 +477,33 @@ def _check_targets(output: Path | None, report: Path | None, model: Path, *input
     if output is not None:
         check_format(output)
         check_target(output, inputs_of(model, *inputs))
-    if report is not None:
+    if report is not None and report != _STANDARD_OUTPUT:
         check_target(report, inputs_of(model, *inputs))
         if collide(report, output or model):
             raise click.UsageError("-o and --report name the same file, or data of it")
+
+
+def _check_page(html: Path | None, outputs: Sequence[Path | None], *inputs: Path | None) -> None:
+    """Refuse before the work a page that could not be written after it."""
+    if html is None:
+        return
+    from onnx_fold.files.targets import check_target, collide, inputs_of
+    from onnx_fold.report import page
+
+    page.check()
+    models = [each for each in inputs if each is not None]
+    check_target(html, inputs_of(*models))
+    if any(each is not None and collide(html, each) for each in (*outputs, *models[:1])):
+        raise click.UsageError("--html names the same file as another option, or data of it")
+
+
+def _write_page(html: Path | None, report: Any, *models: Path) -> None:
+    """Write ``report`` as a page, with the command that made it."""
+    if html is not None:
+        from onnx_fold.report.page import write_page
+
+        command = shlex.join(["onnx-fold", *sys.argv[1:]])
+        write_page(report, html, command=command, models=" → ".join(map(str, models)))
 
 
 def _old_data(left: dict[str, str]) -> Iterator[str]:
@@ -437,27 +513,36 @@ def _old_data(left: dict[str, str]) -> Iterator[str]:
     yield from (f"{name} stays: {reason}." for name, reason in left.items() if reason)
 
 
+_STANDARD_OUTPUT = Path("-")
+
+
 def _write_json(path: Path, data: dict[str, Any]) -> None:
     from onnx_fold.files.output import replacing
 
+    text = json.dumps(data, indent=2, ensure_ascii=False)
+    if path == _STANDARD_OUTPUT:
+        click.echo(text)
+        return
     with replacing(path) as folder:
-        (folder / path.name).write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+        (folder / path.name).write_text(f"{text}\n")
 
 
 def _show(report: Any, as_json: bool) -> None:
     if as_json:
-        click.echo(json.dumps(report.to_dict(), indent=2, ensure_ascii=False))
+        _write_json(_STANDARD_OUTPUT, report.to_dict())
     else:
         _console().print(report)
 
 
 @functools.cache
-def _console(quiet: bool = False) -> Console:
-    """Standard output; as wide as it needs to be where that is no terminal."""
+def _console(quiet: bool = False, stderr: bool = False) -> Console:
+    """Where tables go; as wide as it needs to be where that is no terminal."""
     from rich.console import Console
 
-    width = None if sys.stdout.isatty() else 120
-    return Console(width=width, highlight=False, quiet=quiet)
+    from onnx_fold.base.tables import WIDTH
+
+    width = None if (sys.stderr if stderr else sys.stdout).isatty() else WIDTH
+    return Console(width=width, highlight=False, quiet=quiet, stderr=stderr)
 
 
 def _errors(quiet: bool = False) -> Console:

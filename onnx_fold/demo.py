@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
 
+from onnx_fold.base.arguments import Provider
 from onnx_fold.errors import UsageError
 from onnx_fold.files.load import load
 from onnx_fold.pipeline import fold
@@ -24,7 +25,7 @@ PROMPT = "def read_lines(path):\n    "
 
 
 def run_demo(
-    console: Console, *, prompt: str | None = None, tokens: int = 96, provider: str = "auto"
+    console: Console, *, prompt: str | None = None, tokens: int = 96, provider: Provider = "auto"
 ) -> bool:
     """Fold the shipped model, let both models continue ``prompt``, time both.
 
@@ -46,7 +47,7 @@ def run_demo(
         return _tell(console, path, prompt or PROMPT, tokens, provider)
 
 
-def _tell(console: Console, path: Path, prompt: str, tokens: int, provider: str) -> bool:
+def _tell(console: Console, path: Path, prompt: str, tokens: int, provider: Provider) -> bool:
     original = load(path)
     vocabulary = json.loads(original.metadata_props["onnx_fold.vocab"])
     decoder = Decoder.of(original)

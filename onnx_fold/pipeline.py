@@ -16,9 +16,10 @@ import onnx_ir as ir
 from rich.console import Group, RenderableType
 
 from onnx_fold.algebra.device import Array, find_device
-from onnx_fold.base.arguments import several
+from onnx_fold.base.arguments import DeviceName, Objective, Pivot, Provider, TargetName, several
 from onnx_fold.base.progress import Report, ignore
-from onnx_fold.base.tables import new_table
+from onnx_fold.base.schema import SCHEMA_VERSION
+from onnx_fold.base.tables import Shown, new_table
 from onnx_fold.check.parity import ParityReport
 from onnx_fold.check.parity import verify as parity_check
 from onnx_fold.check.sampled import fits_in_memory, verify_sampled
@@ -64,6 +65,9 @@ class FoldResult:
     report: FoldReport
     original: ir.Model
     source: Path | None = None
+
+    def __repr__(self) -> str:
+        return f"<FoldResult: {self.report!r}>"
 
     def save(
         self,
@@ -134,7 +138,7 @@ def fold(
     in_place: bool = False,
     delete_old_data: bool = False,
     shard_size: int | None = None,
-    pivot: str = "auto",
+    pivot: Pivot = "auto",
     strategy: str | None = None,
     only: str | Iterable[str] = (),
     skip: str | Iterable[str] = (),
@@ -143,14 +147,14 @@ def fold(
     tolerance: float | None = None,
     force: bool = False,
     calibrate: str | os.PathLike[str] | Mapping[str, Array] | None = None,
-    device: str = "cpu",
-    objective: str = "speed",
-    target: str | None = None,
+    device: DeviceName = "cpu",
+    objective: Objective = "speed",
+    target: TargetName | None = None,
     verify: bool | str = True,
     strict: bool = False,
     shapes: Mapping[str, int] | Iterable[Mapping[str, int]] | None = None,
     inputs: str | os.PathLike[str] | Mapping[str, Array] | None = None,
-    provider: str = "auto",
+    provider: Provider = "auto",
     executor: Executor | None = None,
     progress: Report = ignore,
 ) -> FoldResult:
@@ -407,7 +411,9 @@ def _check_options(options: Options, strategy: str | None) -> None:
         raise UsageError(f"unknown pivot '{options.pivot}'; there are {', '.join(PIVOTS)}")
 
 
-def _target_of(objective: str, target: str | None, provider: str) -> str | None:
+def _target_of(
+    objective: Objective, target: TargetName | None, provider: Provider
+) -> TargetName | None:
     """The provider on which no fold may cost time; None if all that counts is the size."""
     if objective not in OBJECTIVES:
         raise UsageError(f"unknown objective '{objective}'; there are {', '.join(OBJECTIVES)}")
@@ -422,13 +428,13 @@ def _target_of(objective: str, target: str | None, provider: str) -> str | None:
     if target is not None:
         return target
     try:
-        return resolve_provider(provider)
+        return "cuda" if resolve_provider(provider) == "cuda" else "cpu"
     except MissingExtraError:
         return "cpu"
 
 
 @dataclass(frozen=True)
-class InspectReport:
+class InspectReport(Shown):
     """What is in a model and what folding would do to it.
 
     Attributes:
@@ -441,9 +447,13 @@ class InspectReport:
     plan: FoldReport
     metadata: dict[str, Any] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        return f"<InspectReport: {self.plan!r}>"
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON-ready data."""
         return {
+            "schema_version": SCHEMA_VERSION,
             "model": self.metadata,
             "attention": [each.to_dict() for each in self.attention],
             "plan": self.plan.to_dict(),
@@ -467,7 +477,7 @@ class InspectReport:
 def inspect(
     model: ModelSource,
     *,
-    pivot: str = "auto",
+    pivot: Pivot = "auto",
     strategy: str | None = None,
     only: str | Iterable[str] = (),
     skip: str | Iterable[str] = (),
@@ -476,9 +486,9 @@ def inspect(
     tolerance: float | None = None,
     force: bool = False,
     calibrate: str | os.PathLike[str] | Mapping[str, Array] | None = None,
-    device: str = "cpu",
-    objective: str = "speed",
-    target: str | None = None,
+    device: DeviceName = "cpu",
+    objective: Objective = "speed",
+    target: TargetName | None = None,
 ) -> InspectReport:
     """Show the streams of a model, what would fold, and why the rest would not.
 

@@ -26,10 +26,11 @@ from onnx_fold.engine.folding import Candidate, FoldPass, Proposal, propose
 from onnx_fold.graph.constants import constant
 from onnx_fold.graph.edit import Editor
 from onnx_fold.graph.linear import compact
+from onnx_fold.graph.operators import operator
 from onnx_fold.rewriting.rebase import rebase, weights_of
 from onnx_fold.rewriting.resize import resize_stream
 from onnx_fold.rewriting.rewrite import CannotRewriteError, Rewrite
-from onnx_fold.streams.joined import Joined, Part
+from onnx_fold.streams.joined import Joined
 
 
 class ConcatPass(FoldPass):
@@ -73,11 +74,12 @@ def _sum(joined: Joined, rewrite: Rewrite) -> None:
     rest = [part for part in joined.parts if part.stream is None]
     merged = [part for part in joined.parts if part.stream is not None]
     bias = _bias(joined)
-    weight = None
+    weight, is_conv = None, operator(node) == "Conv"
     if rest:
         rows = np.concatenate([np.asarray(part.rows) for part in rest])
         matrix = take(weights_of(reader), rows, 0)
-        weight = FoldedTensor(reader.pack(matrix, is_writer=False), reader.weight.dtype)
+        packed = reader.pack(matrix, is_writer=False) if is_conv else matrix
+        weight = FoldedTensor(packed, reader.weight.dtype)
         rewrite.added.append(weight)
     rewrite.added += [] if bias is None else [bias]
     rewrite.nodes_added += len(merged) - 2 + (bias is not None)
@@ -86,7 +88,13 @@ def _sum(joined: Joined, rewrite: Rewrite) -> None:
     def build(editor: Editor) -> ir.Value:
         values = [part.value for part in merged]
         if weight is not None:
-            values.append(_product(editor, rest, weight))
+            x = rest[0].value
+            if len(rest) > 1:
+                operands, axis = [part.value for part in rest], reader.x_axis or -1
+                x = editor.node(node, "Concat", operands, axis=axis).outputs[0]
+            held = editor.constant(weight, f"{reader.weight.leaf.name}_rest")
+            layer = editor.node(node, "Conv" if is_conv else "MatMul", [x, held])
+            values.append(layer.outputs[0])
         total = values[0]
         for value in values[1:]:
             total = editor.node(node, "Add", [total, value]).outputs[0]
@@ -94,17 +102,6 @@ def _sum(joined: Joined, rewrite: Rewrite) -> None:
             held = editor.constant(bias, f"{reader.y.name}_bias")
             total = editor.node(node, "Add", [total, held]).outputs[0]
         return total
-
-    def _product(editor: Editor, rest: list[Part], weight: FoldedTensor) -> ir.Value:
-        x = rest[0].value
-        if len(rest) > 1:
-            axis = joined.concat.attributes.get_int("axis", 0)
-            x = editor.node(node, "Concat", [part.value for part in rest], axis=axis).outputs[0]
-        inputs = [None, None]
-        inputs[reader.edge[1]] = editor.constant(weight, f"{reader.weight.leaf.name}_rest")
-        inputs[1 - reader.edge[1]] = x
-        made = editor.node(node, node.op_type, inputs, **node.attributes)
-        return made.outputs[0]
 
     rewrite.replaced[reader.y] = build
 

@@ -3,8 +3,10 @@
 import json
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import onnx
 import onnx_ir as ir
@@ -13,6 +15,8 @@ from helpers import graph, normal
 
 import onnx_fold
 from onnx_fold import cli, pipeline
+from onnx_fold.check.parity import ParityReport
+from onnx_fold.report.junit import junit
 
 D = 8
 
@@ -272,6 +276,111 @@ def test_a_picture_that_cannot_be_drawn_is_refused_before_the_measurement(run, m
         code, _, err = run("bench", "m.onnx", "m.onnx", "--plot", path)
         assert code == 4
         assert message in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "title"),
+    [
+        (("fold", "m.onnx", "-o", "f.onnx"), "Fold"),
+        (("fold", "m.onnx", "--dry-run"), "Fold"),
+        (("inspect", "m.onnx"), "What would fold"),
+        (("verify", "m.onnx", "m.onnx"), "Parity"),
+        (("bench", "m.onnx", "m.onnx", "--repeats", "1", "--tokens", "1"), "Speed"),
+    ],
+)
+def test_a_page(run, arguments, title):
+    save()
+    code, _, err = run(*arguments, "--html", "a page.html")
+    assert (code, err) == (0, "")
+    text = Path("a page.html").read_text()
+    assert f"<h1>{title}</h1>" in text
+    assert f"onnx-fold {' '.join(arguments)} --html &#39;a page.html&#39;" in text
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("fold", "m.onnx", "-o", "f.onnx", "--html", "f.onnx"),
+        ("fold", "m.onnx", "-o", "f.onnx", "--html", "f.onnx.data"),
+        ("fold", "m.onnx", "-o", "f.onnx", "--html", "m.onnx"),
+        ("fold", "m.onnx", "-o", "f.onnx", "--report", "r", "--html", "r"),
+        ("fold", "m.onnx", "-o", "f.onnx", "--html", "missing/p.html"),
+        ("inspect", "m.onnx", "--html", "m.onnx"),
+        ("verify", "m.onnx", "m.onnx", "--html", "x", "--junit", "x"),
+        ("verify", "m.onnx", "m.onnx", "--junit", "m.onnx"),
+        ("bench", "m.onnx", "m.onnx", "--html", "m.onnx"),
+    ],
+)
+def test_a_page_over_another_file(run, arguments):
+    before = save()
+    code, _, err = run(*arguments)
+    assert code in (2, 4)
+    assert len(err.splitlines()) <= 4
+    assert files() == {"m.onnx"}
+    assert Path("m.onnx").read_bytes() == before
+
+
+def test_a_page_of_a_fold_that_does_not_verify(run, monkeypatch):
+    save()
+    failed = ParityReport(False, "the outputs differ")
+    monkeypatch.setattr(pipeline, "parity_check", lambda *_, **__: failed)
+    code, _, _ = run("fold", "m.onnx", "-o", "f.onnx", "--strict", "--html", "p.html")
+    assert code == 1
+    assert files() == {"m.onnx", "p.html"}
+    text = Path("p.html").read_text()
+    assert "not the same function" in text
+    assert "the outputs differ" in text
+
+
+def test_without_jinja_a_page_is_refused_before_the_work(run, monkeypatch):
+    from onnx_fold.report import page
+
+    save()
+    page._template.cache_clear()
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    code, _, err = run("fold", "m.onnx", "-o", "f.onnx", "--html", "p.html")
+    assert (code, err) == (2, "error: jinja2 is not installed: pip install 'onnx-fold[html]'\n")
+    assert files() == {"m.onnx"}
+
+
+def test_a_report_on_standard_output(run):
+    save()
+    code, out, err = run("fold", "m.onnx", "-o", "f.onnx", "--report", "-")
+    assert code == 0
+    assert json.loads(out)["weights_removed"] == D * D
+    assert "Wrote f.onnx." in err
+    assert files() == {"m.onnx", "f.onnx"}
+    _, out, err = run("fold", "m.onnx", "--dry-run", "-q", "--report", "-")
+    assert json.loads(out)["verification"]["ok"]
+    assert err == ""
+
+
+def test_junit(run):
+    save()
+    save(mlp("r = Relu(p) y = MatMul(r, M)"), "other.onnx")
+    assert run("verify", "m.onnx", "m.onnx", "--junit", "j.xml")[0] == 0
+    suite = ElementTree.parse("j.xml").getroot().find("testsuite")
+    assert suite.get("failures") == "0"
+    assert "output y" in [case.get("name") for case in suite.findall("testcase")]
+    assert run("verify", "m.onnx", "other.onnx", "--junit", "j.xml")[0] == 1
+    root = ElementTree.parse("j.xml").getroot()
+    assert root.get("failures") == "1"
+    assert "is over the limit" in root.find(".//failure").get("message")
+
+
+def test_junit_of_models_that_cannot_be_compared():
+    report = ParityReport(False, "the inputs differ: a\x00\x1bb became c")
+    root = ElementTree.fromstring(junit(report, "a b"))
+    (case,) = root.iter("testcase")
+    assert case.find("failure").get("message") == report.reason.replace("\0", "\ufffd").replace(
+        "\x1b", "\ufffd"
+    )
+
+
+def test_as_a_module():
+    command = [sys.executable, "-m", "onnx_fold", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == f"onnx-fold, version {onnx_fold.__version__}\n"
 
 
 def test_help_version_and_presets(run):

@@ -3,7 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Literal, TypeAlias
+
+Provider: TypeAlias = Literal["auto", "cpu", "cuda"]
+"""Where models run."""
+
+DeviceName: TypeAlias = Literal["cpu", "cuda"] | str
+"""Where weights are evaluated; torch may know further names."""
+
+Pivot: TypeAlias = Literal["auto", "q", "k", "v", "p"]
+"""Which matrix becomes the identity where there is a choice."""
+
+Objective: TypeAlias = Literal["speed", "size"]
+"""What folds are for."""
+
+TargetName: TypeAlias = Literal["cpu", "cuda"]
+"""The provider that folds are to be fast on."""
 
 
 def several(given: Any) -> tuple[Any, ...]:

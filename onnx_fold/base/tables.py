@@ -2,8 +2,32 @@
 
 from __future__ import annotations
 
+import io
+
 from rich.box import SIMPLE_HEAD
+from rich.console import Console, RenderableType
 from rich.table import Table
+
+WIDTH = 120
+"""Columns of a table that no terminal bounds."""
+
+
+class Shown:
+    """What is printed as the command line shows it: ``print(report)``."""
+
+    def __rich__(self) -> RenderableType:
+        """For the terminal."""
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        return as_text(self)
+
+
+def as_text(shown: RenderableType) -> str:
+    """``shown`` in plain text, :data:`WIDTH` columns wide."""
+    file = io.StringIO()
+    Console(file=file, width=WIDTH, color_system=None, highlight=False).print(shown)
+    return "\n".join(line.rstrip() for line in file.getvalue().splitlines())
 
 
 def new_table(title: str) -> Table:

@@ -26,7 +26,9 @@ from rich.text import Text
 from onnx_fold.algebra.basis import MAX_RATIO
 from onnx_fold.algebra.device import Array
 from onnx_fold.algebra.precision import SIXTEEN_BITS, is_float
-from onnx_fold.base.arguments import several
+from onnx_fold.base.arguments import Provider, several
+from onnx_fold.base.schema import SCHEMA_VERSION
+from onnx_fold.base.tables import Shown
 from onnx_fold.check.feeds import frozen_feeds, make_feeds
 from onnx_fold.check.judge import Feed, Judge, OutputParity, Run
 from onnx_fold.check.parity_table import parity_table
@@ -61,7 +63,7 @@ EVALUATOR_LIMIT = 2 * 2**30
 
 
 @dataclass
-class ParityReport:
+class ParityReport(Shown):
     """Whether two models compute the same function.
 
     Attributes:
@@ -80,7 +82,7 @@ class ParityReport:
 
     ok: bool
     reason: str = ""
-    provider: str = "cpu"
+    provider: Provider = "cpu"
     dtype: str = ""
     outputs: list[OutputParity] = field(default_factory=list)
     shapes: list[str] = field(default_factory=list)
@@ -94,9 +96,13 @@ class ParityReport:
         """Whether the models compute the same function: ``assert verify(a, b)`` means it."""
         return self.ok
 
+    def __repr__(self) -> str:
+        verdict = "same function" if self.ok else f"differs: {self.reason}"
+        return f"<ParityReport: {verdict}>"
+
     def to_dict(self) -> dict[str, Any]:
         """Return the report for JSON; infinity and NaN become None."""
-        report: dict[str, Any] = _finite(asdict(self))
+        report: dict[str, Any] = {"schema_version": SCHEMA_VERSION, **_finite(asdict(self))}
         return report
 
     def __rich__(self) -> RenderableType:
@@ -121,7 +127,7 @@ def verify(
     original: ModelSource,
     folded: ModelSource,
     *,
-    provider: str = "cpu",
+    provider: Provider = "cpu",
     samples: int = 1,
     shapes: Mapping[str, int] | Iterable[Mapping[str, int]] | None = None,
     inputs: str | os.PathLike[str] | Mapping[str, Array] | None = None,
@@ -254,7 +260,7 @@ class _FoldedFailedError(Exception):
 class _Runner:
     """Runs models one after another, each in a session that is dropped before the next is made."""
 
-    provider: str
+    provider: Provider
     emulate: bool | None
     notes: list[str]
     greedy: GreedyCheck | None = None

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from onnx_fold.algebra.basis import MAX_STREAM_RATIO
+from onnx_fold.base.arguments import Provider
 from onnx_fold.base.memory import available_memory
 from onnx_fold.check.parity import ParityReport, verify
 from onnx_fold.check.pieces import cut, typed
@@ -44,7 +45,7 @@ def verify_sampled(
     folded: ir.Model,
     streams: Sequence[StreamReport],
     *,
-    provider: str = "cpu",
+    provider: Provider = "cpu",
     samples: int = SAMPLES,
     seed: int = 0,
 ) -> ParityReport:
@@ -84,7 +85,7 @@ def verify_sampled(
 
 
 def _compare(
-    pieces: tuple[ir.Model, ir.Model], report: ParityReport, provider: str, seed: int
+    pieces: tuple[ir.Model, ir.Model], report: ParityReport, provider: Provider, seed: int
 ) -> bool:
     """Add the comparison of two pieces to ``report``; return whether they could be run."""
     try:

@@ -28,8 +28,9 @@ from onnx_fold.algebra.basis import (
 from onnx_fold.algebra.device import HOST, Device
 from onnx_fold.algebra.expression import Expression, FoldedTensor, ImpliedTensor
 from onnx_fold.algebra.precision import unit_roundoff
+from onnx_fold.base.arguments import Pivot, TargetName
 from onnx_fold.engine.cost import TARGETS
-from onnx_fold.engine.outcome import CandidateReport, StreamReport
+from onnx_fold.engine.outcome import CandidateReport, StreamReport, layers_of
 from onnx_fold.graph.edit import Editor
 from onnx_fold.graph.linear import Linear, compact
 from onnx_fold.graph.shapes import Shapes
@@ -64,13 +65,13 @@ class Options:
             whatever saves weights.
     """
 
-    pivot: str = "auto"
+    pivot: Pivot = "auto"
     protect: frozenset[str] = frozenset()
     tolerance: float | None = None
     force: bool = False
     taken_back: Mapping[str, str] = field(default_factory=dict)
     device: Device = HOST
-    target: str | None = None
+    target: TargetName | None = None
 
 
 Memo = dict[tuple[object, ...], tuple[CandidateReport, tuple[ir.TensorProtocol, ...]]]
@@ -410,7 +411,9 @@ def _choose(
                     break
         if accepted:
             verdict, candidate = min(accepted, key=lambda pair: pair[0].error or 0.0)
-            return replace(report, candidates=judged, folded=verdict), candidate.rewrite
+            layers = [*layers_of(stream, candidate.rewrite)]
+            report = replace(report, candidates=judged, folded=verdict, layers=layers)
+            return report, candidate.rewrite
     reasons = [f"{verdict.text}: {verdict.refused}" for verdict in judged]
     reasons = reasons or ["no strategy applies to its layers"]
     return replace(report, candidates=judged, reasons=reasons), None

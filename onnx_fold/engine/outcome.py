@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
-from onnx_fold.graph.linear import compact
+from onnx_fold.graph.linear import Linear, compact
+from onnx_fold.rewriting.rewrite import Rewrite, stored_size
 from onnx_fold.streams.branches import Branches
 from onnx_fold.streams.heads import roles
 from onnx_fold.streams.joined import Joined
-from onnx_fold.streams.stream import Opening, Stream
+from onnx_fold.streams.stream import ConstantWriter, Opening, Stream
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,29 @@ class CandidateReport:
         return f"{self.strategy} {self.text}"
 
 
+Role: TypeAlias = Literal["table", "writer", "reader"]
+"""What a layer is to a stream."""
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer or table of a stream: what it weighs, and what it does after the fold.
+
+    Attributes:
+        name: Its label.
+        role: What it is to the stream.
+        weights: Elements of its weight.
+        weights_after: The same after the fold of this stream: 0 if it became the identity.
+        output: Name of the value that it makes; names of layers may be equal, these are not.
+    """
+
+    name: str
+    role: Role
+    weights: int
+    weights_after: int
+    output: str
+
+
 @dataclass(frozen=True)
 class StreamReport:
     """One stream: who writes and reads it, and what became of it.
@@ -62,6 +86,8 @@ class StreamReport:
         reasons: Why it was left alone; empty if it was folded.
         candidates: All ways that were weighed.
         folded: The one that was taken.
+        layers: What its tables, writers and readers weigh.
+        leads_to: Labels of the layers that come next behind its readers.
         changed: Names of the values that this gave another basis, or another order of channels.
     """
 
@@ -75,17 +101,20 @@ class StreamReport:
     reasons: list[str] = field(default_factory=list)
     candidates: list[CandidateReport] = field(default_factory=list)
     folded: CandidateReport | None = None
+    layers: list[LayerReport] = field(default_factory=list)
+    leads_to: list[str] = field(default_factory=list)
     changed: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, stream: Stream | Branches | Joined) -> StreamReport:
         """Describe ``stream`` before anything is done to it."""
         if isinstance(stream, Branches):
-            dtype, source = stream.dtype.name.lower(), [stream.source.name or "?"]
-            return cls(stream.width, dtype, source, stream.labels, is_closed=True)
-        if isinstance(stream, Joined):
-            dtype = stream.dtype.name.lower()
-            return cls(stream.width, dtype, stream.labels, [stream.reader.label], is_closed=True)
+            ends = [stream.source.name or "?"], stream.labels
+        elif isinstance(stream, Joined):
+            ends = stream.labels, [stream.reader.label]
+        if not isinstance(stream, Stream):
+            dtype, layers = stream.dtype.name.lower(), [*layers_of(stream)]
+            return cls(stream.width, dtype, *ends, is_closed=True, layers=layers)
         has_norm = any(opening.is_norm for opening in stream.openings)
         is_foldable = bool(stream.written_by and (stream.readers or has_norm))
         return cls(
@@ -97,6 +126,8 @@ class StreamReport:
             is_foldable=is_foldable,
             ending=_ending(stream) if stream.written_by and not is_foldable else None,
             reasons=[_reason(opening, stream) for opening in stream.openings],
+            layers=[*layers_of(stream)],
+            leads_to=stream.leads_to if is_foldable else [],
         )
 
     @property
@@ -107,6 +138,41 @@ class StreamReport:
     def to_dict(self) -> dict[str, Any]:
         """As JSON-ready data."""
         return {name: value for name, value in asdict(self).items() if name != "changed"}
+
+
+def layers_of(
+    stream: Stream | Branches | Joined, rewrite: Rewrite | None = None
+) -> Iterator[LayerReport]:
+    """Its tables, writers and readers, in this order, and what ``rewrite`` makes of them."""
+    roles: list[tuple[Role, Sequence[Linear | ConstantWriter]]]
+    if isinstance(stream, Branches):
+        yield from _layers_of_branches(stream, rewrite)
+        return
+    if isinstance(stream, Joined):
+        writers = [writer for each in stream.streams for writer in each.writers]
+        roles = [("writer", writers), ("reader", [stream.reader])]
+    else:
+        roles = [
+            ("table", stream.tables),
+            ("writer", stream.writers),
+            ("reader", stream.readers),
+        ]
+    for role, members in roles:
+        for member in members:
+            before = stored_size(member.weight.tensor)
+            after = before if rewrite is None else rewrite.weights_after(member)
+            output = member.node.outputs[0].name or ""
+            yield LayerReport(member.label, role, before, after, output)
+
+
+def _layers_of_branches(branches: Branches, rewrite: Rewrite | None) -> Iterator[LayerReport]:
+    """Of layers that become one, the largest holds it."""
+    largest = max(branches.layers, key=lambda each: each.weight.size, default=None)
+    for each in branches.layers:
+        size = each.weight.size
+        added = 0 if rewrite is None or each is not largest else rewrite.added[0].size
+        output = each.node.outputs[0].name or ""
+        yield LayerReport(each.label, "reader", size, size if rewrite is None else added, output)
 
 
 def _ending(stream: Stream) -> str:

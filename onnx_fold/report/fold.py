@@ -12,7 +12,8 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
-from onnx_fold.base.tables import counted, new_table
+from onnx_fold.base.schema import SCHEMA_VERSION
+from onnx_fold.base.tables import Shown, counted, new_table
 from onnx_fold.check.parity import ParityReport
 from onnx_fold.check.proof import Proof
 from onnx_fold.engine.cost import Saving
@@ -25,7 +26,7 @@ MAX_REASONS = 2
 
 
 @dataclass(frozen=True)
-class FoldReport:
+class FoldReport(Shown):
     """What :func:`onnx_fold.fold` did.
 
     Attributes:
@@ -53,6 +54,11 @@ class FoldReport:
         """False if the result was verified and is not the same function."""
         return self.verification is None or self.verification.ok
 
+    def __repr__(self) -> str:
+        count = counted(len(self.folded), "stream")
+        what = "would fold" if self.is_plan else "folded"
+        return f"<FoldReport: {count} {what}, {self.saving.share:.1%} of the weights less>"
+
     @property
     def folded(self) -> list[StreamReport]:
         """The streams that were folded."""
@@ -78,6 +84,7 @@ class FoldReport:
     def to_dict(self) -> dict[str, Any]:
         """As JSON-ready data."""
         return {
+            "schema_version": SCHEMA_VERSION,
             **saving_dict(self.saving),
             "streams": [stream.to_dict() for stream in self.streams],
             "quantised": self.quantised,
@@ -149,7 +156,10 @@ def reasons_table(streams: Sequence[StreamReport]) -> Table:
     table.add_column("because", overflow="fold")
     for stream in streams:
         more = len(stream.reasons) - MAX_REASONS
-        shown = [*stream.reasons[:MAX_REASONS], *([f"and {more} more reasons"] if more > 0 else [])]
+        shown = [
+            *stream.reasons[:MAX_REASONS],
+            *([f"and {counted(more, 'more reason')}"] if more > 0 else []),
+        ]
         table.add_row(_arrow(stream), "\n".join(shown))
     return table
 

@@ -14,8 +14,9 @@ from onnx_fold.algebra.device import Device
 from onnx_fold.algebra.expression import Expression, FoldedTensor, ImpliedTensor, evaluate, sampled
 from onnx_fold.graph.constants import FLOATS, Constant, constant
 from onnx_fold.graph.edit import Editor, initializer
-from onnx_fold.graph.linear import Edge
+from onnx_fold.graph.linear import Edge, Linear
 from onnx_fold.graph.operators import operator
+from onnx_fold.streams.stream import ConstantWriter
 
 _PICKS = frozenset(("Gather", "GatherND"))
 
@@ -98,9 +99,17 @@ class Rewrite:
         come = {id(tensor): tensor for tensor in self._new_tensors()}
 
         def total(tensors: Iterable[ir.TensorProtocol]) -> int:
-            return sum(_size(tensor) for tensor in tensors if _rank(tensor) >= min_rank)
+            return sum(stored_size(tensor) for tensor in tensors if _rank(tensor) >= min_rank)
 
         return total(self._gone()) - total(come.values())
+
+    def weights_after(self, member: Linear | ConstantWriter) -> int:
+        """Elements that a layer or table weighs once it is applied: 0 if it is the identity."""
+        if (tensor := self.stored.get(member.edge)) is not None:
+            return stored_size(tensor)
+        if isinstance(member, Linear) and member.y in self.replaced:
+            return sum(stored_size(tensor) for tensor in self.added if _rank(tensor) >= 2)
+        return stored_size(member.weight.tensor)
 
     @property
     def drops_implied(self) -> bool:
@@ -242,7 +251,8 @@ def _all_hold(value: ir.Value, needed: Callable[[ir.Value], Iterable[ir.Value] |
     return True
 
 
-def _size(tensor: ir.TensorProtocol) -> int:
+def stored_size(tensor: ir.TensorProtocol) -> int:
+    """Elements that are stored of ``tensor``."""
     return tensor.stored_size if isinstance(tensor, ImpliedTensor) else tensor.size
 
 

@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from onnx_fold.algebra.device import Array
 from onnx_fold.algebra.precision import SIXTEEN_BITS
+from onnx_fold.base.arguments import Provider
 from onnx_fold.graph.linear import find_linears
 from onnx_fold.graph.widen import precision, widen
 from onnx_fold.runtime.inputs import given_inputs
@@ -21,7 +22,9 @@ MAX_ROWS = 256
 
 
 def record(
-    model: ir.Model, inputs: str | os.PathLike[str] | Mapping[str, Array], provider: str = "cpu"
+    model: ir.Model,
+    inputs: str | os.PathLike[str] | Mapping[str, Array],
+    provider: Provider = "cpu",
 ) -> Activations:
     """Run ``model`` once and keep rows of what each linear layer of its main graph reads.
 

@@ -19,6 +19,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnx_fold.algebra.device import Array
+from onnx_fold.base.arguments import Provider
 from onnx_fold.errors import InvalidModelError, MissingExtraError, UsageError
 from onnx_fold.files.load import PROTOBUF_LIMIT, TEXT_SUFFIXES, ModelSource, load, weight_bytes
 from onnx_fold.files.write import read_in, write
@@ -55,7 +56,7 @@ class RunFailedError(UsageError):
 
 def session(
     model: ModelSource,
-    provider: str = "cpu",
+    provider: Provider = "cpu",
     *,
     threads: int | None = None,
     optimize: bool = True,
@@ -159,7 +160,7 @@ def onnxruntime() -> Any:
         raise MissingExtraError("onnxruntime", "cpu") from error
 
 
-def resolve_provider(provider: str) -> str:
+def resolve_provider(provider: Provider) -> Provider:
     """Return ``"cuda"`` or ``"cpu"`` for ``"auto"``, by whether CUDA works; others as they are."""
     if provider != "auto":
         return provider

@@ -18,6 +18,7 @@ from typing import Any
 
 from rich.table import Table
 
+from onnx_fold.base.arguments import Provider
 from onnx_fold.base.tables import figures_table
 from onnx_fold.files.load import ModelSource
 from onnx_fold.runtime import sessions
@@ -50,7 +51,9 @@ class OperatorTime:
     folded_us: float
 
 
-def operator_times(source: ModelSource, provider: str, values: Values, **options: Any) -> Times:
+def operator_times(
+    source: ModelSource, provider: Provider, values: Values, **options: Any
+) -> Times:
     """Run a model on ``values`` with the profiler on.
 
     Args:

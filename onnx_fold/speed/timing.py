@@ -29,8 +29,9 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
-from onnx_fold.base.arguments import several
-from onnx_fold.base.tables import figures_table
+from onnx_fold.base.arguments import Provider, several
+from onnx_fold.base.schema import SCHEMA_VERSION
+from onnx_fold.base.tables import Shown, figures_table
 from onnx_fold.check.parity import signature_difference
 from onnx_fold.engine.cost import bytes_read
 from onnx_fold.errors import UsageError
@@ -109,7 +110,7 @@ class Phase:
 
 
 @dataclass
-class BenchReport:
+class BenchReport(Shown):
     """What a fold gains in time, beside what it gains in bytes.
 
     Attributes:
@@ -130,7 +131,7 @@ class BenchReport:
             :func:`onnx_fold.runtime.environment.environment`.
     """
 
-    provider: str
+    provider: Provider
     repeats: int
     tokens: int
     threads: int | None
@@ -146,14 +147,19 @@ class BenchReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report for JSON."""
-        return asdict(self)
+        return {"schema_version": SCHEMA_VERSION, **asdict(self)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> BenchReport:
         """Return the report that :meth:`to_dict` made ``data`` of."""
         phases = [Phase.from_dict(phase) for phase in data["phases"]]
         operators = [OperatorTime(**each) for each in data["operators"]]
-        return cls(**{**data, "phases": phases, "operators": operators})
+        known = {name: value for name, value in data.items() if name != "schema_version"}
+        return cls(**{**known, "phases": phases, "operators": operators})
+
+    def __repr__(self) -> str:
+        phases = ", ".join(f"{each.name} {each.speedup:.2f}x" for each in self.phases)
+        return f"<BenchReport on {self.provider}: {phases}>"
 
     def __rich__(self) -> RenderableType:
         """Return a table of the phases, the bytes, and the notes."""
@@ -172,7 +178,7 @@ def bench(
     original: ModelSource,
     folded: ModelSource,
     *,
-    provider: str = "cpu",
+    provider: Provider = "cpu",
     batch: int | Iterable[int] = 1,
     prefill: int | Iterable[int] = 128,
     past: int | None = None,

@@ -109,11 +109,16 @@ class Branches:
         return self.shapes.dtype(self.result) or self.members[0].weight.dtype
 
     @property
-    def labels(self) -> list[str]:
-        """Labels of its layers and BatchNorms, each once."""
+    def layers(self) -> list[Weight]:
+        """The weights of its layers and the gains of its BatchNorms, one each."""
         named = [*_LAYERS, "BatchNormalization"]
         weights = (each for each in self.members if operator(each.node) in named)
-        found = (each.label for each in weights if each.index < 2)
+        return [each for each in weights if each.index < 2]
+
+    @property
+    def labels(self) -> list[str]:
+        """Labels of its layers and BatchNorms, each once."""
+        found = [each.label for each in self.layers]
         return list(dict.fromkeys(found)) or [label(self.inside[-1])]
 
     @property
@@ -152,7 +157,7 @@ def _only_user(value: ir.Value) -> ir.Node | None:
     """The node that reads ``value``, if nothing else does."""
     if value.is_graph_output() or len(value.uses()) != 1:
         return None
-    return value.uses()[0].node
+    return next(iter(value.uses())).node
 
 
 def _branches(node: ir.Node, axis: int, graph: ir.Graph, shapes: Shapes) -> Branches | None:

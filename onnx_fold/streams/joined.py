@@ -122,6 +122,7 @@ def _is_one_matrix(reader: Linear) -> bool:
         and reader.identity_shape is None
         and reader.edge[0] is reader.node
         and reader.weight.dtype in FLOATS
+        and (reader.x_axis == -1 or operator(reader.node) == "Conv")
     )
 
 

@@ -107,10 +107,11 @@ class LinearMap:
         if second.is_padded and self.bias is not None:
             return None
         if second.is_gain:
-            kernel = Times(self.kernel, _column(second.kernel, self.kernel))
-            return replace(self, kernel=kernel, bias=self._bias_behind(second))
+            gained = Times(self.kernel, _column(second.kernel, self.kernel))
+            return replace(self, kernel=gained, bias=self._bias_behind(second))
+        kernel: Expression
         if self.is_gain:
-            kernel = Times(second.kernel, self._gains_of(second))
+            kernel = Times(second.kernel, _inputs(reshape(self.kernel, (-1,)), second))
         elif self.groups != 1 or second.groups != 1:
             return None
         elif second.is_pointwise:
@@ -129,10 +130,6 @@ class LinearMap:
         else:
             return None
         return replace(second, kernel=kernel, bias=self._bias_behind(second))
-
-    def _gains_of(self, second: LinearMap) -> Expression:
-        """The gain of each input of ``second``, ``[out, in / groups, 1, ...]``."""
-        return _inputs(reshape(self.kernel, (-1,)), second)
 
     def _bias_behind(self, second: LinearMap) -> Expression | None:
         """What the own bias has become behind ``second``, and its bias."""
@@ -338,7 +335,7 @@ def _batch_norm(node: ir.Node, axis: int, shapes: Shapes) -> tuple[ir.Value, Lin
     rank = None if x is None else shapes.rank(x)
     if x is None or rank is None or axis != 1 - rank or constant(x) is not None:
         return None
-    if len(held) != 4 or node.attributes.get_int("training_mode", 0):
+    if len(held) != 4 or node.attributes.get_int("training_mode", 0) != 0:
         return None
     factors: list[np.ndarray[tuple[int, ...], np.dtype[np.float64]]] = []
     for each in held:

@@ -170,6 +170,13 @@ class Stream:
         return before, [layer.label for layer in downwards]
 
     @property
+    def leads_to(self) -> list[str]:
+        """Labels of the layers that come next behind its readers."""
+        known = self.search.linears
+        behind = (_nearest(_readers(each.node), known, _readers) for each in self.readers)
+        return list(dict.fromkeys(layer.label for layers in behind for layer in layers))
+
+    @property
     def tables(self) -> list[ConstantWriter]:
         """The constants that have rows: embeddings, positions."""
         return [writer for writer in self.constants if writer.is_table]
