@@ -417,7 +417,7 @@ def _gain(candidate: Candidate) -> tuple[int, int, int]:
     Matrices count first: no operator is worth the few weights of a bias.
     """
     matrices = candidate.rewrite.weights_removed(min_rank=2)
-    return -matrices, candidate.nodes, -candidate.weights_removed
+    return -matrices, candidate.rewrite.work().nodes, -candidate.weights_removed
 
 
 def _names(stream: Stream) -> set[str]:
