@@ -42,17 +42,14 @@ class InterpolatePass(FoldPass):
         if tall and not stream.tables:
             writer = max(tall, key=lambda layer: layer.in_features)
             yield from _rows_of(stream, writer, self._select(stream, writer))
-        wide = [r for r in stream.readers if _can_be_joined(r) and r.out_features > stream.width]
+        plain = [reader for reader in stream.readers if reader.is_plain and reader.bias is None]
+        wide = [reader for reader in plain if reader.out_features > stream.width]
         free = [reader for reader in wide if hidden_beside(stream, reader) is not None]
         if not free and not tall:  # the columns have to be put back in order: a last resort
             free = [reader for reader in wide if role(reader.y) is None and _pays(reader)]
         if free:
             reader = max(free, key=lambda layer: layer.out_features)
             yield _columns_of(stream, reader, self._select(stream, reader))
-
-
-def _can_be_joined(reader: Linear) -> bool:
-    return reader.is_plain and reader.bias is None
 
 
 def _pays(reader: Linear) -> bool:
@@ -68,6 +65,8 @@ def _rows_of(stream: Stream, writer: Linear, rows: Rows) -> Iterator[Proposal]:
     text = f"{stream.width} rows of {writer.label} into {compact(stream.read_by)}"
     basis = Basis(rows.selection.basis, inverted=True)
     rebased = rebase(stream, basis, stream.width, pivot=writer)
+    after = Side(rows.selection.matrix, rows.rebuilt, stream.rows_of(writer))
+    rebased.writers[stream.writers.index(writer)] = after
     own = None if writer.bias is None else rebased.stored.pop(writer.bias, None)
     if writer.bias is None or isinstance(own, FoldedTensor):
         candidate = _sum(stream, rows, Rewrite(stored=rebased.stored), rebased, text)
@@ -93,10 +92,7 @@ def _sum(stream: Stream, rows: Rows, rewrite: Rewrite, rebased: Rebased, text: s
     h = rows.in_order(rewrite, at)
     h2, h1 = at.split(h, [writer.in_features - width, width])
     rewrite.replaced[writer.y] = at("Add", at("MatMul", h2, rows.rest(at)), h1)
-    sides = list(rebased.writers)
-    after = Side(rows.selection.matrix, rows.rebuilt, stream.rows_of(writer))
-    sides[stream.writers.index(writer)] = after
-    return Candidate(InterpolatePass.name, text, rewrite, sides, rebased.readers)
+    return Candidate(InterpolatePass.name, text, rewrite, rebased.writers, rebased.readers)
 
 
 def _add(own: FoldedTensor, rewrite: Rewrite, writer: Linear) -> None:
@@ -115,9 +111,8 @@ def _columns_of(stream: Stream, reader: Linear, columns: Rows) -> Candidate:
     at, x = rewrite.before(reader.node), reader.x
     both = at("Concat", x, at("MatMul", x, columns.rest(at, is_reader=True)), axis=-1)
     rewrite.replaced[reader.y] = columns.put_back(both, rewrite, at)
-    sides = list(rebased.readers)
     after = Side(weights_of(reader), transpose(columns.rebuilt))
-    sides[stream.readers.index(reader)] = after
+    rebased.readers[stream.readers.index(reader)] = after
     into = compact([*stream.written_by, *(r.label for r in stream.readers if r is not reader)])
     text = f"{stream.width} columns of {reader.label} into {into}"
-    return Candidate(InterpolatePass.name, text, rewrite, rebased.writers, sides, basis)
+    return Candidate(InterpolatePass.name, text, rewrite, rebased.writers, rebased.readers, basis)

@@ -183,7 +183,7 @@ def value_of(operand: Operand, built: Mapping[Operand, ir.Value]) -> ir.Value:
 
 
 def widths(steps: Sequence[Step]) -> dict[Operand, int]:
-    """The channels of what ``steps`` read and make, as far as their weights and sizes tell them."""
+    """The channels of what ``steps`` read and make, as far as weights, sizes and shapes tell."""
     known: dict[Operand, int] = {}
     for step in steps:
         factor = step.inputs[1] if step.operator == "MatMul" else None
@@ -207,11 +207,18 @@ def _width(step: Step, known: Mapping[Operand, int]) -> int | None:
         numbers = [int(b.numpy()[0]) for b in bounds if not isinstance(b, Expression)]
         start, stop, *axes = numbers if len(numbers) > 2 else (0, 0)
         return stop - start if axes == [-1] else None
-    found = [known.get(each) for each in step.inputs if each is not None]
+    found = [known.get(each, _stated(each)) for each in step.inputs if each is not None]
     sizes = [size for size in found if size is not None]
     if step.operator == "Concat":
         return sum(sizes) if len(sizes) == len(found) else None
     return max(sizes, default=None)
+
+
+def _stated(operand: Operand) -> int | None:
+    """The last dimension of a value of the graph, if the model states it."""
+    shape = operand.shape if isinstance(operand, ir.Value) else None
+    last = shape[-1] if shape is not None and len(shape) else None
+    return last if isinstance(last, int) else None
 
 
 def moved(steps: Sequence[Step]) -> tuple[int, int]:
