@@ -218,3 +218,17 @@ def test_sizes_that_only_what_goes_has_read_go_too():
     assert rewrite.work().nodes == -2  # Slice and Reshape; the others compute a size
     apply(rewrite, model)
     assert operators(model) == ["Relu"]
+
+
+def test_each_node_that_goes_is_looked_at_once():
+    """Thirty times ``s = s + s``: along every path that would be for ever."""
+    sums = " ".join(f"s{i + 1} = Add(s{i}, s{i})" for i in range(30))
+    model = layer(f"s0 = MatMul(h, O) {sums} y = Neg(s30)")
+    negate, rewrite = node(model, "y"), Rewrite()
+    at = rewrite.before(negate)
+    product = at("MatMul", model.graph.inputs[0], at.constant(tensor(normal(F, D, seed=1)), "P"))
+    rewrite.replaced[negate.outputs[0]] = product
+    assert rewrite.nodes_change() == 1 - 32
+    assert rewrite.weights_removed() == 0
+    apply(rewrite, model)
+    assert operators(model) == ["MatMul", "Relu"]

@@ -414,7 +414,8 @@ def _operators(each: FoldPass) -> int:
 def _gain(candidate: Candidate) -> tuple[int, int, int]:
     """Sorts what gains most to the front; only what ties has to be evaluated to be compared.
 
-    Matrices count first: no operator is worth the few weights of a bias.
+    Matrices count first: no operator is worth the few weights of a bias. Operators that compute
+    sizes, a few integers, do not count.
     """
     matrices = candidate.rewrite.weights_removed(min_rank=2)
     return -matrices, candidate.rewrite.work().nodes, -candidate.weights_removed

@@ -105,7 +105,8 @@ class Rewrite:
         values = (*self.replaced, *self.biases)
         producers = {node for value in values if (node := value.producer()) is not None}
         readers = {node for value in values for node, _ in value.uses()}
-        return {node for node, _ in (*self.stored, *self.rewired)} | producers | readers
+        changed = {node for node, _ in (*self.stored, *self.rewired)}
+        return changed | producers | readers | self._unread().nodes
 
     @property
     def touched(self) -> set[ir.Value]:
@@ -257,12 +258,12 @@ class Rewrite:
             if node is None:
                 if suspect.is_initializer() and not suspect.is_graph_input():
                     gone.values.add(suspect)
-            elif node.graph is not None and not any(map(is_read, node.outputs)):
+            elif node not in gone.nodes and not any(map(is_read, node.outputs)):
                 gone.nodes.add(node)
                 gone.values.update(node.outputs)
-                read_by_it = [value for value in node.inputs if value is not None]
-                queue += read_by_it
-                queue += [v for v in map(self._resolve, read_by_it) if isinstance(v, ir.Value)]
+                inputs = [value for value in node.inputs if value is not None]
+                became = map(self._resolve, inputs)
+                queue += [*inputs, *(value for value in became if isinstance(value, ir.Value))]
         return gone
 
     def apply(self, editor: Editor) -> None:
