@@ -232,3 +232,15 @@ def test_each_node_that_goes_is_looked_at_once():
     assert rewrite.weights_removed() == 0
     apply(rewrite, model)
     assert operators(model) == ["MatMul", "Relu"]
+
+
+def test_a_weight_that_is_picked_goes_with_what_picks_it():
+    """A Gather of a weight makes no constant, so it takes a look behind the layer to count it."""
+    held = {"E": normal(1, F, D), "which": np.array(0)}
+    model = layer("p = Gather(E, which) v = MatMul(h, p) y = Neg(v)", **held)
+    rewrite = Rewrite()
+    rewrite.replaced[node(model, "v").outputs[0]] = model.graph.inputs[0]
+    assert rewrite.weights_removed() == F * D
+    assert rewrite.nodes_change() == -2
+    apply(rewrite, model)
+    assert operators(model) == ["Neg", "Relu"]
