@@ -15,8 +15,8 @@ import onnx_ir as ir
 from onnx_fold.algebra.basis import Side
 from onnx_fold.algebra.expression import Expression, FoldedTensor, cast, reshape, transpose
 from onnx_fold.engine.folding import Candidate, FoldPass
-from onnx_fold.graph.edit import Editor
 from onnx_fold.graph.linear import compact
+from onnx_fold.rewriting.record import Made, Operand, Recorder
 from onnx_fold.rewriting.rewrite import Rewrite
 from onnx_fold.streams.branches import Branches
 from onnx_fold.streams.maps import LinearMap
@@ -32,32 +32,18 @@ class BranchesPass(FoldPass):
         """Yield the one layer."""
         total, node = branches.map, branches.result.producer()
         assert node is not None
-        dtype = branches.dtype
-        weight = FoldedTensor(_stored(total), dtype)
-        shape = _bias_shape(total)
-        bias = None if total.bias is None else FoldedTensor(reshape(total.bias, shape), dtype)
-        rewrite = Rewrite(added=[weight] if bias is None else [weight, bias])
-        rewrite.dropped = {each.edge for each in branches.members}
-        is_fused = bias is None or _is_conv(total)
-        rewrite.nodes_added = 1 + (not is_fused) + len(branches.rest)
-        rewrite.nodes_added -= len(branches.inside) - 1 - len(branches.later)
-
-        def build(editor: Editor) -> ir.Value:
-            largest = max(branches.members, key=lambda each: each.weight.size)
-            name = largest.weight.leaf.name or f"{branches.result.name}_weight"
-            held = editor.constant(weight, name)
-            shift = None if bias is None else editor.constant(bias, f"{name}_bias")
-            value = _layer(editor, node, branches.source, total, held, shift)
-            for sign, other in branches.rest:
-                operator, inputs = ("Add", [other, value]) if sign > 0 else ("Sub", [value, other])
-                value = editor.node(node, operator, inputs).outputs[0]
-            return value
-
-        rewrite.replaced |= {**branches.later, branches.result: build}
-        rounded = cast(weight.rounded, total.kernel.dtype)
-        side = Side(total.matrix, _matrix(total, rounded))
+        largest = max(branches.members, key=lambda each: each.weight.size)
+        name = largest.weight.leaf.name or f"{branches.result.name}_weight"
+        weight = FoldedTensor(_stored(total), branches.dtype)
+        rewrite = Rewrite()
+        at = rewrite.before(node)
+        value = _layer(at, branches.source, total, weight, name)
+        for sign, other in branches.rest:
+            value = at("Add", other, value) if sign > 0 else at("Sub", value, other)
+        rewrite.replaced |= {**branches.later, branches.result: value}
+        after = _matrix(total, cast(weight.rounded, total.kernel.dtype))
         text = f"{compact(branches.labels)} into one"
-        yield Candidate(self.name, text, rewrite, [side], [])
+        yield Candidate(self.name, text, rewrite, [Side(total.matrix, after)], [])
 
 
 def _is_conv(total: LinearMap) -> bool:
@@ -80,31 +66,23 @@ def _matrix(total: LinearMap, stored: Expression) -> Expression:
     return stored
 
 
-def _bias_shape(total: LinearMap) -> tuple[int, ...]:
-    """How the bias is stored: a Conv knows where it goes."""
-    return (total.out_features, *(() if _is_conv(total) else total.window))
-
-
-def _layer(
-    editor: Editor,
-    before: ir.Node,
-    x: ir.Value,
-    total: LinearMap,
-    weight: ir.Value,
-    bias: ir.Value | None,
-) -> ir.Value:
+def _layer(at: Recorder, x: ir.Value, total: LinearMap, weight: FoldedTensor, name: str) -> Made:
     """The operator that computes ``total``, and the Add of its bias if that is another one."""
+    inputs: list[Operand] = [x, at.constant(weight, name)]
     if _is_conv(total):
-        inputs = [x, weight] if bias is None else [x, weight, bias]
-        return editor.node(
-            before,
+        if total.bias is not None:
+            inputs.append(at.constant(FoldedTensor(total.bias, weight.dtype), f"{name}_bias"))
+        return at(
             "Conv",
-            inputs,
+            *inputs,
             kernel_shape=total.window,
             group=total.groups,
             strides=total.strides,
             dilations=total.dilations,
             pads=(*total.before, *total.behind),
-        ).outputs[0]
-    value = editor.node(before, "Mul" if total.is_gain else "MatMul", [x, weight]).outputs[0]
-    return value if bias is None else editor.node(before, "Add", [value, bias]).outputs[0]
+        )
+    value = at("Mul" if total.is_gain else "MatMul", *inputs)
+    if total.bias is None:
+        return value
+    bias = reshape(total.bias, (total.out_features, *total.window))
+    return at("Add", value, at.constant(FoldedTensor(bias, weight.dtype), f"{name}_bias"))

@@ -11,9 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
-import onnx_ir as ir
 
-from onnx_fold.algebra.basis import Basis, Side
+from onnx_fold.algebra.basis import Basis, Side, TableSide
 from onnx_fold.algebra.expression import (
     Expression,
     FoldedTensor,
@@ -24,10 +23,10 @@ from onnx_fold.algebra.expression import (
 )
 from onnx_fold.engine.folding import Candidate, FoldPass, Proposal, propose
 from onnx_fold.graph.constants import constant
-from onnx_fold.graph.edit import Editor
 from onnx_fold.graph.linear import compact
 from onnx_fold.graph.operators import operator
 from onnx_fold.rewriting.rebase import rebase, weights_of
+from onnx_fold.rewriting.record import Operand, Recorder
 from onnx_fold.rewriting.resize import resize_stream
 from onnx_fold.rewriting.rewrite import CannotRewriteError, Rewrite
 from onnx_fold.streams.joined import Joined
@@ -46,21 +45,22 @@ class ConcatPass(FoldPass):
 
 
 def _plan(joined: Joined, text: str) -> Candidate:
-    reader, rewrite, sides = joined.reader, Rewrite(), []
-    width = reader.out_features
+    """Writers become ``W F``; their streams carry what ``F`` wrote, and are added."""
+    reader, rewrite = joined.reader, Rewrite()
+    sides: list[Side | TableSide] = []
     for part in joined.parts:
         if part.stream is None:
             continue
-        if width > part.stream.width:
-            raise CannotRewriteError(f"'{part.value.name}' would become {width} channels wide")
+        if reader.out_features > part.stream.width:
+            raise CannotRewriteError(f"'{part.value.name}' would have more channels than before")
         rows = take(weights_of(reader), np.asarray(part.rows), 0)
-        rebased = rebase(part.stream, Basis(rows), width, pivot=reader)
+        rebased = rebase(part.stream, Basis(rows), reader.out_features, pivot=reader)
         rewrite.stored |= rebased.stored
         sides += [_through(side, rows) for side in rebased.writers if isinstance(side, Side)]
-        if width != part.stream.width:
-            resize_stream(part.stream, part.stream.values, width, rewrite)
-    _sum(joined, rewrite)
-    return Candidate(ConcatPass.name, text, rewrite, list(sides), [])
+        if reader.out_features != part.stream.width:
+            resize_stream(part.stream, part.stream.values, reader.out_features, rewrite)
+    rewrite.replaced[reader.y] = _sum(joined, rewrite.before(reader.node))
+    return Candidate(ConcatPass.name, text, rewrite, sides, [])
 
 
 def _through(side: Side, rows: Expression) -> Side:
@@ -68,42 +68,27 @@ def _through(side: Side, rows: Expression) -> Side:
     return Side(product(side.before, rows), side.after, side.rows)
 
 
-def _sum(joined: Joined, rewrite: Rewrite) -> None:
-    """Plan ``Σ operands + rest F + bias`` in the place of the layer."""
-    reader, node = joined.reader, joined.reader.node
+def _sum(joined: Joined, at: Recorder) -> Operand:
+    """``Σ operands + rest F + bias`` in the place of the layer."""
+    reader, terms = joined.reader, list[Operand]()
+    terms += [part.value for part in joined.parts if part.stream is not None]
     rest = [part for part in joined.parts if part.stream is None]
-    merged = [part for part in joined.parts if part.stream is not None]
-    bias = _bias(joined)
-    weight, is_conv = None, operator(node) == "Conv"
     if rest:
-        rows = np.concatenate([np.asarray(part.rows) for part in rest])
-        matrix = take(weights_of(reader), rows, 0)
+        matrix = take(weights_of(reader), np.concatenate([part.rows for part in rest]), 0)
+        is_conv = operator(reader.node) == "Conv"
         packed = reader.pack(matrix, is_writer=False) if is_conv else matrix
-        weight = FoldedTensor(packed, reader.weight.dtype)
-        rewrite.added.append(weight)
-    rewrite.added += [] if bias is None else [bias]
-    rewrite.nodes_added += len(merged) - 2 + (bias is not None)
-    rewrite.nodes_added += 2 * bool(rest) + (len(rest) > 1)
-
-    def build(editor: Editor) -> ir.Value:
-        values = [part.value for part in merged]
-        if weight is not None:
-            x = rest[0].value
-            if len(rest) > 1:
-                operands, axis = [part.value for part in rest], reader.x_axis or -1
-                x = editor.node(node, "Concat", operands, axis=axis).outputs[0]
-            held = editor.constant(weight, f"{reader.weight.leaf.name}_rest")
-            layer = editor.node(node, "Conv" if is_conv else "MatMul", [x, held])
-            values.append(layer.outputs[0])
-        total = values[0]
-        for value in values[1:]:
-            total = editor.node(node, "Add", [total, value]).outputs[0]
-        if bias is not None:
-            held = editor.constant(bias, f"{reader.y.name}_bias")
-            total = editor.node(node, "Add", [total, held]).outputs[0]
-        return total
-
-    rewrite.replaced[reader.y] = build
+        held = FoldedTensor(packed, reader.weight.dtype)
+        x: Operand = rest[0].value
+        if len(rest) > 1:
+            x = at("Concat", *(part.value for part in rest), axis=reader.x_axis or -1)
+        weight = at.constant(held, f"{reader.weight.leaf.name}_rest")
+        terms.append(at("Conv" if is_conv else "MatMul", x, weight))
+    if (bias := _bias(joined)) is not None:
+        terms.append(at.constant(bias, f"{reader.y.name}_bias"))
+    total = terms[0]
+    for term in terms[1:]:
+        total = at("Add", total, term)
+    return total
 
 
 def _bias(joined: Joined) -> FoldedTensor | None:

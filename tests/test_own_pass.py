@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
-from helpers import assert_same_function, graph, normal
+from helpers import announced_is_done, assert_same_function, graph, normal, operators
 
 import onnx_fold
-from onnx_fold.engine import FoldPass
+from onnx_fold.algebra.expression import Literal, scale
+from onnx_fold.engine import Basis, Candidate, FoldPass, Rewrite, Side, rebase, weights_of
 from onnx_fold.errors import UsageError
 
 ROOT = Path(__file__).parents[1]
@@ -86,6 +87,37 @@ def test_it_refuses_where_no_reader_is_square():
     result = onnx_fold.fold(model, passes=example(), only="best-conditioned")
     assert not result.report.folded
     assert result.report.left_alone[0].reasons == ["no strategy applies to its layers"]
+
+
+class HalvedPass(FoldPass):
+    """``T = R / 2``: the last square reader becomes ``2 I``, a sum of the stream with itself."""
+
+    name = "halved"
+    operators = 1
+
+    def candidates(self, stream):
+        reader = [reader for reader in stream.readers if reader.is_square][-1]
+        matrix = weights_of(reader)
+        basis = Basis(scale(matrix, 0.5))
+        rebased = rebase(stream, basis, stream.width, pivot=reader)
+        twice = Literal(2 * np.eye(stream.width))
+        rebased.readers[stream.readers.index(reader)] = Side(matrix, twice)
+        rewrite = Rewrite(stored=rebased.stored)
+        at = rewrite.before(reader.node)
+        rewrite.replaced[reader.y] = at("Add", reader.x, reader.x)
+        yield Candidate(self.name, "half", rewrite, rebased.writers, rebased.readers, basis)
+
+
+def test_a_pass_states_operators_and_counts_nothing():
+    model = layers()
+    with announced_is_done():
+        result = onnx_fold.fold(model, passes=HalvedPass, only="halved")
+    (stream,) = result.report.folded
+    assert stream.folded.weights_removed == D * D
+    assert stream.folded.nodes_added == 1  # a sum for a product, and an Identity for the output
+    assert result.report.proof.proved == [stream.name]
+    assert operators(result.model).count("Add") == 1
+    assert_same_function(model, result.model)
 
 
 class Nameless(FoldPass):

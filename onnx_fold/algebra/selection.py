@@ -33,6 +33,7 @@ class RowSelection:
         order: All rows, the basis first, ``[f]``.
         final_order: All rows as they are to stand, the basis first or last, ``[f]``.
         final_order_of_free: Those of ``final_order`` that are free, counted from the first such.
+        places: Where each row stands in ``final_order``, ``[f]``.
         basis: The rows of the basis, ``[d, d]``.
         rest: ``B``, ``[f - d, d]``: the other rows in terms of the basis, as it is stored.
     """
@@ -65,6 +66,7 @@ class RowSelection:
         self.order: Expression = _Order(self, "order")
         self.final_order: Expression = _Order(self, "final_order")
         self.final_order_of_free: Expression = _Order(self, "final_order_of_free")
+        self.places: Expression = _Order(self, "places")
         self.rest: Expression = _Rest(self, dtype.numpy())
         self.basis = take(matrix, take(self.order, slice(matrix.shape[1]), 0), 0)
         self._seen = seen
@@ -108,11 +110,17 @@ class RowSelection:
 
     @cached_property
     def orders(self) -> dict[str, Indices]:
-        """``order``, ``final_order`` and ``final_order_of_free`` by their names."""
+        """``order``, ``final_order``, ``final_order_of_free`` and ``places`` by their names."""
         order = self.selected[0]
         final_order = np.roll(order, -self.matrix.shape[1]) if self._is_last else order
         free = final_order[self.free] - self.free.start
-        return {"order": order, "final_order": final_order, "final_order_of_free": free}
+        places = np.argsort(final_order)
+        return {
+            "order": order,
+            "final_order": final_order,
+            "final_order_of_free": free,
+            "places": places,
+        }
 
     @cached_property
     def formula(self) -> Expression:

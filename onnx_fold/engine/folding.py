@@ -108,11 +108,6 @@ class Candidate:
         """Operators that it adds, less those that it removes."""
         return self.rewrite.nodes_change()
 
-    @property
-    def _saves_operators(self) -> bool:
-        """Whether it is worth it though as many weights stay."""
-        return self.rewrite.drops_implied or (self.basis is None and self.nodes < 0)
-
     def _growth(self) -> str:
         shared = self.rewrite.shared()
         if shared:
@@ -146,7 +141,9 @@ class Candidate:
             nodes_added=self.nodes,
             slower_on=self.slower_on(stream.dtype.itemsize),
         )
-        if self.weights_removed < 0 or (self.weights_removed == 0 and not self._saves_operators):
+        saves_operators = isinstance(stream, Branches) and self.nodes < 0
+        saves_operators |= self.rewrite.drops_implied
+        if self.weights_removed < 0 or (self.weights_removed == 0 and not saves_operators):
             return replace(report, refused=self._growth())
         if protected := sorted(self.rewrite.names() & options.protect):
             return replace(report, refused=f"'{protected[0]}' is protected")
@@ -459,10 +456,11 @@ def _operators(each: FoldPass) -> int:
 def _gain(candidate: Candidate) -> tuple[int, int, int]:
     """Sorts what gains most to the front; only what ties has to be evaluated to be compared.
 
-    Matrices count first: no operator is worth the few weights of a bias.
+    Matrices count first: no operator is worth the few weights of a bias. Operators that compute
+    sizes, a few integers, do not count.
     """
     matrices = candidate.rewrite.weights_removed(min_rank=2)
-    return -matrices, candidate.nodes, -candidate.weights_removed
+    return -matrices, candidate.rewrite.work().nodes, -candidate.weights_removed
 
 
 def _names(stream: Subject) -> set[str]:

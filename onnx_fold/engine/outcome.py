@@ -169,10 +169,10 @@ def _layers_of_branches(branches: Branches, rewrite: Rewrite | None) -> Iterator
     """Of layers that become one, the largest holds it."""
     largest = max(branches.layers, key=lambda each: each.weight.size, default=None)
     for each in branches.layers:
-        size = each.weight.size
-        added = 0 if rewrite is None or each is not largest else rewrite.added[0].size
-        output = each.node.outputs[0].name or ""
-        yield LayerReport(each.label, "reader", size, size if rewrite is None else added, output)
+        before = after = each.weight.size
+        if rewrite is not None:
+            after = 0 if each is not largest else rewrite.weights_in_place_of(branches.result)
+        yield LayerReport(each.label, "reader", before, after, each.node.outputs[0].name or "")
 
 
 def _ending(stream: Stream) -> str:

@@ -7,7 +7,7 @@ outputs, or nothing if it cannot be told.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,7 +15,6 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from onnx_fold.graph.constants import axes_of, constant, integers
-from onnx_fold.graph.edit import Editor
 from onnx_fold.graph.operators import operator
 from onnx_fold.graph.shapes import Dims, Shapes
 
@@ -54,78 +53,17 @@ class Layout:
         return self.axes == (*range(leading), *(CHANNELS,) * (len(self.axes) - leading))
 
     @property
-    def num_nodes(self) -> int:
-        """Operators that :meth:`build` makes, but for those that compute a shape."""
-        cut = self.reshape is not None or self.columns.ndim != 1
-        return cut + (not self.is_in_order)
-
-    @property
     def computed_shape(self) -> ComputedShape | None:
-        """What two more operators compute, once for all layouts that need the same."""
+        """What the graph has to compute for it, once for all layouts that need the same."""
         if self.reshape is None or integers(self.reshape.inputs[1]) is not None:
             return None
         source = self.reshape.inputs[1]
         assert source is not None
         return source, self.num_leading, self.columns.shape
 
-    def build(
-        self,
-        editor: Editor,
-        before: ir.Node,
-        value: ir.Value,
-        shapes: Mapping[ComputedShape, ir.Value],
-    ) -> ir.Value:
-        """Lay out ``value`` (``[leading axes of the layer..., columns.size]``) in this way.
-
-        Args:
-            editor: What puts new nodes into the graph.
-            before: The node in front of which they come.
-            value: What to lay out.
-            shapes: What :func:`compute_shapes` made, for this layout among others.
-        """
-        leading = self.num_leading
-        if self.reshape is not None or self.columns.ndim != 1:
-            computed = self.computed_shape
-            shape = self._held_shape(editor, before) if computed is None else shapes[computed]
-            value = editor.node(before, "Reshape", [value, shape]).outputs[0]
-        if not self.is_in_order:
-            channel = iter(range(leading, len(self.axes)))
-            perm = [next(channel) if axis == CHANNELS else axis for axis in self.axes]
-            value = editor.node(before, "Transpose", [value], perm=perm).outputs[0]
-        return value
-
-    def _held_shape(self, editor: Editor, before: ir.Node) -> ir.Value:
-        given = None if self.reshape is None else integers(self.reshape.inputs[1])
-        leading = (0,) * self.num_leading if given is None else given[: self.num_leading]
-        name = f"{before.name or before.op_type}_shape"
-        return editor.integers([*leading, *self.columns.shape], name)
-
 
 ComputedShape = tuple[ir.Value, int, tuple[int, ...]]
 """A shape that the graph computes, how many leading axes are taken from it, and the other ones."""
-
-
-def compute_shapes(editor: Editor, layouts: Sequence[Layout]) -> dict[ComputedShape, ir.Value]:
-    """Make the shapes that ``layouts`` need and the graph computes, each once.
-
-    Args:
-        editor: What puts the nodes that compute them into the graph.
-        layouts: The layouts; those whose Reshape comes first in the graph come first.
-    """
-    made: dict[ComputedShape, ir.Value] = {}
-    for layout in layouts:
-        needed, before = layout.computed_shape, layout.reshape
-        if needed is None or before is None or needed in made:
-            continue
-        source, leading, tail = needed
-        name = before.name or before.op_type
-        start, stop, heads = (
-            editor.integers(numbers, f"{name}_{suffix}")
-            for numbers, suffix in (([0], "start"), ([leading], "stop"), (tail, "heads"))
-        )
-        part = editor.node(before, "Slice", [source, start, stop]).outputs[0]
-        made[needed] = editor.node(before, "Concat", [part, heads], axis=0).outputs[0]
-    return made
 
 
 Step = Callable[[ir.Node, Layout, Shapes], Iterator[Layout]]

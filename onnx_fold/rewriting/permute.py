@@ -78,6 +78,20 @@ def hidden_stream(stream: Stream, layer: Linear) -> Hidden | None:
     return Hidden(hidden, slice(0, width)) if is_between else None
 
 
+def hidden_beside(stream: Stream, layer: Linear) -> Hidden | None:
+    """The hidden value, if the basis can stand first in it (of a reader) or last (of a writer).
+
+    So both layers of an FFN find a place: the columns that its first layer copies to the front stay
+    there when rows of its last layer are moved to the end.
+    """
+    hidden = hidden_stream(stream, layer)
+    if hidden is None or hidden.free.stop - hidden.free.start <= stream.width:
+        return None
+    is_writer = layer in stream.writers
+    at_the_end = hidden.free.stop == layer.in_features if is_writer else hidden.free.start == 0
+    return hidden if at_the_end else None
+
+
 def _joints(hidden: Stream) -> Iterator[tuple[ir.Node, int]]:
     """The nodes at which it ends, and the axis of its channels there."""
     for value, axis in hidden.values.items():

@@ -18,9 +18,9 @@ from onnx_fold.algebra.expression import (
     transpose,
 )
 from onnx_fold.graph.constants import constant
-from onnx_fold.graph.edit import Editor
 from onnx_fold.graph.linear import Edge, Linear
-from onnx_fold.rewriting.rewrite import Build, CannotRewriteError, Rewrite
+from onnx_fold.rewriting.record import Operand, Present
+from onnx_fold.rewriting.rewrite import CannotRewriteError, Rewrite
 from onnx_fold.streams.stream import ConstantWriter, Stream
 
 
@@ -111,8 +111,7 @@ def become_identity(rewrite: Rewrite, layer: Linear) -> None:
     if edge is None:
         rewrite.replaced[layer.y] = in_place(rewrite, layer)
         return
-    bias, (_, index) = node.inputs[edge[1]], edge
-    held, stored = constant(bias), rewrite.stored.get(edge)
+    held, stored = constant(node.inputs[edge[1]]), rewrite.stored.get(edge)
     shape = layer.vector_shape
     if held is None and layer.beta != 1.0:
         raise CannotRewriteError(f"{node.op_type} '{node.name}' scales a bias computed at run time")
@@ -123,29 +122,14 @@ def become_identity(rewrite: Rewrite, layer: Linear) -> None:
         if len(shape or ()) > 1:
             wide = reshape(wide, shape or ())
         rewrite.stored[edge] = FoldedTensor(scale(wide, layer.beta), held.dtype)
-    if edge not in rewrite.stored and bias is not None:
-        rewrite.kept.add(bias)
-
-    def build(editor: Editor) -> ir.Value:
-        current = node.inputs[index]  # what is stored there by now
-        assert current is not None
-        total = editor.node(node, "Add", [layer.x, current]).outputs[0]
-        total.type, total.shape = layer.y.type, layer.y.shape
-        return total
-
-    rewrite.replaced[layer.y] = build
-    rewrite.nodes_added += 1
+    total = rewrite.before(node)("Add", layer.x, Present(edge), like=layer.y)
+    rewrite.replaced[layer.y] = total
 
 
-def in_place(rewrite: Rewrite, layer: Linear) -> ir.Value | Build:
+def in_place(rewrite: Rewrite, layer: Linear) -> Operand:
     """What ``layer`` reads, as it has to be shaped to stand where it wrote."""
     shape = layer.identity_shape
     if shape is None:
         return layer.x
-    rewrite.nodes_added += 1
-
-    def build(editor: Editor) -> ir.Value:
-        target = editor.integers(shape, f"{layer.y.name}_shape")
-        return editor.node(layer.node, "Reshape", [layer.x, target]).outputs[0]
-
-    return build
+    at = rewrite.before(layer.node)
+    return at("Reshape", layer.x, at.integers(shape, f"{layer.y.name}_shape"))

@@ -9,9 +9,9 @@ import onnx_ir as ir
 
 from onnx_fold.graph.channels import channels
 from onnx_fold.graph.constants import integers
-from onnx_fold.graph.edit import Editor
 from onnx_fold.graph.operators import operator
-from onnx_fold.rewriting.rewrite import Build, CannotRewriteError, Rewrite
+from onnx_fold.rewriting.record import Made
+from onnx_fold.rewriting.rewrite import CannotRewriteError, Rewrite
 from onnx_fold.streams.stream import Stream
 
 _COPIED, _INFERRED = 0, -1
@@ -43,7 +43,7 @@ def _resize(value: ir.Value, stream: Stream, width: int, rewrite: Rewrite) -> No
     shape_input = channels(node).shape_input
     if shape_input is None:
         return
-    shape = _resized_shape(node, stream, width)
+    shape = _resized_shape(node, stream, width, rewrite)
     if isinstance(shape, ir.TensorProtocol):
         rewrite.stored[node, shape_input] = shape
     elif shape is not None:
@@ -54,11 +54,13 @@ def _names_axes(node: ir.Node) -> bool:
     return "axes" in node.attributes or (len(node.inputs) > 1 and node.inputs[1] is not None)
 
 
-def _resized_shape(node: ir.Node, stream: Stream, width: int) -> ir.TensorProtocol | Build | None:
+def _resized_shape(
+    node: ir.Node, stream: Stream, width: int, rewrite: Rewrite
+) -> ir.TensorProtocol | Made | None:
     """The shape input that ``node`` (Reshape, Expand) needs for ``width`` channels.
 
     Returns:
-        A new constant, a Concat to build, or None if the shape may stay as it is.
+        A new constant, a new Concat, or None if the shape may stay as it is.
 
     Raises:
         CannotRewriteError: The shape is computed in another way than by a Concat.
@@ -79,13 +81,9 @@ def _resized_shape(node: ir.Node, stream: Stream, width: int) -> ir.TensorProtoc
         raise CannotRewriteError(f"{node.op_type} '{node.name}' copies the width of its channels")
     if last[-1] in (_COPIED, _INFERRED):
         return None
-
-    def build(editor: Editor) -> ir.Value:
-        name = f"{concat.outputs[0].name}_width"
-        tail = editor.constant(_integers([*last[:-1], width]), name)
-        return editor.node(node, "Concat", [*concat.inputs[:-1], tail], axis=0).outputs[0]
-
-    return build
+    at = rewrite.before(node)
+    tail = at.integers([*last[:-1], width], f"{concat.outputs[0].name}_width")
+    return at("Concat", *concat.inputs[:-1], tail, axis=0)
 
 
 def _resized_entries(

@@ -2,26 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.convenience import replace_all_uses_with
 
 from onnx_fold.algebra.device import Device
 from onnx_fold.algebra.expression import Expression, FoldedTensor, ImpliedTensor, evaluate, sampled
-from onnx_fold.graph.constants import FLOATS, Constant, constant
+from onnx_fold.graph.constants import FLOATS, constant
 from onnx_fold.graph.edit import Editor, initializer
 from onnx_fold.graph.linear import Edge, Linear
 from onnx_fold.graph.operators import operator
+from onnx_fold.rewriting.record import (
+    Entry,
+    Held,
+    Made,
+    Operand,
+    Present,
+    Recorder,
+    Step,
+    build,
+    leading_to,
+    makes_sizes,
+    moved,
+    value_of,
+    widths,
+)
 from onnx_fold.streams.stream import ConstantWriter
 
 _PICKS = frozenset(("Gather", "GatherND"))
 
-Build = Callable[[Editor], ir.Value]
-"""Makes, when the change is applied, the value that takes the place of another."""
+_MOVES = _PICKS | {"Split", "Slice", "Concat", "SequenceAt"}
+"""Operators that copy what they put out."""
 
 
 class CannotRewriteError(Exception):
@@ -33,8 +48,8 @@ class Work:
     """What a fold adds for one token.
 
     Attributes:
-        nodes: Operators, less those that go.
-        copied: Values that these copy.
+        nodes: Operators, less those that go; those that compute sizes, a few integers, not counted.
+        copied: Values that these copy, less those that were copied before.
         gathered: Values that these pick by index.
     """
 
@@ -44,36 +59,46 @@ class Work:
 
 
 @dataclass
+class Unread:
+    """What nothing reads any more.
+
+    Attributes:
+        nodes: Nodes.
+        values: What these make, and initializers.
+    """
+
+    nodes: set[ir.Node] = field(default_factory=set)
+    values: set[ir.Value] = field(default_factory=set)
+
+
+@dataclass
 class Rewrite:
-    """New initializers and replaced values.
+    """New initializers, steps to build, and values that others take the place of.
+
+    What it costs is read off that, and so is what nothing reads any more once it is applied.
 
     Attributes:
         stored: Node inputs that get a new initializer.
-        rewired: Node inputs that get a value built for them.
+        rewired: Node inputs that read something else.
         biases: Values to which a constant is added.
         replaced: Values and what their readers read instead.
         resized: Values whose channel axis gets another width: value → (axis, width).
-        added: Further initializers that ``replaced`` makes.
-        kept: Constants that ``replaced`` still reads.
-        dropped: Further inputs that nothing reads once ``replaced`` is applied.
         reordered: Values whose channels come in another order.
-        nodes_added: Operators that ``rewired`` and ``replaced`` build.
-        copied: Values that these copy for one token.
-        gathered: Values that these pick by index for one token.
+        recorded: New operators and their initializers, in the order in which they are built; of
+            these only what ``rewired`` and ``replaced`` need.
     """
 
     stored: dict[Edge, ir.TensorProtocol] = field(default_factory=dict)
-    rewired: dict[Edge, Build] = field(default_factory=dict)
+    rewired: dict[Edge, Operand] = field(default_factory=dict)
     biases: dict[ir.Value, FoldedTensor] = field(default_factory=dict)
-    replaced: dict[ir.Value, ir.Value | Build] = field(default_factory=dict)
+    replaced: dict[ir.Value, Operand] = field(default_factory=dict)
     resized: dict[ir.Value, tuple[int, int]] = field(default_factory=dict)
-    added: list[FoldedTensor] = field(default_factory=list)
-    kept: set[ir.Value] = field(default_factory=set)
-    dropped: set[Edge] = field(default_factory=set)
     reordered: list[ir.Value] = field(default_factory=list)
-    nodes_added: int = 0
-    copied: int = 0
-    gathered: int = 0
+    recorded: list[Entry] = field(default_factory=list)
+
+    def before(self, node: ir.Node) -> Recorder:
+        """What notes new operators in front of ``node``."""
+        return Recorder(self.recorded, node)
 
     @property
     def nodes(self) -> set[ir.Node]:
@@ -81,7 +106,8 @@ class Rewrite:
         values = (*self.replaced, *self.biases)
         producers = {node for value in values if (node := value.producer()) is not None}
         readers = {node for value in values for node, _ in value.uses()}
-        return {node for node, _ in (*self.stored, *self.rewired)} | producers | readers
+        changed = {node for node, _ in (*self.stored, *self.rewired)}
+        return changed | producers | readers | self._unread().nodes
 
     @property
     def touched(self) -> set[ir.Value]:
@@ -108,35 +134,57 @@ class Rewrite:
         if (tensor := self.stored.get(member.edge)) is not None:
             return stored_size(tensor)
         if isinstance(member, Linear) and member.y in self.replaced:
-            return sum(stored_size(tensor) for tensor in self.added if _rank(tensor) >= 2)
+            return self.weights_in_place_of(member.y)
         return stored_size(member.weight.tensor)
+
+    def weights_in_place_of(self, value: ir.Value) -> int:
+        """Elements of the new matrices by which what takes its place is made."""
+        entries = leading_to([self.replaced[value]])
+        tensors = [entry.content for entry in entries if isinstance(entry, Held)]
+        matrices = [t for t in tensors if isinstance(t, FoldedTensor) and _rank(t) >= 2]
+        return sum(map(stored_size, matrices))
 
     @property
     def drops_implied(self) -> bool:
         """Whether a matrix goes that was written out only to be merged."""
         return any(isinstance(tensor, ImpliedTensor) for tensor in self._gone())
 
-    def _gone(self) -> Iterable[ir.TensorProtocol]:
-        gone = {held.leaf: held.tensor for held in self._dropped() if self._dies(held.leaf)}
-        return gone.values()
+    def _gone(self) -> list[ir.TensorProtocol]:
+        """The weights that go."""
+        values = self._unread().values
+        held = {each.leaf: each for each in map(constant, values) if each is not None}
+        weights = [each for leaf, each in held.items() if leaf in values and each.dtype in FLOATS]
+        return [each.tensor for each in weights]
 
     def work(self) -> Work:
         """What it adds for one token."""
-        return Work(self.nodes_change(), self.copied, self.gathered)
+        steps = self._steps()
+        copied, gathered = moved(steps)
+        known, gone = widths(steps), self._unread().nodes
+        for value, new in self.replaced.items():
+            maker = value.producer()
+            if maker in gone and maker is not None and operator(maker) in _MOVES:
+                copied -= known.get(new, 0)
+        come = [step for step in steps if not makes_sizes(step)]
+        left = [node for node in gone if not _makes_constant(node) and not makes_sizes(node)]
+        return Work(len(come) + self._sums_and_names() - len(left), copied, gathered)
 
     def nodes_change(self) -> int:
-        """Operators that come, less those that go."""
-        producers = {value.producer() for value in self.replaced if not value.is_graph_output()}
-        gone = sum(1 for node in producers if node is not None and self._is_dead(node))
-        return self.nodes_added + len(self.biases) - gone
+        """Operators that come, less those that go; what only makes constants does not count."""
+        gone = [node for node in self._unread().nodes if not _makes_constant(node)]
+        return len(self._steps()) + self._sums_and_names() - len(gone)
+
+    def _sums_and_names(self) -> int:
+        """An Add for each bias, and an Identity for each output of the graph that is replaced."""
+        return len(self.biases) + sum(value.is_graph_output() for value in self.replaced)
 
     def names(self) -> set[str]:
         """Names of the initializers, nodes and values that it changes or removes."""
-        edges = [*self.stored, *self.rewired, *self.dropped]
-        nodes = [node for node, _ in edges] + [value.producer() for value in self.replaced]
+        gone, edges = self._unread(), [*self.stored, *self.rewired]
+        nodes = {node for node, _ in edges} | {value.producer() for value in self.replaced}
         values = [node.inputs[index] for node, index in edges if index < len(node.inputs)]
         leaves = [held.leaf for held in map(constant, values) if held is not None]
-        found = [*values, *leaves, *self.replaced, *self.biases, *filter(None, nodes)]
+        found = [*values, *leaves, *self.replaced, *self.biases, *nodes, *gone.nodes, *gone.values]
         return {each.name for each in found if each is not None and each.name}
 
     def is_finite(self, device: Device, given: Mapping[Expression, Any]) -> bool:
@@ -147,57 +195,92 @@ class Rewrite:
 
     def shared(self) -> list[str]:
         """Names of initializers that have to stay because something else reads them too."""
-        staying = (
-            c.leaf for c in self._dropped() if not self._dies(c.leaf) and c.value not in self.kept
-        )
-        return sorted({value.name or "?" for value in staying})
+        gone, read = self._unread(), self._read_by_steps()
+        values = [node.inputs[index] for node, index in self.stored if index < len(node.inputs)]
+        held = map(constant, [*values, *(value for node in gone.nodes for value in node.inputs)])
+        staying = {
+            each.leaf.name or "?"
+            for each in held
+            if each is not None and each.dtype in FLOATS
+            if each.leaf not in gone.values and each.value not in read
+        }
+        return sorted(staying)
 
     def _new_tensors(self) -> Iterator[FoldedTensor]:
-        yield from (tensor for tensor in self.stored.values() if isinstance(tensor, FoldedTensor))
-        yield from self.biases.values()
-        yield from self.added
+        held = (entry.content for entry in self._entries() if isinstance(entry, Held))
+        for tensor in (*self.stored.values(), *self.biases.values(), *held):
+            if isinstance(tensor, FoldedTensor):
+                yield tensor
 
-    def _dropped(self) -> Iterator[Constant]:
-        """The weights behind the inputs that this change replaces or makes unnecessary."""
-        edges = [*self.stored, *self.dropped]
-        for value in self.replaced:
-            if (node := value.producer()) is not None and self._is_dead(node):
-                edges.extend((node, index) for index in range(len(node.inputs)))
-        for node, index in edges:
-            held = constant(node.inputs[index]) if index < len(node.inputs) else None
-            if held is not None and held.dtype in FLOATS:
-                yield held
+    def _entries(self) -> list[Entry]:
+        """What has to be built, in order."""
+        needed = leading_to([*self.rewired.values(), *self.replaced.values()])
+        return [entry for entry in self.recorded if entry in needed]
 
-    def _dies(self, value: ir.Value) -> bool:
-        """Whether nothing reads ``value`` any more once the change is applied."""
-        return _all_hold(value, self._dies_if)
+    def _steps(self) -> list[Step]:
+        return [entry for entry in self._entries() if isinstance(entry, Step)]
 
-    def _dies_if(self, value: ir.Value) -> Iterable[ir.Value] | None:
-        """The values that have to die too so that ``value`` does; None if it stays anyway."""
-        if value in self.kept or value.is_graph_output():
-            return None
-        gone = self.stored.keys() | self.rewired.keys() | self.dropped
-        reading = {node for node, index in value.uses() if (node, index) not in gone}
-        needed = [self._is_dead_if(node) for node in reading]
-        if any(each is None for each in needed):
-            return None
-        return [each for some in needed if some is not None for each in some]
-
-    def _is_dead(self, node: ir.Node) -> bool:
-        """Whether ``node`` is replaced, or makes a constant that dies; data is still read."""
-        needed = self._is_dead_if(node)
-        return needed is not None and all(map(self._dies, needed))
-
-    def _is_dead_if(self, node: ir.Node) -> Iterable[ir.Value] | None:
-        """The constants that have to die so that ``node`` does; None if it stays anyway."""
-        needed = [value for value in node.outputs if value not in self.replaced]
-        return needed if all(constant(value) is not None for value in needed) else None
-
-    def _resolve(self, value: ir.Value) -> ir.Value:
+    def _resolve(self, value: ir.Value) -> Operand:
         """What ``value`` has become, where replacements follow on each other."""
-        while isinstance(new := self.replaced.get(value), ir.Value):
-            value = new
-        return value
+        new: Operand = value
+        while isinstance(new, ir.Value) and new in self.replaced:
+            new = self.replaced[new]
+        return new
+
+    def _read_by_steps(self) -> set[ir.Value]:
+        """The values that new operators read once the change is applied.
+
+        They read what takes the place of a value, but for those that make just that.
+        """
+        own = {value: leading_to([new]) for value, new in self.replaced.items()}
+        read: set[ir.Value] = set()
+        for step in self._steps():
+            for operand in step.inputs:
+                if isinstance(operand, Present):
+                    node, index = operand.edge
+                    operand = None if operand.edge in self.stored else node.inputs[index]
+                if isinstance(operand, ir.Value) and step not in own.get(operand, ()):
+                    operand = self._resolve(operand)
+                if isinstance(operand, ir.Value):
+                    read.add(operand)
+        return read
+
+    def _unread(self) -> Unread:
+        """What nothing reads any more once the change is applied."""
+        read = self._read_by_steps() | self.biases.keys()
+        stand_in: dict[ir.Value, list[ir.Value]] = defaultdict(list)
+        for value in self.replaced:
+            if isinstance(new := self._resolve(value), ir.Value):
+                stand_in[new].append(value)
+        edges = self.stored.keys() | self.rewired.keys()
+        gone = Unread()
+
+        def stays(value: ir.Value) -> bool:
+            uses = value.uses()
+            is_used = any(u.node not in gone.nodes and (u.node, u.idx) not in edges for u in uses)
+            return is_used or value.is_graph_output()
+
+        def is_read(value: ir.Value) -> bool:
+            own = () if value in self.replaced else (value,)
+            return value in read or any(map(stays, (*own, *stand_in[value])))
+
+        suspects = [node.inputs[index] for node, index in edges if index < len(node.inputs)]
+        queue = [*filter(None, suspects), *self.replaced]
+        while queue:
+            suspect = queue.pop()
+            if is_read(suspect):
+                continue
+            node = suspect.producer()
+            if node is None:
+                if suspect.is_initializer() and not suspect.is_graph_input():
+                    gone.values.add(suspect)
+            elif node not in gone.nodes and not any(map(is_read, node.outputs)):
+                gone.nodes.add(node)
+                gone.values.update(node.outputs)
+                inputs = [value for value in node.inputs if value is not None]
+                became = map(self._resolve, inputs)
+                queue += [*inputs, *(value for value in became if isinstance(value, ir.Value))]
+        return gone
 
     def apply(self, editor: Editor) -> None:
         """Change the graph and remove what nothing reads any more because of it."""
@@ -215,19 +298,18 @@ class Rewrite:
             if held is not None and held.shape != value.shape and operator(node) in _PICKS:
                 for output in node.outputs:
                     output.shape = None if output not in self.resized else output.shape
-        for (node, index), build in self.rewired.items():
+        built = build(self._entries(), editor)
+        for (node, index), operand in self.rewired.items():
             suspects.append(node.inputs[index])
-            node.replace_input_with(index, build(editor))
+            node.replace_input_with(index, value_of(operand, built))
         for value, tensor in self.biases.items():
             bias = initializer(tensor)
             new[id(tensor)] = (bias, f"{value.name}_bias")
             _add_bias(editor, value, bias)
-        for value, replacement in self.replaced.items():
+        for value in self.replaced:
             suspects.append(value)
-            if isinstance(replacement, ir.Value):
-                _replace(editor, value, self._resolve(replacement))
-            else:
-                _replace(editor, value, replacement(editor))
+            own = {built[end].producer() for end in _ends(leading_to([self.replaced[value]]))}
+            _replace(editor, value, value_of(self._resolve(value), built), own)
         for value, (axis, width) in self.resized.items():
             if value.shape is not None:
                 dims = list(value.shape)
@@ -236,19 +318,6 @@ class Rewrite:
         editor.remove_dead(suspects)
         for value, name in new.values():
             editor.register(value, name)
-
-
-def _all_hold(value: ir.Value, needed: Callable[[ir.Value], Iterable[ir.Value] | None]) -> bool:
-    """Whether ``value`` and all that it needs, and these need in turn, can be had."""
-    queue, seen = [value], {value}
-    while queue:
-        following = needed(queue.pop())
-        if following is None:
-            return False
-        new = [each for each in following if each not in seen]
-        seen.update(new)
-        queue.extend(new)
-    return True
 
 
 def stored_size(tensor: ir.TensorProtocol) -> int:
@@ -279,16 +348,33 @@ def _add_bias(editor: Editor, value: ir.Value, bias: ir.Value) -> None:
         node.replace_input_with(index, total)
 
 
-def _replace(editor: Editor, old: ir.Value, new: ir.Value) -> None:
-    """Let everything that reads ``old`` read ``new``; a graph output keeps its name."""
+def _makes_constant(node: ir.Node) -> bool:
+    return all(constant(output) is not None for output in node.outputs)
+
+
+def _ends(entries: Iterable[Entry]) -> list[Made]:
+    return [Made(entry) for entry in entries if isinstance(entry, Step)]
+
+
+def _replace(editor: Editor, old: ir.Value, new: ir.Value, own: Set[ir.Node | None]) -> None:
+    """Let everything that reads ``old`` read ``new``, but for its ``own`` nodes, which make it.
+
+    A graph output keeps its name.
+    """
+    uses = [use for use in old.uses() if use.node not in own]
     if old.is_graph_output():
-        node = old.producer()
+        node, maker = old.producer(), new.producer()
         assert node is not None
         identity = ir.node("Identity", [new], name=editor.unused_node_name(f"{node.name}_output"))
         output = identity.outputs[0]
         output.type, output.shape, output.name = old.type, old.shape, old.name
-        editor.graph.insert_before(node, identity)
-        replace_all_uses_with(old, output, replace_graph_outputs=True)
+        if maker is not None and len(uses) < len(old.uses()):
+            editor.graph.insert_after(maker, identity)
+        else:
+            editor.graph.insert_before(node, identity)
+        outputs = editor.graph.outputs
+        outputs[:] = [output if each is old else each for each in outputs]
         old.name = f"{old.name}_unused"
-    else:
-        replace_all_uses_with(old, new)
+        new = output
+    for user, index in uses:
+        user.replace_input_with(index, new)

@@ -1,0 +1,160 @@
+"""Rows of a writer, or columns of readers, that become a basis, and what puts them in order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from onnx_fold.algebra.device import Device, Indices
+from onnx_fold.algebra.expression import Expression, FoldedTensor, Spool, cast, transpose
+from onnx_fold.algebra.selection import RowSelection
+from onnx_fold.graph.linear import Linear
+from onnx_fold.rewriting.permute import Hidden, hidden_beside, permute
+from onnx_fold.rewriting.rebase import weights_of
+from onnx_fold.rewriting.record import Held, Operand, Recorder
+from onnx_fold.rewriting.rewrite import Rewrite
+from onnx_fold.streams.stream import Stream
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a writer that are the basis, or the columns of a reader.
+
+    Attributes:
+        layer: The writer or reader.
+        selection: Which rows these are, of its matrix or of the transposed one, and what the others
+            are in terms of them.
+        hidden: The value on its other side, if the order of its channels is free.
+    """
+
+    layer: Linear
+    selection: RowSelection
+    hidden: Hidden | None
+
+    @property
+    def name(self) -> str | None:
+        """The name of the weight."""
+        return self.layer.weight.leaf.name
+
+    @property
+    def rebuilt(self) -> Expression:
+        """``[I; B]`` with its rows where they were, ``[f, d]``, as it is stored."""
+        rest = cast(self.selection.rest, self.selection.matrix.dtype)
+        return self.selection.rebuilt(rest)
+
+    def in_order(self, rewrite: Rewrite, at: Recorder) -> Operand:
+        """What the writer reads, the others first and the basis last."""
+        if self.hidden is not None:
+            permute(self.hidden, self.layer, self.selection, rewrite)
+            return self.layer.x
+        order = at.integers(self.selection.final_order, f"{self.name}_order")
+        return at("Gather", self.layer.x, order, axis=-1)
+
+    def put_back(self, value: Operand, rewrite: Rewrite, at: Recorder) -> Operand:
+        """What the reader writes, from a ``value`` in which the basis comes first."""
+        if self.hidden is not None:
+            permute(self.hidden, self.layer, self.selection, rewrite)
+            return value
+        places = at.integers(self.selection.places, f"{self.name}_order")
+        return at("Gather", value, places, axis=-1)
+
+    def rest(self, at: Recorder, *, is_reader: bool = False) -> Held:
+        """``B``, the other rows in terms of the basis; ``C`` of a reader."""
+        matrix = transpose(self.selection.rest) if is_reader else self.selection.rest
+        return at.constant(FoldedTensor(matrix, self.layer.weight.dtype), f"{self.name}_rest")
+
+
+class Selections:
+    """Selects rows and columns; among the same weights only once."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._spool = Spool()
+        self._known: dict[tuple[object, ...], RowSelection] = {}
+
+    def __call__(self, stream: Stream, layer: Linear) -> Rows:
+        """The rows of a writer of ``stream``, or the columns of a reader."""
+        is_reader = layer not in stream.writers
+        seen = None if is_reader else stream.rows_of(layer)
+        hidden = hidden_beside(stream, layer)
+        free, weight = None if hidden is None else hidden.free, layer.weight
+        axes = weight.permutation, layer.in_axes, layer.out_axes
+        key = weight.tensor, *axes, layer.alpha, is_reader, id(seen), str(free)
+        if key not in self._known:
+            self._known[key] = RowSelection(
+                transpose(weights_of(layer)) if is_reader else weights_of(layer),
+                weight.dtype,
+                seen,
+                self._spool,
+                self._device,
+                free=free,
+                is_last=not is_reader,
+            )
+        return Rows(layer, self._known[key], hidden)
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one reader contributes to a basis of columns.
+
+    Attributes:
+        reader: The layer.
+        chosen: Its columns that are in the basis, sorted.
+        others: Its columns that are not.
+        offset: Where the first chosen one stands in the basis.
+    """
+
+    reader: Linear
+    chosen: Indices
+    others: Indices
+    offset: int
+
+    @property
+    def places(self) -> Indices:
+        """Where the chosen columns stand in the basis."""
+        return self.offset + np.arange(len(self.chosen))
+
+    def assemble(self, at: Recorder, rest: FoldedTensor) -> Operand:
+        """What the reader writes: slices of the stream, and ``rest``, by which the others come."""
+        x, name = self.reader.x, self.reader.weight.leaf.name
+        runs = self._runs()
+        if len(runs) == 1 and len(self.chosen) == self.reader.in_features:
+            return x
+        axes = at.integers([-1], f"{name}_axes")
+        product: Operand = x
+        if len(self.others):
+            product = at("MatMul", x, at.constant(rest, f"{name}_rest"))
+        pieces = []
+        for is_chosen, *bounds in runs:
+            first, last = (at.integers([bound], f"{name}_bound") for bound in bounds)
+            pieces.append(at("Slice", x if is_chosen else product, first, last, axes))
+        return pieces[0] if len(pieces) == 1 else at("Concat", *pieces, axis=-1)
+
+    def _runs(self) -> list[tuple[bool, int, int]]:
+        """Consecutive columns from one source: (from the stream?, first, last) in that source."""
+        runs: list[tuple[bool, int, int]] = []
+        taken = {True: self.offset, False: 0}
+        chosen = set(self.chosen.tolist())
+        for column in range(self.reader.out_features):
+            is_chosen = column in chosen
+            at = taken[is_chosen]
+            taken[is_chosen] += 1
+            if runs and runs[-1][0] == is_chosen:
+                runs[-1] = (is_chosen, runs[-1][1], at + 1)
+            else:
+                runs.append((is_chosen, at, at + 1))
+        return runs
+
+
+def shares(layers: Sequence[Linear], columns: Indices) -> Iterator[Share]:
+    """Share out ``columns`` of ``layers`` side by side, sorted; who has none is left out."""
+    start = offset = 0
+    for layer in layers:
+        own = np.arange(layer.out_features)
+        is_chosen = np.isin(own + start, columns)
+        share = Share(layer, own[is_chosen], own[~is_chosen], offset)
+        start, offset = start + len(own), offset + len(share.chosen)
+        if len(share.chosen):
+            yield share
