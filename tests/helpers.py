@@ -217,6 +217,13 @@ def weights(model: ir.Model) -> int:
         for attribute in node.attributes.values()
         if attribute.type == ir.AttributeType.TENSOR and not attribute.is_ref()
     ]
+    held += [
+        ir.tensor(np.asarray(attribute.value, np.float32))
+        for body in (model.graph, *model.functions.values())
+        for node in body.all_nodes()
+        for attribute in node.attributes.values()
+        if attribute.name.startswith("value_float")
+    ]
     return sum(tensor.size for tensor in held if tensor.dtype.is_floating_point())
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from onnx_fold.graph.constants import FLOATS
+from onnx_fold.graph.constants import FLOATS, constant
 from onnx_fold.graph.operators import operator
 from onnx_fold.rewriting.rewrite import Work
 
@@ -59,11 +59,9 @@ def cost(model: ir.Model) -> Cost:
     stored = [value.const_value for g in model.graphs() for value in g.initializers.values()]
     bodies: tuple[ir.Graph | ir.Function, ...] = (model.graph, *model.functions.values())
     stored += [
-        attribute.as_tensor()
+        held.tensor
         for node in (node for body in bodies for node in body.all_nodes())
-        if operator(node) == "Constant"
-        and (attribute := node.attributes.get("value")) is not None
-        and not attribute.is_ref()
+        if operator(node) == "Constant" and (held := constant(node.outputs[0])) is not None
     ]
     tensors = [tensor for tensor in stored if tensor is not None and tensor.dtype in FLOATS]
     return Cost(

@@ -175,8 +175,10 @@ class Rewrite:
         return len(self._steps()) + self._sums_and_names() - len(gone)
 
     def _sums_and_names(self) -> int:
-        """An Add for each bias, and an Identity for each output of the graph that is replaced."""
-        return len(self.biases) + sum(value.is_graph_output() for value in self.replaced)
+        """An Add for each bias, and an Identity for outputs of the graph that exist already."""
+        ends = [self._resolve(value) for value in self.replaced if value.is_graph_output()]
+        made = {end for end in ends if isinstance(end, Made)}
+        return len(self.biases) + len(ends) - len(made)
 
     def names(self) -> set[str]:
         """Names of the initializers, nodes and values that it changes or removes."""
@@ -362,7 +364,12 @@ def _replace(editor: Editor, old: ir.Value, new: ir.Value, own: Set[ir.Node | No
     A graph output keeps its name.
     """
     uses = [use for use in old.uses() if use.node not in own]
-    if old.is_graph_output():
+    if old.is_graph_output() and new.producer() in own and not new.is_graph_output():
+        new.type, new.shape, new.name = old.type, old.shape, old.name
+        outputs = editor.graph.outputs
+        outputs[:] = [new if each is old else each for each in outputs]
+        old.name = f"{old.name}_unused"
+    elif old.is_graph_output():
         node, maker = old.producer(), new.producer()
         assert node is not None
         identity = ir.node("Identity", [new], name=editor.unused_node_name(f"{node.name}_output"))
