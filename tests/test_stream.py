@@ -163,7 +163,7 @@ def test_open_streams(text, reason):
     }  # fmt: skip
     model = graph(text, **{name: held[name] for name in held if name in text.replace("float", "")})
     assert reason in openings(model)
-    refused(model)
+    refused(model, skip=["branches"])
 
 
 def test_a_weight_that_is_used_in_a_subgraph_stays():

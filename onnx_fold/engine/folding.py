@@ -342,7 +342,8 @@ def _fold_streams(
                 continue
             if nodes & touched:
                 continue  # a neighbour has just changed: look again in the next round
-            report, rewrite = _choose(stream, report, phases[0], options, memo)
+            later = [each for each in passes if each not in phases[0]]
+            report, rewrite = _choose(stream, report, phases[0], later, options, memo)
             if rewrite is not None and report.folded is not None:
                 changed = nodes | rewrite.nodes
                 if changed & touched:
@@ -385,10 +386,14 @@ def _choose(
     stream: Subject,
     report: StreamReport,
     passes: Sequence[FoldPass],
+    later: Sequence[FoldPass],
     options: Options,
     memo: Memo,
 ) -> tuple[StreamReport, Rewrite | None]:
-    """The best admissible candidate of a stream, or the reasons why there is none."""
+    """The best admissible candidate of a stream, or the reasons why there is none.
+
+    What saves less than a candidate of the passes that are asked ``later`` waits for them.
+    """
     if not stream.is_closed:
         return report, None
     protected = sorted(_names(stream) & options.protect)
@@ -397,7 +402,7 @@ def _choose(
     judged: list[CandidateReport] = []
     is_implied = any(isinstance(m.weight.tensor, ImpliedTensor) for m in stream.members)
     passes = [each for each in passes if not (is_implied and each.is_basis_change)]
-    for group in _ranked(stream, passes, judged):
+    for group in _ranked(stream, passes, later, judged):
         accepted: list[tuple[CandidateReport, Candidate]] = []
         for candidate in sorted(group, key=lambda candidate: candidate.basis is not None):
             verdict = candidate.judged(stream, options, memo)
@@ -423,7 +428,10 @@ def _is_rounding(verdict: CandidateReport) -> bool:
 
 
 def _ranked(
-    stream: Subject, passes: Sequence[FoldPass], refused: list[CandidateReport]
+    stream: Subject,
+    passes: Sequence[FoldPass],
+    later: Sequence[FoldPass],
+    refused: list[CandidateReport],
 ) -> Iterator[list[Candidate]]:
     """Candidates that tie, those that gain most first, of those the ones with fewest operators.
 
@@ -437,6 +445,10 @@ def _ranked(
         waiting += [proposal for proposal in proposals if isinstance(proposal, Candidate)]
         yield from _ties([candidate for candidate in waiting if _is_full(candidate, stream)])
         waiting = [candidate for candidate in waiting if not _is_full(candidate, stream)]
+    if waiting and later:
+        others = [proposal for each in later for proposal in each.proposals(stream)]
+        savings = [each.weights_removed for each in others if isinstance(each, Candidate)]
+        waiting = [each for each in waiting if each.weights_removed >= max(savings, default=0)]
     yield from _ties(waiting)
 
 

@@ -56,7 +56,7 @@ def _computed(value: ir.Value, shapes: Shapes) -> Array | None:
         if isinstance(each.const_value, FoldedTensor):
             numbers = values(exact(each.const_value.expression))
             each.const_value = ir.tensor(np.ascontiguousarray(numbers))
-            each.dtype = ir.DataType.DOUBLE
+            each.type = ir.TensorType(ir.DataType.DOUBLE)  # the old one is the model's own
     model = ir.Model(graph, ir_version=10)
     try:
         wide = ir.to_proto(ir.external_data.load_to_model(widen(model, ir.DataType.DOUBLE)))
