@@ -6,9 +6,10 @@ A new strategy is a new file here and one entry in :data:`PASSES`.
 from onnx_fold.passes.absorb import AbsorbPass
 from onnx_fold.passes.interpolate import InterpolatePass
 from onnx_fold.passes.merge import MergePass
+from onnx_fold.passes.rotate import RotatePass
 from onnx_fold.passes.select_heads import SelectPass
 
-__all__ = ["PASSES", "AbsorbPass", "InterpolatePass", "MergePass", "SelectPass"]
+__all__ = ["PASSES", "AbsorbPass", "InterpolatePass", "MergePass", "RotatePass", "SelectPass"]
 
-PASSES = (MergePass, AbsorbPass, InterpolatePass, SelectPass)
+PASSES = (MergePass, AbsorbPass, InterpolatePass, SelectPass, RotatePass)
 """All strategies, in the order in which they propose."""

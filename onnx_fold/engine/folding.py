@@ -30,6 +30,7 @@ from onnx_fold.algebra.expression import Expression, FoldedTensor, ImpliedTensor
 from onnx_fold.algebra.precision import unit_roundoff
 from onnx_fold.engine.cost import TARGETS
 from onnx_fold.engine.outcome import CandidateReport, StreamReport
+from onnx_fold.graph.channels import Group
 from onnx_fold.graph.edit import Editor
 from onnx_fold.graph.linear import Linear, compact
 from onnx_fold.graph.shapes import Shapes
@@ -37,6 +38,7 @@ from onnx_fold.rewriting.affine import make_explicit
 from onnx_fold.rewriting.rebase import become_identity, rebase
 from onnx_fold.rewriting.rewrite import CannotRewriteError, Rewrite
 from onnx_fold.streams.activations import Activations
+from onnx_fold.streams.norms import find_norm_streams
 from onnx_fold.streams.stream import Stream, find_streams
 
 logger = logging.getLogger(__name__)
@@ -216,11 +218,14 @@ class FoldPass(ir.passes.InPlacePass):
         name: What it is called on the command line.
         operators: How many operators it adds at the least; passes that add fewer are asked first.
         is_basis_change: Whether it needs ``T⁻¹``, so that there are others to choose from.
+        group: The changes of basis that it makes; streams are offered that are free in these, and
+            in no larger group.
     """
 
     name: ClassVar[str]
     operators: ClassVar[int] = 0
     is_basis_change: ClassVar[bool] = True
+    group: ClassVar[Group] = Group.GENERAL
 
     def __init__(self, options: Options | None = None) -> None:
         super().__init__()
@@ -306,15 +311,17 @@ def _fold_streams(
     shapes: Shapes | None = inferred
     is_first_round = True
     memo: Memo = {}
+    rotated: set[ir.Value] = set()
     while True:
         left: list[tuple[int, StreamReport]] = []
         touched: set[ir.Node] = set()
-        for stream in find_streams(model, activations, shapes):
+        kept: dict[ir.Value, str] = {}
+        for stream in _streams(model, activations, shapes or Shapes(model), passes):
             nodes = stream.nodes
             position = min(order.get(node, 0) for node in nodes)
-            report = StreamReport.of(stream)
+            report = StreamReport.of(stream, kept)
             if not report.is_foldable:
-                if is_first_round:
+                if is_first_round and not stream.values.keys() & rotated:
                     reports.append((position, report))
                 continue
             if nodes & touched:
@@ -333,12 +340,39 @@ def _fold_streams(
                 touched |= changed
                 finished |= nodes
                 reports.append((position, replace(report, changed=names)))
+                if stream.group != Group.GENERAL:
+                    rotated |= stream.values.keys()
+            elif stream.group != Group.GENERAL:
+                kept |= dict.fromkeys(stream.values, _norms_kept(report))
             elif stream.is_closed or not nodes & finished:
                 left.append((position, report))
         if not touched:
             break
         is_first_round, shapes = False, None
     return [report for _, report in sorted([*reports, *left], key=lambda item: item[0])]
+
+
+def _streams(
+    model: ir.Model,
+    activations: Activations | None,
+    shapes: Shapes,
+    passes: Sequence[FoldPass],
+) -> list[Stream]:
+    """The streams that any basis passes through, behind those that only an orthogonal one does.
+
+    The latter are looked for if a pass asks for them, and are closed: their open parts are among
+    the former, with the reasons.
+    """
+    found: list[Stream] = []
+    if any(each.group == Group.ORTHOGONAL for each in passes):
+        found = find_norm_streams(model, activations, shapes.without_facts())
+    offered = (each for each in found if each.is_closed and each.written_by and each.readers)
+    return [*offered, *find_streams(model, activations, shapes)]
+
+
+def _norms_kept(report: StreamReport) -> str:
+    ways = [f"{each.text} ({each.refused})" for each in report.candidates]
+    return f"norms kept: {'; '.join(ways or report.reasons)}"
 
 
 def _choose(
@@ -357,6 +391,7 @@ def _choose(
     judged: list[CandidateReport] = []
     is_implied = any(isinstance(m.weight.tensor, ImpliedTensor) for m in stream.members)
     passes = [each for each in passes if not (is_implied and each.is_basis_change)]
+    passes = [each for each in passes if each.group == stream.group]
     for group in _ranked(stream, passes, judged):
         accepted: list[tuple[CandidateReport, Candidate]] = []
         for candidate in sorted(group, key=lambda candidate: candidate.basis is not None):

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from types import MappingProxyType
 from typing import Any
+
+import onnx_ir as ir
 
 from onnx_fold.graph.linear import compact
 from onnx_fold.streams.heads import roles
 from onnx_fold.streams.stream import Opening, Stream
+
+
+_NOTHING: Mapping[ir.Value, str] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -76,8 +82,11 @@ class StreamReport:
     changed: frozenset[str] = frozenset()
 
     @classmethod
-    def of(cls, stream: Stream) -> StreamReport:
-        """Describe ``stream`` before anything is done to it."""
+    def of(cls, stream: Stream, kept: Mapping[ir.Value, str] = _NOTHING) -> StreamReport:
+        """Describe ``stream`` before anything is done to it.
+
+        ``kept`` says, by value that a norm reads, what can be done while the norm stays.
+        """
         has_norm = any(opening.is_norm for opening in stream.openings)
         is_foldable = bool(stream.written_by and (stream.readers or has_norm))
         return cls(
@@ -88,7 +97,7 @@ class StreamReport:
             is_closed=stream.is_closed,
             is_foldable=is_foldable,
             ending=_ending(stream) if stream.written_by and not is_foldable else None,
-            reasons=[_reason(opening, stream) for opening in stream.openings],
+            reasons=[_reason(each, stream, kept) for each in stream.openings],
         )
 
     @property
@@ -109,9 +118,10 @@ def _ending(stream: Stream) -> str:
     return "activations"
 
 
-def _reason(opening: Opening, stream: Stream) -> str:
+def _reason(opening: Opening, stream: Stream, kept: Mapping[ir.Value, str]) -> str:
     if not opening.is_norm:
         return str(opening)
     before, behind = (compact(list(dict.fromkeys(names))) for names in stream.around(opening))
     place = f" between {before} and {behind}" if before and behind else ""
-    return f"{opening}: a norm{place}; the paper removes norms by fine-tuning first"
+    remedy = kept.get(opening.value, "the paper removes norms by fine-tuning first")
+    return f"{opening}: a norm{place}; {remedy}"

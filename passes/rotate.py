@@ -1,0 +1,342 @@
+"""Rotate: a layer beside a norm that stays becomes triangular, and its zeros are not stored.
+
+An RMSNorm lets every orthogonal basis through, ``RMS(x T) = RMS(x)`` with ``Tᵀ T = I``
+(:mod:`onnx_fold.streams.norms`). With the gain ``G`` in front of the readers, choose ``T`` by
+``G Q = T R`` (QR): writers become ``W T``, readers ``Tᵀ G K``, the gain ones, and Q the upper
+triangle ``R``. Its columns ``[c₁, c₂)`` have nothing below row ``c₂``: as ``b`` panels, each of
+which reads only the first channels, ``n[:c₂] R[:c₂, c₁:c₂]``, it stores ``(1 - 1/b) / 2 · d²``
+weights less. ``T`` has ``d (d - 1) / 2`` free numbers, so no choice can save more than half of d².
+
+The ``d`` columns may be those of several readers side by side: where K and V are narrow (GQA), K
+reads only its own number of channels, V as many more, and no output has to be put together. Or the
+first ``d`` rows of a writer become a lower triangle, ``W T``, whose panels read ``h[c₁:]``. S.
+Ashkboos et al., "SliceGPT", arXiv 2401.15024, rotate an RMSNorm's stream so too, to cut channels
+off; nothing is cut off here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import onnx_ir as ir
+
+from onnx_fold.algebra.basis import Side, product_dtype
+from onnx_fold.algebra.expression import (
+    Concatenate,
+    Expression,
+    FoldedTensor,
+    Literal,
+    Spool,
+    broadcast,
+    cast,
+    product,
+    take,
+    transpose,
+)
+from onnx_fold.algebra.rotation import OrthogonalBasis, OrthogonalFactor
+from onnx_fold.engine.cost import TARGETS
+from onnx_fold.engine.folding import Candidate, FoldPass, Options, Proposal
+from onnx_fold.engine.outcome import CandidateReport
+from onnx_fold.graph.channels import Group
+from onnx_fold.graph.edit import Editor
+from onnx_fold.graph.linear import Linear, compact
+from onnx_fold.rewriting.rebase import behind_gain, rebase, weights_of
+from onnx_fold.rewriting.rewrite import Rewrite
+from onnx_fold.streams.heads import head_layout
+from onnx_fold.streams.norms import squares
+from onnx_fold.streams.stream import Stream
+
+PANELS = (4, 2, 1)
+"""Into how many panels a triangle is cut; each further one saves less and costs as much."""
+
+
+class RotatePass(FoldPass):
+    """Give a stream with norms the orthogonal basis in which one of its layers is triangular."""
+
+    name = "rotate"
+    operators = 2
+    group = Group.ORTHOGONAL
+
+    def __init__(self, options: Options | None = None) -> None:
+        super().__init__(options)
+        self._spool = Spool()
+        self._factors: dict[tuple[object, ...], OrthogonalFactor] = {}
+
+    def candidates(self, stream: Stream) -> Iterator[Proposal]:
+        """Yield the triangle that saves most time, or with ``force`` most weights."""
+        provider = self.options.target or "cpu"
+        found = [each for each in _triangles(stream) if each.weights > 0]
+        if not found:
+            return
+        largest = max(found, key=lambda each: (each.weights, -each.nodes, -each.copied))
+        best = max(found, key=lambda each: (each.time_saved(provider), -each.copied))
+        if self.options.force:
+            best = largest
+        elif refused := _refused(stream, best, provider):
+            text = f"{largest.weights / stream.width**2:.3g} d² by rotation"
+            yield CandidateReport(
+                self.name, text, largest.weights, largest.nodes, refused=refused
+            )
+            return
+        yield _rotate(stream, best, self._factor(best))
+
+    def _factor(self, triangle: Triangle) -> OrthogonalFactor:
+        """``T``, found once for the same weights."""
+        key: list[object] = [triangle.is_writer]
+        for panels in triangle.panels:
+            layer, gain = panels.layer, triangle.stream.gains.get(panels.layer.x)
+            key += [layer.weight.tensor, layer.weight.permutation, layer.in_axes, layer.alpha]
+            key += [None if gain is None else gain.weight.tensor]
+        if tuple(key) not in self._factors:
+            self._factors[tuple(key)] = OrthogonalFactor(triangle.matrix, self._spool)
+        return self._factors[tuple(key)]
+
+
+def _refused(stream: Stream, best: Triangle, provider: str) -> str:
+    """Why a rotation does not pay, if it does not."""
+    if _is_residual(stream):
+        return "does not pay in a residual model"
+    return "" if best.time_saved(provider) > 0 else f"does not pay in time on {provider}"
+
+
+def _is_residual(stream: Stream) -> bool:
+    """Whether more than one writer depends on the stream: it runs through blocks, not beside them.
+
+    All of their weights would have to be rotated for what one block can save.
+    """
+    order = stream.search.position
+    last = max((order(writer.node) for writer in stream.writers), default=-1)
+    queue = [reader.node for reader in stream.readers if order(reader.node) < last]
+    seen = set(queue)
+    while queue:
+        users = (user for value in queue.pop().outputs for user, _ in value.uses())
+        new = {user for user in users if order(user) <= last} - seen
+        seen |= new
+        queue.extend(new)
+    return sum(writer.node in seen for writer in stream.writers) > 1
+
+
+@dataclass(frozen=True)
+class Panels:
+    """A layer cut into panels of columns, each of which reads a part of the channels.
+
+    Attributes:
+        layer: The layer.
+        parts: For each panel its first column, the last, and the first and last channel it reads.
+    """
+
+    layer: Linear
+    parts: tuple[tuple[int, int, int, int], ...]
+
+    def is_whole(self, start: int, end: int) -> bool:
+        """Whether a panel reads all channels, so that nothing is sliced."""
+        return start == 0 and end == self.layer.in_features
+
+    @property
+    def weights(self) -> int:
+        """Weights that are not stored."""
+        rows = self.layer.in_features
+        return sum((last - first) * (rows - end + start) for first, last, start, end in self.parts)
+
+    @property
+    def nodes(self) -> int:
+        """Operators that come, less the one that goes."""
+        slices = sum(not self.is_whole(start, end) for _, _, start, end in self.parts)
+        count = len(self.parts)
+        return slices + count - 1 + (count > 1)
+
+    @property
+    def copied(self) -> int:
+        """Values that the Slices and the Concat copy for one token."""
+        parts = [end - start for _, _, start, end in self.parts if not self.is_whole(start, end)]
+        return sum(parts) + self.layer.out_features * (len(self.parts) > 1)
+
+
+@dataclass(frozen=True, eq=False)
+class Triangle:
+    """The layers that become triangular: readers side by side, or one writer.
+
+    Attributes:
+        stream: The stream.
+        panels: How they are cut.
+        is_writer: Whether it is a writer.
+    """
+
+    stream: Stream
+    panels: tuple[Panels, ...]
+    is_writer: bool = False
+
+    @property
+    def weights(self) -> int:
+        """Weights that are not stored."""
+        return sum(each.weights for each in self.panels)
+
+    @property
+    def nodes(self) -> int:
+        """Operators that come, less those that go."""
+        return sum(each.nodes for each in self.panels)
+
+    @property
+    def copied(self) -> int:
+        """Values that these copy for one token."""
+        return sum(each.copied for each in self.panels)
+
+    def time_saved(self, provider: str) -> float:
+        """Bytes that are read in the time that is saved on ``provider``, for one token."""
+        target = TARGETS[provider]
+        saved = self.weights * self.stream.dtype.itemsize
+        if self.weights < self.copied * target.macs_per_copied:
+            return -1.0
+        return saved - self.nodes * target.bytes_per_node
+
+    @cached_property
+    def matrix(self) -> Expression:
+        """What is ``T R``: the columns of the readers, or the rows of the writer, ``[d, n]``."""
+        width = self.stream.width
+        layers = [each.layer for each in self.panels]
+        if self.is_writer:
+            return transpose(take(weights_of(layers[0]), slice(width), 0))
+        columns = tuple(behind_gain(self.stream, layer) for layer in layers)
+        return columns[0] if len(columns) == 1 else Concatenate(columns, 1)
+
+
+def _triangles(stream: Stream) -> Iterator[Triangle]:
+    """All readers side by side, the narrow ones first; each of them alone; each tall writer."""
+    width = stream.width
+    readers = sorted(filter(_can_be_cut, stream.readers), key=lambda layer: layer.out_features)
+    sequences = {tuple(readers), *((reader,) for reader in readers)} - {()}
+    for count in PANELS:
+        for sequence in sorted(sequences, key=len):
+            panels, offset = [], 0
+            for reader in sequence:
+                if offset < width:
+                    panels.append(_columns_of(stream, reader, offset, count))
+                offset += reader.out_features
+            yield Triangle(stream, tuple(panels))
+        for writer in filter(_can_be_cut, stream.writers):
+            if writer.in_features >= width:
+                yield Triangle(stream, (_rows_of(stream, writer, count),), is_writer=True)
+
+
+def _can_be_cut(layer: Linear) -> bool:
+    return layer.is_plain and layer.bias is None and not layer.y.is_graph_output()
+
+
+def _columns_of(stream: Stream, reader: Linear, offset: int, count: int) -> Panels:
+    """Panels of a reader whose first column is number ``offset`` of the triangle.
+
+    They end where an equal share of the ``d`` columns does, or with the head behind it.
+    """
+    width, size = stream.width, reader.out_features
+    layout = head_layout(reader.y, size, stream.shapes)
+    unit = 1 if layout is None else layout.head_dim
+    cuts = {-(-(share * width // count - offset) // unit) * unit for share in range(1, count)}
+    inside = sorted(cut for cut in cuts if 0 < cut < size and cut + offset < width)
+    ends = [*inside, size]
+    parts = zip([0, *inside], ends, strict=True)
+    return Panels(reader, tuple((a, b, 0, min(width, offset + b)) for a, b in parts))
+
+
+def _rows_of(stream: Stream, writer: Linear, count: int) -> Panels:
+    """Panels of a writer, the first ``d`` rows of which are the triangle."""
+    width = stream.width
+    cuts = sorted({share * width // count for share in range(count + 1)})
+    parts = zip(cuts, cuts[1:], strict=False)
+    return Panels(writer, tuple((a, b, a, writer.in_features) for a, b in parts))
+
+
+def _rotate(stream: Stream, triangle: Triangle, factor: OrthogonalFactor) -> Candidate:
+    basis = OrthogonalBasis(factor)
+    rebased = rebase(stream, basis, stream.width)
+    rewrite = Rewrite(stored=rebased.stored, reordered=list(squares(stream)))
+    _take_gains(stream, rewrite)
+    layers, sides = (
+        (stream.writers, rebased.writers)
+        if triangle.is_writer
+        else (stream.readers, rebased.readers)
+    )
+    for panels in triangle.panels:
+        layer = panels.layer
+        rewrite.stored.pop(layer.edge, None)
+        matrix = weights_of(layer) if triangle.is_writer else behind_gain(stream, layer)
+        tensors = [
+            FoldedTensor(_panel(matrix, factor, part, triangle.is_writer), layer.weight.dtype)
+            for part in panels.parts
+        ]
+        _cut(panels, tensors, rewrite)
+        position = layers.index(layer)
+        sides[position] = Side(matrix, _rebuilt(panels, tensors), stream.rows_of(layer))
+    names = [panels.layer.label for panels in triangle.panels]
+    others = [name for name in stream.labels if name not in names]
+    count = sum(len(panels.parts) for panels in triangle.panels)
+    text = f"triangle of {compact(names)} ({count} panels) into {compact(others)}"
+    return Candidate(RotatePass.name, text, rewrite, rebased.writers, rebased.readers)
+
+
+def _panel(
+    matrix: Expression,
+    factor: OrthogonalFactor,
+    part: tuple[int, int, int, int],
+    is_writer: bool,
+) -> Expression:
+    """The rows and columns of ``Tᵀ G R``, or of ``W T``, that a panel stores."""
+    first, last, start, end = part
+    if is_writer:
+        rows = take(matrix, slice(start, end), 0) if start else matrix
+        return product(rows, take(factor, slice(first, last), 1))
+    channels = transpose(take(factor, slice(end), 1) if end < factor.shape[0] else factor)
+    return product(cast(channels, matrix.dtype), take(matrix, slice(first, last), 1))
+
+
+def _take_gains(stream: Stream, rewrite: Rewrite) -> None:
+    """Let each gain be ones: it is in the layers behind it.
+
+    The operator stays, and with it the pattern that ONNX Runtime fuses into one norm.
+    """
+    ones: dict[ir.Value, FoldedTensor] = {}
+    for gain in stream.gains.values():
+        held = gain.weight
+        if held.value not in ones:
+            ones[held.value] = FoldedTensor(Literal(np.ones(held.shape)), held.dtype)
+        rewrite.stored[gain.edge] = ones[held.value]
+
+
+def _cut(panels: Panels, tensors: Sequence[FoldedTensor], rewrite: Rewrite) -> None:
+    """Plan one MatMul for each panel in the place of the layer, and a Concat behind them."""
+    layer = panels.layer
+    rewrite.added.extend(tensors)
+    rewrite.nodes_added += panels.nodes + 1  # the layer goes with what is replaced
+    rewrite.copied += panels.copied
+
+    def build(editor: Editor) -> ir.Value:
+        node, name = layer.node, layer.weight.leaf.name
+        axes = editor.integers([-1], f"{name}_axes")
+        products = []
+        for tensor, (_, _, start, end) in zip(tensors, panels.parts, strict=True):
+            value = layer.x
+            if not panels.is_whole(start, end):
+                bounds = [editor.integers([at], f"{name}_bound") for at in (start, end)]
+                value = editor.node(node, "Slice", [value, *bounds, axes]).outputs[0]
+            weight = editor.constant(tensor, f"{name}_panel")
+            products.append(editor.node(node, "MatMul", [value, weight]).outputs[0])
+        if len(products) == 1:
+            return products[0]
+        return editor.node(node, "Concat", products, axis=-1).outputs[0]
+
+    rewrite.replaced[layer.y] = build
+
+
+def _rebuilt(panels: Panels, tensors: Sequence[FoldedTensor]) -> Expression:
+    """What the panels multiply by together, with the zeros that are not stored."""
+    rows = panels.layer.in_features
+    columns: list[Expression] = []
+    for tensor, (first, last, start, end) in zip(tensors, panels.parts, strict=True):
+        stored = cast(tensor.rounded, product_dtype(tensor.dtype))
+        zero = Literal(np.zeros((1, 1), stored.dtype))
+        above, below = (broadcast(zero, (n, last - first)) for n in (start, rows - end))
+        parts = [each for each in (above, stored, below) if each.shape[0]]
+        columns.append(stored if len(parts) == 1 else Concatenate(tuple(parts), 0))
+    return columns[0] if len(columns) == 1 else Concatenate(tuple(columns), 1)
