@@ -16,9 +16,9 @@ def closed_streams(config: SkiplessConfig) -> int:
 
     A serial block has two, one in front of Q, K and V and one between P and the FFN; a parallel
     block has one, in front of it. One more lies between the last block and the head. A model with
-    norms and skips has none.
+    norms has none.
     """
-    if config.residual:
+    if config.residual or config.norm != "none":
         return 0
     return config.num_hidden_layers * (1 if config.parallel else 2) + 1
 
