@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 import onnx_ir as ir
@@ -36,7 +37,8 @@ from onnx_fold.algebra.expression import (
     take,
     transpose,
 )
-from onnx_fold.algebra.rotation import OrthogonalBasis, OrthogonalFactor
+from onnx_fold.algebra.rotation import OrthogonalBasis, orthogonal_factor
+from onnx_fold.base.tables import counted
 from onnx_fold.engine.cost import TARGETS
 from onnx_fold.engine.folding import Candidate, FoldPass, Options, Proposal
 from onnx_fold.engine.outcome import CandidateReport
@@ -63,7 +65,7 @@ class RotatePass(FoldPass):
     def __init__(self, options: Options | None = None) -> None:
         super().__init__(options)
         self._spool = Spool()
-        self._factors: dict[tuple[object, ...], OrthogonalFactor] = {}
+        self._factors: dict[tuple[object, ...], Expression] = {}
 
     def candidates(self, stream: Stream) -> Iterator[Proposal]:
         """Yield the triangle that saves most time, or with ``force`` most weights."""
@@ -77,13 +79,11 @@ class RotatePass(FoldPass):
             best = largest
         elif refused := _refused(stream, best, provider):
             text = f"{largest.weights / stream.width**2:.3g} d² by rotation"
-            yield CandidateReport(
-                self.name, text, largest.weights, largest.nodes, refused=refused
-            )
+            yield CandidateReport(self.name, text, largest.weights, largest.nodes, refused=refused)
             return
         yield _rotate(stream, best, self._factor(best))
 
-    def _factor(self, triangle: Triangle) -> OrthogonalFactor:
+    def _factor(self, triangle: Triangle) -> Expression:
         """``T``, found once for the same weights."""
         key: list[object] = [triangle.is_writer]
         for panels in triangle.panels:
@@ -91,7 +91,7 @@ class RotatePass(FoldPass):
             key += [layer.weight.tensor, layer.weight.permutation, layer.in_axes, layer.alpha]
             key += [None if gain is None else gain.weight.tensor]
         if tuple(key) not in self._factors:
-            self._factors[tuple(key)] = OrthogonalFactor(triangle.matrix, self._spool)
+            self._factors[tuple(key)] = orthogonal_factor(triangle.matrix, self._spool)
         return self._factors[tuple(key)]
 
 
@@ -244,11 +244,11 @@ def _rows_of(stream: Stream, writer: Linear, count: int) -> Panels:
     """Panels of a writer, the first ``d`` rows of which are the triangle."""
     width = stream.width
     cuts = sorted({share * width // count for share in range(count + 1)})
-    parts = zip(cuts, cuts[1:], strict=False)
-    return Panels(writer, tuple((a, b, a, writer.in_features) for a, b in parts))
+    parts = tuple((a, b, a, writer.in_features) for a, b in pairwise(cuts))
+    return Panels(writer, parts)
 
 
-def _rotate(stream: Stream, triangle: Triangle, factor: OrthogonalFactor) -> Candidate:
+def _rotate(stream: Stream, triangle: Triangle, factor: Expression) -> Candidate:
     basis = OrthogonalBasis(factor)
     rebased = rebase(stream, basis, stream.width)
     rewrite = Rewrite(stored=rebased.stored, reordered=list(squares(stream)))
@@ -272,13 +272,13 @@ def _rotate(stream: Stream, triangle: Triangle, factor: OrthogonalFactor) -> Can
     names = [panels.layer.label for panels in triangle.panels]
     others = [name for name in stream.labels if name not in names]
     count = sum(len(panels.parts) for panels in triangle.panels)
-    text = f"triangle of {compact(names)} ({count} panels) into {compact(others)}"
+    text = f"triangle of {compact(names)} ({counted(count, 'panel')}) into {compact(others)}"
     return Candidate(RotatePass.name, text, rewrite, rebased.writers, rebased.readers)
 
 
 def _panel(
     matrix: Expression,
-    factor: OrthogonalFactor,
+    factor: Expression,
     part: tuple[int, int, int, int],
     is_writer: bool,
 ) -> Expression:

@@ -771,7 +771,9 @@ class FoldedTensor(ir.LazyTensor):
 
     def _is_computed(self) -> bool:
         """Whether its values are results; else they only come in another order."""
-        return any(isinstance(node, Product | ScaledRows | Solve | Sum) for node in _nodes(self.expression))
+        return any(
+            isinstance(node, Product | ScaledRows | Solve | Sum) for node in _nodes(self.expression)
+        )
 
     def _evaluated(self) -> ir.TensorProtocol:
         return ir.Tensor(self.evaluated(), dtype=self.dtype)

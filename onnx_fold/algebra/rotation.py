@@ -28,7 +28,7 @@ from onnx_fold.algebra.expression import (
     transpose,
 )
 
-__all__ = ["OrthogonalBasis", "OrthogonalFactor"]
+__all__ = ["OrthogonalBasis", "orthogonal_factor"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,21 +45,27 @@ class OrthogonalBasis(Basis):
         return product(cast(transpose(self.matrix), r.dtype), r)
 
 
-class OrthogonalFactor(Expression):
-    """``T`` of ``A = T R`` for ``A`` of shape ``[d, n]``: orthogonal, float64 ``[d, d]``.
+def orthogonal_factor(matrix: Expression, spool: Spool) -> Expression:
+    """``T`` of ``A = T R``: orthogonal, float64 ``[d, d]``.
 
     It is computed when it is first needed, and kept on disk until it is written: the proof and the
     weights use the same numbers, whose rounding is no error as long as they are orthogonal.
-    """
 
-    def __init__(self, source: Expression, spool: Spool) -> None:
-        """Factorise ``source``, ``[d, n]``; ``spool`` keeps what is found."""
-        self._source = source
-        self._spool = spool
+    Args:
+        matrix: ``A``, ``[d, n]``; its first ``d`` columns decide.
+        spool: Where to keep ``T``.
+    """
+    return _Factor(matrix, spool)
+
+
+@dataclass(frozen=True, eq=False)
+class _Factor(Expression):
+    source: Expression
+    spool: Spool
 
     @property
     def shape(self) -> Shape:
-        return self._source.shape[0], self._source.shape[0]
+        return self.source.shape[0], self.source.shape[0]
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -68,14 +74,14 @@ class OrthogonalFactor(Expression):
     @cached_property
     def found(self) -> Expression:
         """``T``, once it is known; NaN where ``A`` is not finite, so that no such fold is taken."""
-        matrix = evaluate(cast(self._source, np.float64))
+        matrix = evaluate(cast(self.source, np.float64))
         width = len(matrix)
         if not np.isfinite(matrix).all():
             return Literal(np.full((width, width), np.nan))
         factor: Array = scipy.linalg.qr(
             matrix[:, :width], mode="full", overwrite_a=True, check_finite=False
         )[0]
-        return self._spool.add(factor)
+        return self.spool.add(factor)
 
     def stored(self) -> Array | None:
         return self.found.stored()

@@ -13,7 +13,6 @@ from onnx_fold.graph.linear import compact
 from onnx_fold.streams.heads import roles
 from onnx_fold.streams.stream import Opening, Stream
 
-
 _NOTHING: Mapping[ir.Value, str] = MappingProxyType({})
 
 

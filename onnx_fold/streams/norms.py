@@ -67,9 +67,7 @@ def _stream(search: Search, value: ir.Value, width: int) -> Stream:
     return stream
 
 
-def orthogonal_ports(
-    node: ir.Node, known: Port, width: int, shapes: Shapes
-) -> list[Port] | None:
+def orthogonal_ports(node: ir.Node, known: Port, width: int, shapes: Shapes) -> list[Port] | None:
     """The ports of ``node`` that share the channels of ``known`` in every orthogonal basis.
 
     Raises:
@@ -113,7 +111,7 @@ def looks_at_length(node: ir.Node, shapes: Shapes) -> bool:
 
 
 def squares(stream: Stream) -> Iterator[ir.Value]:
-    """The squares of the values of ``stream``, of which only the sum is the same in another basis."""
+    """Squares of values of ``stream``, of which only the sum is the same in another basis."""
     for value in stream.values:
         for node in dict.fromkeys(user for user, _ in value.uses()):
             if looks_at_length(node, stream.shapes) and operator(node) not in _SUMS_OF_SQUARES:
@@ -124,7 +122,9 @@ def _is_over_channels(node: ir.Node, shapes: Shapes) -> bool:
     """Whether ``node`` reduces the last axis, whatever others."""
     value, axes = node.inputs[0], axes_of(node, shapes.integers)
     rank = shapes.rank(value) if value is not None else None
-    return bool(axes) and (-1 in axes or (rank is not None and rank - 1 in axes))
+    if not axes:
+        return False
+    return -1 in axes or (rank is not None and rank - 1 in axes)
 
 
 def gain_of(node: ir.Node, width: int, shapes: Shapes) -> Gain | None:
@@ -184,6 +184,6 @@ def _operands(node: ir.Node, stream: Stream) -> Iterator[ir.Value]:
     """What ``node`` reads of ``stream``; the bias of a layer is a sum in it."""
     linear = stream.search.linears.get(node)
     for index, value in enumerate(node.inputs):
-        if value is not None and value in stream.values:
-            if linear is None or (node, index) == linear.bias:
-                yield value
+        is_added = linear is None or (node, index) == linear.bias
+        if value is not None and value in stream.values and is_added:
+            yield value

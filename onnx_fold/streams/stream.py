@@ -336,7 +336,9 @@ class Search:
         for node, index in value.uses():
             linear = self.linears.get(node)
             if node.graph is not self.graph:
-                open_stream(stream, value, "is used inside the body of a control-flow operator, by", node)
+                open_stream(
+                    stream, value, "is used inside the body of a control-flow operator, by", node
+                )
             elif linear is None:
                 if operator(node) in ("Shape", "Size") or _is_unused(node):
                     stream.shape_readers.append(node)
