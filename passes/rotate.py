@@ -31,20 +31,24 @@ from onnx_fold.algebra.expression import (
     FoldedTensor,
     Literal,
     Spool,
+    Sum,
     broadcast,
     cast,
     product,
+    scale,
     take,
     transpose,
 )
 from onnx_fold.algebra.rotation import OrthogonalBasis, orthogonal_factor
 from onnx_fold.base.tables import counted
 from onnx_fold.engine.cost import TARGETS
-from onnx_fold.engine.folding import Candidate, FoldPass, Options, Proposal
+from onnx_fold.engine.folding import Candidate, FoldPass, Options, Proposal, propose
 from onnx_fold.engine.outcome import CandidateReport
 from onnx_fold.graph.channels import Group
+from onnx_fold.graph.constants import constant
 from onnx_fold.graph.edit import Editor
 from onnx_fold.graph.linear import Linear, compact
+from onnx_fold.rewriting.bias import carry_behind_gains
 from onnx_fold.rewriting.rebase import behind_gain, rebase, weights_of
 from onnx_fold.rewriting.rewrite import Rewrite
 from onnx_fold.streams.heads import head_layout
@@ -81,17 +85,20 @@ class RotatePass(FoldPass):
             text = f"{largest.weights / stream.width**2:.3g} d² by rotation"
             yield CandidateReport(self.name, text, largest.weights, largest.nodes, refused=refused)
             return
-        yield _rotate(stream, best, self._factor(best))
+        text = best.text
+        yield propose(self.name, text, lambda: _rotate(stream, best, self._factor(best)))
 
     def _factor(self, triangle: Triangle) -> Expression:
         """``T``, found once for the same weights."""
-        key: list[object] = [triangle.is_writer]
+        key: list[object] = [triangle.is_writer, triangle.stream.keeps_ones]
         for panels in triangle.panels:
             layer, gain = panels.layer, triangle.stream.gains.get(panels.layer.x)
             key += [layer.weight.tensor, layer.weight.permutation, layer.in_axes, layer.alpha]
             key += [None if gain is None else gain.weight.tensor]
         if tuple(key) not in self._factors:
-            self._factors[tuple(key)] = orthogonal_factor(triangle.matrix, self._spool)
+            keeps = triangle.stream.keeps_ones
+            made = orthogonal_factor(triangle.matrix, self._spool, keeps_ones=keeps)
+            self._factors[tuple(key)] = made
         return self._factors[tuple(key)]
 
 
@@ -146,7 +153,7 @@ class Panels:
         """Operators that come, less the one that goes."""
         slices = sum(not self.is_whole(start, end) for _, _, start, end in self.parts)
         count = len(self.parts)
-        return slices + count - 1 + (count > 1)
+        return slices + count - 1 + (count > 1) + (self.layer.bias is not None)
 
     @property
     def copied(self) -> int:
@@ -192,6 +199,14 @@ class Triangle:
             return -1.0
         return saved - self.nodes * target.bytes_per_node
 
+    @property
+    def text(self) -> str:
+        """What becomes triangular, and what is rotated."""
+        names = [each.layer.label for each in self.panels]
+        others = [name for name in self.stream.labels if name not in names]
+        count = sum(len(each.parts) for each in self.panels)
+        return f"triangle of {compact(names)} ({counted(count, 'panel')}) into {compact(others)}"
+
     @cached_property
     def matrix(self) -> Expression:
         """What is ``T R``: the columns of the readers, or the rows of the writer, ``[d, n]``."""
@@ -206,7 +221,8 @@ class Triangle:
 def _triangles(stream: Stream) -> Iterator[Triangle]:
     """All readers side by side, the narrow ones first; each of them alone; each tall writer."""
     width = stream.width
-    readers = sorted(filter(_can_be_cut, stream.readers), key=lambda layer: layer.out_features)
+    readers = [each for each in stream.readers if _can_be_cut(each) and _is_free(stream, each)]
+    readers.sort(key=lambda layer: layer.out_features)
     sequences = {tuple(readers), *((reader,) for reader in readers)} - {()}
     for count in PANELS:
         for sequence in sorted(sequences, key=len):
@@ -217,12 +233,19 @@ def _triangles(stream: Stream) -> Iterator[Triangle]:
                 offset += reader.out_features
             yield Triangle(stream, tuple(panels))
         for writer in filter(_can_be_cut, stream.writers):
-            if writer.in_features >= width:
+            if writer.in_features >= width and (stream.ignores_ones or not stream.keeps_ones):
                 yield Triangle(stream, (_rows_of(stream, writer, count),), is_writer=True)
 
 
+def _is_free(stream: Stream, reader: Linear) -> bool:
+    """Whether a multiple of the ones may be added to a column of ``reader``, if it has to be."""
+    return not stream.keeps_ones or reader.x in stream.centred
+
+
 def _can_be_cut(layer: Linear) -> bool:
-    return layer.is_plain and layer.bias is None and not layer.y.is_graph_output()
+    held = None if layer.bias is None else constant(layer.node.inputs[layer.bias[1]])
+    has_place = layer.bias is None or (held is not None and layer.beta == 1.0)
+    return layer.is_plain and has_place and not layer.y.is_graph_output()
 
 
 def _columns_of(stream: Stream, reader: Linear, offset: int, count: int) -> Panels:
@@ -253,6 +276,7 @@ def _rotate(stream: Stream, triangle: Triangle, factor: Expression) -> Candidate
     rebased = rebase(stream, basis, stream.width)
     rewrite = Rewrite(stored=rebased.stored, reordered=list(squares(stream)))
     _take_gains(stream, rewrite)
+    carry_behind_gains(stream, rewrite)
     layers, sides = (
         (stream.writers, rebased.writers)
         if triangle.is_writer
@@ -263,32 +287,49 @@ def _rotate(stream: Stream, triangle: Triangle, factor: Expression) -> Candidate
         rewrite.stored.pop(layer.edge, None)
         matrix = weights_of(layer) if triangle.is_writer else behind_gain(stream, layer)
         tensors = [
-            FoldedTensor(_panel(matrix, factor, part, triangle.is_writer), layer.weight.dtype)
+            FoldedTensor(_panel(matrix, factor, part, triangle), layer.weight.dtype)
             for part in panels.parts
         ]
         _cut(panels, tensors, rewrite)
         position = layers.index(layer)
         sides[position] = Side(matrix, _rebuilt(panels, tensors), stream.rows_of(layer))
-    names = [panels.layer.label for panels in triangle.panels]
-    others = [name for name in stream.labels if name not in names]
-    count = sum(len(panels.parts) for panels in triangle.panels)
-    text = f"triangle of {compact(names)} ({counted(count, 'panel')}) into {compact(others)}"
-    return Candidate(RotatePass.name, text, rewrite, rebased.writers, rebased.readers)
+    for position, reader in enumerate(stream.readers):
+        side = rebased.readers[position]
+        if stream.keeps_ones and reader.x in stream.centred and side.after is not None:
+            rebased.readers[position] = Side(_centred(side.before), _centred(side.after))
+    return Candidate(RotatePass.name, triangle.text, rewrite, rebased.writers, rebased.readers)
+
+
+def _centred(matrix: Expression) -> Expression:
+    """``C A``: what a layer behind a LayerNorm multiplies by, ``A`` less the mean of its rows."""
+    width = matrix.shape[0]
+    mean = product(Literal(np.full((1, width), -1.0 / width, matrix.dtype)), matrix)
+    return Sum((matrix, mean))
 
 
 def _panel(
-    matrix: Expression,
-    factor: Expression,
-    part: tuple[int, int, int, int],
-    is_writer: bool,
+    matrix: Expression, factor: Expression, part: tuple[int, int, int, int], triangle: Triangle
 ) -> Expression:
     """The rows and columns of ``Tᵀ G R``, or of ``W T``, that a panel stores."""
     first, last, start, end = part
-    if is_writer:
+    if triangle.is_writer:
         rows = take(matrix, slice(start, end), 0) if start else matrix
-        return product(rows, take(factor, slice(first, last), 1))
-    channels = transpose(take(factor, slice(end), 1) if end < factor.shape[0] else factor)
-    return product(cast(channels, matrix.dtype), take(matrix, slice(first, last), 1))
+        return product(rows, _channels(factor, slice(first, last), triangle.stream))
+    whole = end == factor.shape[0]
+    channels = factor if whole else _channels(factor, slice(end), triangle.stream)
+    columns = take(matrix, slice(first, last), 1)
+    return product(cast(transpose(channels), matrix.dtype), columns)
+
+
+def _channels(factor: Expression, channels: slice, stream: Stream) -> Expression:
+    """Columns of ``T``; less the last one where a multiple of the ones is left below the triangle.
+
+    Where the channels add up to zero (behind a LayerNorm, or in front of it) that is the same.
+    """
+    columns = take(factor, channels, 1)
+    if not stream.keeps_ones:
+        return columns
+    return Sum((columns, scale(take(factor, slice(-1, None), 1), -1.0)))
 
 
 def _take_gains(stream: Stream, rewrite: Rewrite) -> None:
@@ -310,6 +351,10 @@ def _cut(panels: Panels, tensors: Sequence[FoldedTensor], rewrite: Rewrite) -> N
     rewrite.added.extend(tensors)
     rewrite.nodes_added += panels.nodes + 1  # the layer goes with what is replaced
     rewrite.copied += panels.copied
+    if layer.bias is not None and layer.bias not in rewrite.stored:
+        bias = layer.node.inputs[layer.bias[1]]
+        assert bias is not None
+        rewrite.kept.add(bias)
 
     def build(editor: Editor) -> ir.Value:
         node, name = layer.node, layer.weight.leaf.name
@@ -322,9 +367,13 @@ def _cut(panels: Panels, tensors: Sequence[FoldedTensor], rewrite: Rewrite) -> N
                 value = editor.node(node, "Slice", [value, *bounds, axes]).outputs[0]
             weight = editor.constant(tensor, f"{name}_panel")
             products.append(editor.node(node, "MatMul", [value, weight]).outputs[0])
-        if len(products) == 1:
-            return products[0]
-        return editor.node(node, "Concat", products, axis=-1).outputs[0]
+        total = products[0]
+        if len(products) > 1:
+            total = editor.node(node, "Concat", products, axis=-1).outputs[0]
+        if layer.bias is not None:
+            bias = node.inputs[layer.bias[1]]  # what is stored there by now
+            total = editor.node(node, "Add", [total, bias]).outputs[0]
+        return total
 
     rewrite.replaced[layer.y] = build
 

@@ -193,6 +193,80 @@ def test_it_is_proved_and_verified_by_default(tmp_path):
     assert report.verification.ok
 
 
+# --- LayerNorm ------------------------------------------------------------------------------------
+
+LAYER_NORMS = {
+    "operator": "{y} = LayerNormalization<axis = -1, epsilon = 0.1>({x}, {g}, {b})",
+    "decomposed": """{y}_m = ReduceMean<keepdims = 1>({x}, last) {y}_d = Sub({x}, {y}_m)
+        {y}_p = Pow({y}_d, two) {y}_v = ReduceMean<keepdims = 1>({y}_p, last)
+        {y}_e = Add({y}_v, eps) {y}_s = Sqrt({y}_e) {y}_n = Div({y}_d, {y}_s)
+        {y}_o = Mul({y}_n, {g}) {y} = Add({y}_o, {b})""",
+}
+
+
+def layer_norm(kind: str = "operator", x: str = "s", y: str = "n") -> str:
+    return LAYER_NORMS[kind].format(x=x, y=y, g="g", b="b") + " "
+
+
+BIASED = """q1 = MatMul(n, Q) q0 = Add(q1, c) q = Softmax(q0)
+    k1 = MatMul(n, K) k0 = Add(e, k1) k = Softmax(k0)"""
+BIASES = {"b": normal(D, seed=21), "c": normal(D, seed=22), "e": normal(8, seed=23)}
+
+
+@pytest.mark.parametrize("kind", LAYER_NORMS)
+def test_a_layer_norm_stays_as_it_is(kind):
+    """Its bias goes through the readers into theirs; no operator is replaced."""
+    model = stream(layer_norm(kind) + BIASED, **BIASES)
+    result = folded(model, saved(D, 4), **ROTATE)
+    (report,) = result.report.folded
+    assert report.folded.error < 3 * report.folded.error_original
+    assert report.folded.nodes_added == 7
+    assert operators(result.model).count("LayerNormalization") == (kind == "operator")
+
+
+def test_a_layer_norm_without_a_bias():
+    model = stream("n = LayerNormalization(s, g) " + HEADS)
+    folded(model, saved(D, 4), **ROTATE)
+
+
+def test_the_bias_of_a_layer_norm_becomes_one_of_a_reader():
+    model = stream(layer_norm() + HEADS, b=BIASES["b"])
+    result = folded(model, saved(D, 4) - D - 8, **ROTATE)
+    assert operators(result.model).count("Add") == 2
+
+
+@pytest.mark.parametrize("kind", LAYER_NORMS)
+def test_a_writer_in_front_of_a_layer_norm_becomes_the_triangle(kind):
+    model = stream(layer_norm(kind) + "q = MatMul(n, Q)", "float[b, t, 16] q", b=BIASES["b"])
+    (report,) = folded(model, saved(D, 4) - D, **ROTATE).report.folded
+    assert report.folded.text.startswith("triangle of MatMul -> s")
+
+
+def test_a_layer_norm_beside_an_rms_norm_and_a_reader_without():
+    """Behind an RMSNorm the channels do not add up to zero: only the others can be triangular."""
+    body = f"""{layer_norm()} {norm(y="m", g="h")} q1 = MatMul(n, Q) q0 = Add(q1, c) q = Softmax(q0)
+        k0 = MatMul(m, K) k = Softmax(k0) o = MatMul(s, O)"""
+    results = "float[b, t, 16] q, float[b, t, 8] k, float[b, t, 7] o"
+    held = {name: BIASES[name] for name in "bc"} | {"h": gain(11)}
+    (report,) = folded(stream(body, results, **held), saved(D, 4), **ROTATE).report.folded
+    assert report.folded.text.startswith("triangle of MatMul -> q1 (4 panels)")
+
+
+def test_a_mean_that_is_used_for_more_forbids_a_triangular_writer():
+    body = """m = ReduceMean<keepdims = 1>(s, last) n = LayerNormalization(s, g)
+        q = MatMul(n, Q)"""
+    model = stream(body, "float[b, t, 16] q, float[b, t, 1] m")
+    assert not fold(model, **ROTATE).report.folded
+
+
+def test_gemms_with_biases():
+    held = {"W": normal(FFN, D, seed=1), "Q": normal(D, D, seed=3), "g": gain(2)} | BIASES
+    held["e"] = normal(D, seed=24)
+    text = f"""(float[n, {FFN}] x) => (float[n, 16] q) {{ s = Gemm(x, W, e)
+        n = LayerNormalization(s, g, b) q0 = Gemm<transB = 1>(n, Q, c) q = Softmax(q0) }}"""
+    folded(graph(text, **held), saved(D, 4), **ROTATE)
+
+
 # --- What is left alone ---------------------------------------------------------------------------
 
 
@@ -240,12 +314,13 @@ def test_what_else_looks_at_the_channels_opens_the_stream(body, results):
         f"{norm()} {norm(x='n', y='m', g='h')}",  # the length of what has a gain
         f"{norm()} m = Add(n, s)",  # with a gain and without
         f"{norm()} {norm(y='l', g='h')} m = Add(n, l)",  # two gains
-        f"{norm()} m = Add(n, h)",  # a constant behind the gain
+        f"{norm()} m = Add(n, k9)",  # a table behind the gain
         f"{norm()} m = Mul(n, h)",  # two gains in a row
     ],
 )
 def test_a_gain_that_cannot_be_moved_opens_the_stream(body):
-    model = stream(body + " k0 = MatMul(m, K) k = Softmax(k0)", "float[b, t, 8] k", h=gain(17))
+    held = {"h": gain(17), "k9": normal(9, D)}
+    model = stream(body + " k0 = MatMul(m, K) k = Softmax(k0)", "float[b, t, 8] k", **held)
     (found,) = find_norm_streams(model)
     assert found.group == Group.ORTHOGONAL
     assert not found.is_closed

@@ -518,6 +518,14 @@ class Sum(Expression):
             total = total + term
         return total
 
+    def take(self, indices: Expression, axis: int) -> Expression:
+        """A term that is broadcast along ``axis`` stays as it is."""
+        rank, size = len(self.shape), self.shape[axis]
+        if size == 1 or any(len(term.shape) != rank for term in self.terms):
+            return super().take(indices, axis)
+        parts = (t if t.shape[axis] == 1 else t.take(indices, axis) for t in self.terms)
+        return Sum(tuple(parts))
+
 
 @dataclass(frozen=True, eq=False)
 class Product(Expression):

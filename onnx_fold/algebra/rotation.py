@@ -45,8 +45,15 @@ class OrthogonalBasis(Basis):
         return product(cast(transpose(self.matrix), r.dtype), r)
 
 
-def orthogonal_factor(matrix: Expression, spool: Spool) -> Expression:
+def orthogonal_factor(
+    matrix: Expression, spool: Spool, *, keeps_ones: bool = False
+) -> Expression:
     """``T`` of ``A = T R``: orthogonal, float64 ``[d, d]``.
+
+    With ``keeps_ones`` ``T 1 = 1``, and ``R`` is a triangle but for a multiple of the vector of
+    ones in each column: all numbers below the diagonal are the same. With ``C = I - 11ᵀ/d`` and the
+    QR decompositions ``C A = U R₁`` and ``C = F R₂`` it is ``U Fᵀ + 11ᵀ/d``, as ``Tᵀ C A = F R₁ = C
+    R₂⁻¹ R₁``.
 
     It is computed when it is first needed, and kept on disk until it is written: the proof and the
     weights use the same numbers, whose rounding is no error as long as they are orthogonal.
@@ -54,14 +61,16 @@ def orthogonal_factor(matrix: Expression, spool: Spool) -> Expression:
     Args:
         matrix: ``A``, ``[d, n]``; its first ``d`` columns decide.
         spool: Where to keep ``T``.
+        keeps_ones: Whether ``T`` is to leave the vector of ones as it is.
     """
-    return _Factor(matrix, spool)
+    return _Factor(matrix, spool, keeps_ones)
 
 
 @dataclass(frozen=True, eq=False)
 class _Factor(Expression):
     source: Expression
     spool: Spool
+    keeps_ones: bool
 
     @property
     def shape(self) -> Shape:
@@ -78,9 +87,12 @@ class _Factor(Expression):
         width = len(matrix)
         if not np.isfinite(matrix).all():
             return Literal(np.full((width, width), np.nan))
-        factor: Array = scipy.linalg.qr(
-            matrix[:, :width], mode="full", overwrite_a=True, check_finite=False
-        )[0]
+        if not self.keeps_ones:
+            return self.spool.add(_orthogonal(matrix[:, :width]))
+        ones = np.full((width, 1), 1.0)
+        across = _orthogonal(np.hstack((ones, matrix[:, : width - 1])))[:, 1:]
+        factor: Array = across @ _centred_units(width).T
+        factor += 1.0 / width
         return self.spool.add(factor)
 
     def stored(self) -> Array | None:
@@ -91,3 +103,20 @@ class _Factor(Expression):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Literal, (evaluate(self.found),)
+
+
+def _orthogonal(matrix: Array) -> Array:
+    factor: Array = scipy.linalg.qr(matrix, mode="full", overwrite_a=True, check_finite=False)[0]
+    return factor
+
+
+def _centred_units(width: int) -> Array:
+    """The unit vectors but the last, less their mean, made orthonormal in their order.
+
+    ``[d, d - 1]``; those that Helmert's matrix has in its rows, from the other end.
+    """
+    behind = np.arange(width - 1, 0, -1)
+    units = np.tril(np.broadcast_to(-1.0 / behind, (width, width - 1)), -1)
+    np.fill_diagonal(units, 1.0)
+    found: Array = units / np.sqrt(1.0 + 1.0 / behind)
+    return found

@@ -6,14 +6,20 @@ norm of ``x T`` is ``n T``: the root of the mean square is the same number, and 
 ``eps`` added to it, inside the root or outside. The stream goes on behind the norm. The gain, which
 does not commute with ``T``, belongs to the layers behind: ``n G R`` with ``G = diag(g)``.
 
-So nothing has to be known of the norm but that it looks at the channels through sums of squares.
-What is made of such a sum (a root, a reciprocal, a Cast, an epsilon) is the same in any orthogonal
+A LayerNorm takes the mean off first: ``x C`` with ``C = I - 11ᵀ/d``. Where ``T`` also leaves the
+vector of ones as it is, ``T 1 = 1`` (and so ``Tᵀ 1 = 1``), the mean of ``x T`` is that of ``x``, ``x T C
+= x C T``, and a LayerNorm lets it through as it stands. Behind it the channels add up to zero, so a
+layer there may have the same row added to all of its rows. The bias ``b`` behind the gain does not
+depend on the stream; its share ``b R`` is added behind the readers.
+
+So nothing has to be known of a norm but that it looks at the channels through their sum
+and the sum of their squares. What is made of these (a root, a reciprocal, a Cast, an epsilon) is the same in any orthogonal
 basis, in whatever operators an exporter writes it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import onnx_ir as ir
 
@@ -27,10 +33,10 @@ from onnx_fold.streams.stream import ConstantWriter, Gain, Search, Stream, open_
 
 __all__ = ["find_norm_streams", "squares"]
 
-_NORMS = frozenset(("RMSNormalization", "SimplifiedLayerNormalization")) | contrib(
-    "SimplifiedLayerNormalization"
-)
-"""Operators that are an RMSNorm with its gain, of one input."""
+_NORMS = frozenset(
+    ("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization")
+) | contrib("SimplifiedLayerNormalization")
+"""Operators that are a norm of one input with its gain, and perhaps a bias."""
 
 _SUMS = frozenset(("ReduceMean", "ReduceSum"))
 _SUMS_OF_SQUARES = frozenset(("ReduceL2", "ReduceSumSquare"))
@@ -39,7 +45,7 @@ _SUMS_OF_SQUARES = frozenset(("ReduceL2", "ReduceSumSquare"))
 def find_norm_streams(
     model: ir.Model, activations: Activations | None = None, shapes: Shapes | None = None
 ) -> list[Stream]:
-    """The streams of the main graph that are read by RMSNorms, with what lies behind these.
+    """The streams of the main graph that are read by norms, with what lies behind these.
 
     They are of the group :attr:`Group.ORTHOGONAL`. Those of a model without such norms are not
     looked for.
@@ -74,12 +80,18 @@ def orthogonal_ports(node: ir.Node, known: Port, width: int, shapes: Shapes) -> 
         OpensStreamError: As None, with a reason.
     """
     if known.axis == -1:
-        if not known.is_output and looks_at_length(node, shapes):
+        if not known.is_output and (looks_at_length(node, shapes) or takes_mean(node, shapes)):
             return [known]
         if _is_norm(node):
             if gain_of(node, width, shapes) is None:
                 raise OpensStreamError("has a gain that is not constant, or not of the last axis")
+            if len(node.inputs) > 2 and node.inputs[2] is not None:
+                if constant(node.inputs[2]) is None:
+                    raise OpensStreamError("has a bias that is not constant")
+                return [Port(False, 0, -1), Port(False, 2, -1), Port(True, 0, -1)]
             return [Port(False, 0, -1), Port(True, 0, -1)] if known.index == 0 else None
+        if (index := shifted(node, width, shapes)) is not None:
+            return [Port(False, index, -1), Port(True, 0, -1)]
         if (gain := gain_of(node, width, shapes)) is not None:
             return [Port(False, 1 - gain.edge[1], -1), Port(True, 0, -1)]
     return ports(node, known, width, shapes)
@@ -108,6 +120,33 @@ def looks_at_length(node: ir.Node, shapes: Shapes) -> bool:
     users = [user for user, _ in square.uses()]
     is_summed = all(operator(user) in _SUMS and _is_over_channels(user, shapes) for user in users)
     return bool(users) and is_summed and not square.is_graph_output()
+
+
+def takes_mean(node: ir.Node, shapes: Shapes) -> bool:
+    """Whether ``node`` reads only the sum of the channels, the last axis."""
+    return operator(node) in _SUMS and _is_over_channels(node, shapes)
+
+
+def shifted(node: ir.Node, width: int, shapes: Shapes) -> int | None:
+    """Which input of ``node`` it adds the same to in all channels, if it does that."""
+    if operator(node) not in ("Add", "Sub") or len(node.inputs) != 2:
+        return None
+    sizes = [1 if value is None else shapes.dim(value, -1) for value in node.inputs]
+    if sorted(map(str, sizes)) != sorted(("1", str(width))):
+        return None
+    index = sizes.index(width)
+    return index if constant(node.inputs[1 - index]) is None else None
+
+
+def _is_centring(node: ir.Node, shapes: Shapes) -> bool:
+    """Whether ``node`` takes the mean of the channels off them."""
+    mean = node.inputs[1].producer() if operator(node) == "Sub" and node.inputs[1] else None
+    return (
+        mean is not None
+        and operator(mean) == "ReduceMean"
+        and mean.inputs[0] is node.inputs[0]
+        and tuple(axes_of(mean, shapes.integers) or ()) == (-1,)
+    )
 
 
 def squares(stream: Stream) -> Iterator[ir.Value]:
@@ -154,30 +193,65 @@ def _is_gain(held: Constant, width: int) -> bool:
 def _find_gains(stream: Stream) -> None:
     """Note which values of ``stream`` hold it times which gain; open it where that does not do.
 
-    A sum of two values, or what takes a length, needs both sides without a gain or with one; a
-    layer or a constant cannot write what has one.
+    A sum of two values needs both with one gain or without; what takes a length or a mean needs it
+    without. No layer can write what has a gain; constants that do are carried to the readers.
     """
     nodes = {node for value in stream.values if (node := value.producer()) is not None}
     linears, shapes = stream.search.linears, stream.shapes
     for node in sorted(nodes, key=stream.search.position):
         is_linear, value = node in linears, node.outputs[0]
-        own = None if is_linear else gain_of(node, stream.width, shapes)
-        found = [stream.gains.get(operand) for operand in _operands(node, stream)]
+        is_last = stream.values.get(value) == -1 and not is_linear
+        own = gain_of(node, stream.width, shapes) if is_last else None
+        operands = list(_operands(node, stream))
+        found = [stream.gains.get(operand) for operand in operands]
         gain = found[0] if found else None
         constants = [writer for writer in stream.constants if writer.node is node]
         if any(other is not gain for other in found):
             open_stream(stream, value, "joins channels with different gains, by", node)
         elif gain is not None and own is not None:
             open_stream(stream, value, "has a gain behind another gain, by", node)
-        elif gain is not None and (is_linear or not all(map(ConstantWriter.is_zero, constants))):
+        elif gain is not None and is_linear:
             open_stream(stream, value, "is added to behind a gain, by", node)
         gain = own or gain
         if gain is not None:
-            stream.gains |= {value: gain for value in node.outputs if value in stream.values}
-    for value in stream.gains:
+            stream.gains |= {each: gain for each in node.outputs if each in stream.values}
+            if any(writer.is_table for writer in constants):
+                open_stream(stream, value, "has a table added behind a gain, by", node)
+            stream.carried += constants
+        is_centring = is_last and _is_centring(node, shapes)
+        is_shift = is_last and shifted(node, stream.width, shapes) is not None
+        if (
+            operator(node) == "LayerNormalization"
+            or is_centring
+            or (operands and not is_linear and not is_shift and _are_centred(operands, stream))
+        ) and (gain is not None or not constants):
+            stream.centred |= {each for each in node.outputs if each in stream.values}
+        stream.keeps_ones |= is_shift or operator(node) == "LayerNormalization"
+    stream.constants = [each for each in stream.constants if each not in stream.carried]
+    stream.ignores_ones = _are_centred([reader.x for reader in stream.readers], stream)
+    for value in stream.values:
         for node, _ in value.uses():
-            if looks_at_length(node, shapes) or _is_norm(node):
+            is_mean = takes_mean(node, shapes) and stream.values[value] == -1
+            is_length = looks_at_length(node, shapes)
+            stream.keeps_ones |= is_mean
+            if value in stream.gains and (is_mean or is_length or _is_norm(node)):
                 open_stream(stream, value, "has a gain and is normed by", node)
+            if value not in stream.centred and (is_length or _shows_mean(node, is_mean, shapes)):
+                stream.ignores_ones = False
+
+
+def _shows_mean(node: ir.Node, is_mean: bool, shapes: Shapes) -> bool:
+    """Whether more is done with the mean of the channels than to take it off."""
+    if operator(node) == "LayerNormalization":
+        return any(output.uses() or output.is_graph_output() for output in node.outputs[1:])
+    mean = node.outputs[0]
+    users = [user for user, _ in mean.uses()]
+    is_shown = mean.is_graph_output() or not all(_is_centring(user, shapes) for user in users)
+    return is_shown if is_mean else _is_norm(node)
+
+
+def _are_centred(values: Sequence[ir.Value], stream: Stream) -> bool:
+    return all(value in stream.centred for value in values)
 
 
 def _operands(node: ir.Node, stream: Stream) -> Iterator[ir.Value]:

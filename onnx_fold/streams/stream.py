@@ -148,6 +148,10 @@ class Stream:
         shape_readers: Nodes that read only the shape of its values, or whose output is unused.
         group: The changes of basis that it is free in, if it is closed.
         gains: Values that hold the stream times a factor for each channel: value → the factors.
+        carried: Constants that are added behind a gain, whose share has to go behind the readers.
+        centred: Values whose channels add up to zero, but for gains and what is carried.
+        keeps_ones: Whether a change of basis has to leave the vector of ones as it is.
+        ignores_ones: Whether it is the same if any multiple of that vector is added to it.
     """
 
     width: int
@@ -161,6 +165,10 @@ class Stream:
     shape_readers: list[ir.Node] = field(default_factory=list)
     group: Group = Group.GENERAL
     gains: dict[ir.Value, Gain] = field(default_factory=dict)
+    carried: list[ConstantWriter] = field(default_factory=list)
+    centred: set[ir.Value] = field(default_factory=set)
+    keeps_ones: bool = False
+    ignores_ones: bool = False
 
     @property
     def shapes(self) -> Shapes:
@@ -217,7 +225,7 @@ class Stream:
     @property
     def members(self) -> list[Linear | ConstantWriter]:
         """Everything that holds a weight of the stream."""
-        return [*self.writers, *self.readers, *self.constants]
+        return [*self.writers, *self.readers, *self.constants, *self.carried]
 
     @property
     def nodes(self) -> set[ir.Node]:
