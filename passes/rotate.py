@@ -153,7 +153,8 @@ class Panels:
         """Operators that come, less the one that goes."""
         slices = sum(not self.is_whole(start, end) for _, _, start, end in self.parts)
         count = len(self.parts)
-        return slices + count - 1 + (count > 1) + (self.layer.bias is not None)
+        extra = (count > 1) + (self.layer.bias is not None) + self.layer.y.is_graph_output()
+        return slices + count - 1 + extra
 
     @property
     def copied(self) -> int:
@@ -245,7 +246,7 @@ def _is_free(stream: Stream, reader: Linear) -> bool:
 def _can_be_cut(layer: Linear) -> bool:
     held = None if layer.bias is None else constant(layer.node.inputs[layer.bias[1]])
     has_place = layer.bias is None or (held is not None and layer.beta == 1.0)
-    return layer.is_plain and has_place and not layer.y.is_graph_output()
+    return layer.is_plain and has_place
 
 
 def _columns_of(stream: Stream, reader: Linear, offset: int, count: int) -> Panels:
@@ -349,7 +350,8 @@ def _cut(panels: Panels, tensors: Sequence[FoldedTensor], rewrite: Rewrite) -> N
     """Plan one MatMul for each panel in the place of the layer, and a Concat behind them."""
     layer = panels.layer
     rewrite.added.extend(tensors)
-    rewrite.nodes_added += panels.nodes + 1  # the layer goes with what is replaced
+    goes = not layer.y.is_graph_output()  # with what is replaced, else an Identity takes its name
+    rewrite.nodes_added += panels.nodes + goes
     rewrite.copied += panels.copied
     if layer.bias is not None and layer.bias not in rewrite.stored:
         bias = layer.node.inputs[layer.bias[1]]

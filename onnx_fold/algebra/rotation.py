@@ -45,9 +45,7 @@ class OrthogonalBasis(Basis):
         return product(cast(transpose(self.matrix), r.dtype), r)
 
 
-def orthogonal_factor(
-    matrix: Expression, spool: Spool, *, keeps_ones: bool = False
-) -> Expression:
+def orthogonal_factor(matrix: Expression, spool: Spool, *, keeps_ones: bool = False) -> Expression:
     """``T`` of ``A = T R``: orthogonal, float64 ``[d, d]``.
 
     With ``keeps_ones`` ``T 1 = 1``, and ``R`` is a triangle but for a multiple of the vector of

@@ -7,14 +7,14 @@ norm of ``x T`` is ``n T``: the root of the mean square is the same number, and 
 does not commute with ``T``, belongs to the layers behind: ``n G R`` with ``G = diag(g)``.
 
 A LayerNorm takes the mean off first: ``x C`` with ``C = I - 11ᵀ/d``. Where ``T`` also leaves the
-vector of ones as it is, ``T 1 = 1`` (and so ``Tᵀ 1 = 1``), the mean of ``x T`` is that of ``x``, ``x T C
-= x C T``, and a LayerNorm lets it through as it stands. Behind it the channels add up to zero, so a
-layer there may have the same row added to all of its rows. The bias ``b`` behind the gain does not
-depend on the stream; its share ``b R`` is added behind the readers.
+vector of ones as it is, ``T 1 = 1`` (and so ``Tᵀ 1 = 1``), the mean of ``x T`` is that of ``x``,
+``x T C = x C T``, and a LayerNorm lets it through as it stands. Behind it the channels add up to
+zero, so a layer there may have the same row added to all of its rows. The bias ``b`` behind the
+gain does not depend on the stream; its share ``b R`` is added behind the readers.
 
-So nothing has to be known of a norm but that it looks at the channels through their sum
-and the sum of their squares. What is made of these (a root, a reciprocal, a Cast, an epsilon) is the same in any orthogonal
-basis, in whatever operators an exporter writes it.
+So nothing has to be known of a norm but that it looks at the channels through their sum and the sum
+of their squares. What is made of these (a root, a reciprocal, a Cast, an epsilon) is the same in
+any such basis, in whatever operators an exporter writes it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from onnx_fold.graph.constants import FLOATS, Constant, axes_of, constant, scala
 from onnx_fold.graph.operators import contrib, operator
 from onnx_fold.graph.shapes import Shapes
 from onnx_fold.streams.activations import Activations
-from onnx_fold.streams.stream import ConstantWriter, Gain, Search, Stream, open_stream
+from onnx_fold.streams.stream import Gain, Search, Stream, open_stream
 
 __all__ = ["find_norm_streams", "squares"]
 
