@@ -22,6 +22,7 @@ import onnx_fold
 from onnx_fold.algebra.exact import Multiplier, exact, values
 from onnx_fold.algebra.expression import Literal, ScaledRows, Spool, evaluate, transpose
 from onnx_fold.algebra.rotation import OrthogonalBasis, orthogonal_factor
+from onnx_fold.check import proof
 from onnx_fold.graph.channels import Group
 from onnx_fold.streams.norms import find_norm_streams
 
@@ -202,6 +203,18 @@ def test_it_is_proved_and_verified_by_default(tmp_path):
     report = onnx_fold.fold(path, provider="cpu", **ROTATE).report
     assert report.proof.error < 1e-12
     assert report.verification.ok
+
+
+@pytest.mark.parametrize("norm_", [norm(), "n = LayerNormalization(s, g) "])
+def test_a_stream_is_proved_by_itself(norm_, tmp_path, monkeypatch):
+    """As in a model too large to be run whole: the squares of the stream are no place to cut."""
+    monkeypatch.setattr(proof, "WHOLE", 0)
+    path = tmp_path / "m.onnx"
+    ir.save(stream(norm_ + HEADS), path)
+    found = onnx_fold.fold(path, provider="cpu", **ROTATE).report.proof
+    assert found.scope == "each stream"
+    assert len(found.proved) == 1
+    assert found.error < 1e-12
 
 
 # --- LayerNorm ------------------------------------------------------------------------------------
