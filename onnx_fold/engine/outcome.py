@@ -9,6 +9,7 @@ from typing import Any
 
 import onnx_ir as ir
 
+from onnx_fold.graph.channels import Group
 from onnx_fold.graph.linear import compact
 from onnx_fold.streams.heads import roles
 from onnx_fold.streams.stream import Opening, Stream
@@ -66,6 +67,8 @@ class StreamReport:
         candidates: All ways that were weighed.
         folded: The one that was taken.
         changed: Names of the values that this gave another basis, or another order of channels.
+        group: The changes of basis that pass through all of it: ``"general"``, ``"orthogonal"``
+            where norms read it, or ``"none"``.
     """
 
     width: int
@@ -79,6 +82,7 @@ class StreamReport:
     candidates: list[CandidateReport] = field(default_factory=list)
     folded: CandidateReport | None = None
     changed: frozenset[str] = frozenset()
+    group: str = "none"
 
     @classmethod
     def of(cls, stream: Stream, kept: Mapping[ir.Value, str] = _NOTHING) -> StreamReport:
@@ -97,6 +101,7 @@ class StreamReport:
             is_foldable=is_foldable,
             ending=_ending(stream) if stream.written_by and not is_foldable else None,
             reasons=[_reason(each, stream, kept) for each in stream.openings],
+            group=_group(stream, kept).name.lower(),
         )
 
     @property
@@ -107,6 +112,13 @@ class StreamReport:
     def to_dict(self) -> dict[str, Any]:
         """As JSON-ready data."""
         return {name: value for name, value in asdict(self).items() if name != "changed"}
+
+
+def _group(stream: Stream, kept: Mapping[ir.Value, str]) -> Group:
+    if stream.is_closed:
+        return stream.group
+    is_kept = all(opening.value in kept for opening in stream.openings)
+    return Group.ORTHOGONAL if is_kept else Group.NONE
 
 
 def _ending(stream: Stream) -> str:
