@@ -63,7 +63,7 @@ def _planning(command: Callable[..., None]) -> Callable[..., None]:
                 "--strategy",
                 metavar="PASS",
                 show_default="by predicted error",
-                help="Keep to absorb, interpolate, select or rotate wherever a basis has to change.",
+                help="Keep to absorb, interpolate, select or rotate where a basis has to change.",
             ),
             click.option(
                 "--force",

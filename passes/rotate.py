@@ -16,7 +16,7 @@ off; nothing is cut off here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -24,7 +24,7 @@ from itertools import pairwise
 import numpy as np
 import onnx_ir as ir
 
-from onnx_fold.algebra.basis import Side, product_dtype
+from onnx_fold.algebra.basis import Side
 from onnx_fold.algebra.expression import (
     Concatenate,
     Expression,
@@ -32,7 +32,6 @@ from onnx_fold.algebra.expression import (
     Literal,
     Spool,
     Sum,
-    broadcast,
     cast,
     product,
     scale,
@@ -45,10 +44,9 @@ from onnx_fold.engine.cost import TARGETS
 from onnx_fold.engine.folding import Candidate, FoldPass, Options, Proposal, propose
 from onnx_fold.engine.outcome import CandidateReport
 from onnx_fold.graph.channels import Group
-from onnx_fold.graph.constants import constant
-from onnx_fold.graph.edit import Editor
 from onnx_fold.graph.linear import Linear, compact
 from onnx_fold.rewriting.bias import carry_behind_gains
+from onnx_fold.rewriting.panels import Panels, can_be_cut, cut, rebuilt
 from onnx_fold.rewriting.rebase import behind_gain, rebase, weights_of
 from onnx_fold.rewriting.rewrite import Rewrite
 from onnx_fold.streams.heads import head_layout
@@ -126,43 +124,6 @@ def _is_residual(stream: Stream) -> bool:
     return sum(writer.node in seen for writer in stream.writers) > 1
 
 
-@dataclass(frozen=True)
-class Panels:
-    """A layer cut into panels of columns, each of which reads a part of the channels.
-
-    Attributes:
-        layer: The layer.
-        parts: For each panel its first column, the last, and the first and last channel it reads.
-    """
-
-    layer: Linear
-    parts: tuple[tuple[int, int, int, int], ...]
-
-    def is_whole(self, start: int, end: int) -> bool:
-        """Whether a panel reads all channels, so that nothing is sliced."""
-        return start == 0 and end == self.layer.in_features
-
-    @property
-    def weights(self) -> int:
-        """Weights that are not stored."""
-        rows = self.layer.in_features
-        return sum((last - first) * (rows - end + start) for first, last, start, end in self.parts)
-
-    @property
-    def nodes(self) -> int:
-        """Operators that come, less the one that goes."""
-        slices = sum(not self.is_whole(start, end) for _, _, start, end in self.parts)
-        count = len(self.parts)
-        extra = (count > 1) + (self.layer.bias is not None) + self.layer.y.is_graph_output()
-        return slices + count - 1 + extra
-
-    @property
-    def copied(self) -> int:
-        """Values that the Slices and the Concat copy for one token."""
-        parts = [end - start for _, _, start, end in self.parts if not self.is_whole(start, end)]
-        return sum(parts) + self.layer.out_features * (len(self.parts) > 1)
-
-
 @dataclass(frozen=True, eq=False)
 class Triangle:
     """The layers that become triangular: readers side by side, or one writer.
@@ -222,7 +183,7 @@ class Triangle:
 def _triangles(stream: Stream) -> Iterator[Triangle]:
     """All readers side by side, the narrow ones first; each of them alone; each tall writer."""
     width = stream.width
-    readers = [each for each in stream.readers if _can_be_cut(each) and _is_free(stream, each)]
+    readers = [each for each in stream.readers if can_be_cut(each) and _is_free(stream, each)]
     readers.sort(key=lambda layer: layer.out_features)
     sequences = {tuple(readers), *((reader,) for reader in readers)} - {()}
     for count in PANELS:
@@ -233,7 +194,7 @@ def _triangles(stream: Stream) -> Iterator[Triangle]:
                     panels.append(_columns_of(stream, reader, offset, count))
                 offset += reader.out_features
             yield Triangle(stream, tuple(panels))
-        for writer in filter(_can_be_cut, stream.writers):
+        for writer in filter(can_be_cut, stream.writers):
             if writer.in_features >= width and (stream.ignores_ones or not stream.keeps_ones):
                 yield Triangle(stream, (_rows_of(stream, writer, count),), is_writer=True)
 
@@ -241,12 +202,6 @@ def _triangles(stream: Stream) -> Iterator[Triangle]:
 def _is_free(stream: Stream, reader: Linear) -> bool:
     """Whether a multiple of the ones may be added to a column of ``reader``, if it has to be."""
     return not stream.keeps_ones or reader.x in stream.centred
-
-
-def _can_be_cut(layer: Linear) -> bool:
-    held = None if layer.bias is None else constant(layer.node.inputs[layer.bias[1]])
-    has_place = layer.bias is None or (held is not None and layer.beta == 1.0)
-    return layer.is_plain and has_place
 
 
 def _columns_of(stream: Stream, reader: Linear, offset: int, count: int) -> Panels:
@@ -291,9 +246,10 @@ def _rotate(stream: Stream, triangle: Triangle, factor: Expression) -> Candidate
             FoldedTensor(_panel(matrix, factor, part, triangle), layer.weight.dtype)
             for part in panels.parts
         ]
-        _cut(panels, tensors, rewrite)
+        cut(panels, tensors, rewrite)
         position = layers.index(layer)
-        sides[position] = Side(matrix, _rebuilt(panels, tensors), stream.rows_of(layer))
+        rows = stream.rows_of(layer) if triangle.is_writer else None
+        sides[position] = Side(matrix, rebuilt(panels, tensors), rows)
     for position, reader in enumerate(stream.readers):
         side = rebased.readers[position]
         if stream.keeps_ones and reader.x in stream.centred and side.after is not None:
@@ -344,50 +300,3 @@ def _take_gains(stream: Stream, rewrite: Rewrite) -> None:
         if held.value not in ones:
             ones[held.value] = FoldedTensor(Literal(np.ones(held.shape)), held.dtype)
         rewrite.stored[gain.edge] = ones[held.value]
-
-
-def _cut(panels: Panels, tensors: Sequence[FoldedTensor], rewrite: Rewrite) -> None:
-    """Plan one MatMul for each panel in the place of the layer, and a Concat behind them."""
-    layer = panels.layer
-    rewrite.added.extend(tensors)
-    goes = not layer.y.is_graph_output()  # with what is replaced, else an Identity takes its name
-    rewrite.nodes_added += panels.nodes + goes
-    rewrite.copied += panels.copied
-    if layer.bias is not None and layer.bias not in rewrite.stored:
-        bias = layer.node.inputs[layer.bias[1]]
-        assert bias is not None
-        rewrite.kept.add(bias)
-
-    def build(editor: Editor) -> ir.Value:
-        node, name = layer.node, layer.weight.leaf.name
-        axes = editor.integers([-1], f"{name}_axes")
-        products = []
-        for tensor, (_, _, start, end) in zip(tensors, panels.parts, strict=True):
-            value = layer.x
-            if not panels.is_whole(start, end):
-                bounds = [editor.integers([at], f"{name}_bound") for at in (start, end)]
-                value = editor.node(node, "Slice", [value, *bounds, axes]).outputs[0]
-            weight = editor.constant(tensor, f"{name}_panel")
-            products.append(editor.node(node, "MatMul", [value, weight]).outputs[0])
-        total = products[0]
-        if len(products) > 1:
-            total = editor.node(node, "Concat", products, axis=-1).outputs[0]
-        if layer.bias is not None:
-            bias = node.inputs[layer.bias[1]]  # what is stored there by now
-            total = editor.node(node, "Add", [total, bias]).outputs[0]
-        return total
-
-    rewrite.replaced[layer.y] = build
-
-
-def _rebuilt(panels: Panels, tensors: Sequence[FoldedTensor]) -> Expression:
-    """What the panels multiply by together, with the zeros that are not stored."""
-    rows = panels.layer.in_features
-    columns: list[Expression] = []
-    for tensor, (first, last, start, end) in zip(tensors, panels.parts, strict=True):
-        stored = cast(tensor.rounded, product_dtype(tensor.dtype))
-        zero = Literal(np.zeros((1, 1), stored.dtype))
-        above, below = (broadcast(zero, (n, last - first)) for n in (start, rows - end))
-        parts = [each for each in (above, stored, below) if each.shape[0]]
-        columns.append(stored if len(parts) == 1 else Concatenate(tuple(parts), 0))
-    return columns[0] if len(columns) == 1 else Concatenate(tuple(columns), 1)

@@ -103,11 +103,13 @@ def _is_norm(node: ir.Node) -> bool:
 
 def _is_square(node: ir.Node) -> bool:
     """Whether ``node`` squares its input, or takes its length."""
+    if operator(node) in _SUMS_OF_SQUARES:
+        return True
+    if len(node.inputs) != 2 or len(node.outputs) != 1:
+        return False
     if operator(node) == "Pow":
         return scalar(node.inputs[1]) == 2.0
-    return operator(node) in _SUMS_OF_SQUARES or (
-        operator(node) == "Mul" and node.inputs[0] is node.inputs[1]
-    )
+    return operator(node) == "Mul" and node.inputs[0] is node.inputs[1]
 
 
 def looks_at_length(node: ir.Node, shapes: Shapes) -> bool:
@@ -140,7 +142,8 @@ def shifted(node: ir.Node, width: int, shapes: Shapes) -> int | None:
 
 def _is_centring(node: ir.Node, shapes: Shapes) -> bool:
     """Whether ``node`` takes the mean of the channels off them."""
-    mean = node.inputs[1].producer() if operator(node) == "Sub" and node.inputs[1] else None
+    taken = node.inputs[1] if operator(node) == "Sub" and len(node.inputs) == 2 else None
+    mean = None if taken is None else taken.producer()
     return (
         mean is not None
         and operator(mean) == "ReduceMean"
@@ -175,7 +178,7 @@ def gain_of(node: ir.Node, width: int, shapes: Shapes) -> Gain | None:
         if axis != -1 and (rank is None or axis != rank - 1):
             return None
         indices: tuple[int, ...] = (1,)
-    elif operator(node) == "Mul":
+    elif operator(node) == "Mul" and len(node.inputs) == 2:
         indices = (1, 0)
     else:
         return None
@@ -244,10 +247,11 @@ def _shows_mean(node: ir.Node, is_mean: bool, shapes: Shapes) -> bool:
     """Whether more is done with the mean of the channels than to take it off."""
     if operator(node) == "LayerNormalization":
         return any(output.uses() or output.is_graph_output() for output in node.outputs[1:])
-    mean = node.outputs[0]
-    users = [user for user, _ in mean.uses()]
-    is_shown = mean.is_graph_output() or not all(_is_centring(user, shapes) for user in users)
-    return is_shown if is_mean else _is_norm(node)
+    if not is_mean:
+        return _is_norm(node)
+    users = [user for output in node.outputs for user, _ in output.uses()]
+    is_shown = any(output.is_graph_output() for output in node.outputs)
+    return is_shown or not all(_is_centring(user, shapes) for user in users)
 
 
 def _are_centred(values: Sequence[ir.Value], stream: Stream) -> bool:
