@@ -116,7 +116,9 @@ def main() -> None:
         for width in args.widths:
             rows[norm, width, args.dtype] = measure(norm, width, args.dtype, args)
             found = [rows[key] for key in sorted(rows, key=lambda key: (key[0] != "rms", *key[1:]))]
-            path.write_text(json.dumps({"rows": found, "environment": environment("cpu")}, indent=1))
+            path.write_text(
+                json.dumps({"rows": found, "environment": environment("cpu")}, indent=1)
+            )
             machine = f"CPU, {args.threads} thread" + "s" * (args.threads > 1)
             text = HEAD.format(length=LENGTH, machine=machine) + "".join(map(row, found))
             path.with_suffix(".md").write_text(text)
