@@ -69,7 +69,7 @@ def _planning(command: Callable[..., None]) -> Callable[..., None]:
                 "--strategy",
                 metavar="PASS",
                 show_default="by predicted error",
-                help="Keep to absorb, interpolate or select wherever a basis has to change.",
+                help="Keep to absorb, interpolate, select or rotate where a basis has to change.",
             ),
             click.option(
                 "--force",
@@ -80,7 +80,7 @@ def _planning(command: Callable[..., None]) -> Callable[..., None]:
                 "--only",
                 multiple=True,
                 metavar="PASS",
-                help="Run this pass only (merge, absorb, interpolate, select).",
+                help="Run this pass only (merge, absorb, interpolate, select, rotate).",
             ),
             click.option("--skip", multiple=True, metavar="PASS", help="Do not run this pass."),
             click.option(

@@ -31,6 +31,7 @@ from onnx_fold.algebra.precision import unit_roundoff
 from onnx_fold.base.arguments import Pivot, TargetName
 from onnx_fold.engine.cost import TARGETS
 from onnx_fold.engine.outcome import CandidateReport, StreamReport, layers_of
+from onnx_fold.graph.channels import Group
 from onnx_fold.graph.edit import Editor
 from onnx_fold.graph.linear import Linear, compact
 from onnx_fold.graph.shapes import Shapes
@@ -40,6 +41,7 @@ from onnx_fold.rewriting.rewrite import CannotRewriteError, Rewrite
 from onnx_fold.streams.activations import Activations
 from onnx_fold.streams.branches import Branches, find_branches
 from onnx_fold.streams.joined import Joined, find_joined
+from onnx_fold.streams.norms import find_norm_streams
 from onnx_fold.streams.stream import Search, Stream, find_streams
 
 logger = logging.getLogger(__name__)
@@ -224,11 +226,14 @@ class FoldPass(ir.passes.InPlacePass):
         name: What it is called on the command line.
         operators: How many operators it adds at the least; passes that add fewer are asked first.
         is_basis_change: Whether it needs ``T⁻¹``, so that there are others to choose from.
+        group: The changes of basis that it makes; streams are offered that are free in these, and
+            in no larger group.
     """
 
     name: ClassVar[str]
     operators: ClassVar[int] = 0
     is_basis_change: ClassVar[bool] = True
+    group: ClassVar[Group] = Group.GENERAL
 
     def __init__(self, options: Options | None = None) -> None:
         super().__init__()
@@ -329,15 +334,17 @@ def _fold_streams(
     is_first_round = True
     memo: Memo = {}
     phases = _phases(passes)
+    rotated: set[ir.Value] = set()
     while True:
         left: list[tuple[int, StreamReport]] = []
         touched: set[ir.Node] = set()
-        for stream in _subjects(model, activations, shapes or Shapes(model)):
+        kept: dict[ir.Value, str] = {}
+        for stream in _subjects(model, activations, shapes or Shapes(model), phases[0]):
             nodes = stream.nodes
             position = min(order.get(node, 0) for node in nodes)
-            report = StreamReport.of(stream)
+            report = StreamReport.of(stream, kept)
             if not report.is_foldable:
-                if is_first_round:
+                if is_first_round and not rotated.intersection(stream.values):
                     reports.append((position, report))
                 continue
             if nodes & touched:
@@ -357,6 +364,10 @@ def _fold_streams(
                 touched |= changed
                 finished |= nodes
                 reports.append((position, replace(report, changed=names)))
+                if stream.group != Group.GENERAL:
+                    rotated |= set(stream.values)
+            elif stream.group != Group.GENERAL:
+                kept |= dict.fromkeys(stream.values, _norms_kept(report))
             elif (stream.is_closed or not nodes & finished) and report.is_foldable:
                 left.append((position, report))
         if not touched and len(phases) == 1:
@@ -374,12 +385,28 @@ def _phases(passes: Sequence[FoldPass]) -> list[Sequence[FoldPass]]:
 
 
 def _subjects(
-    model: ir.Model, activations: Activations | None, shapes: Shapes
+    model: ir.Model,
+    activations: Activations | None,
+    shapes: Shapes,
+    passes: Sequence[FoldPass],
 ) -> Iterator[Subject]:
-    """What the passes are asked about."""
+    """What the passes are asked about.
+
+    Streams that only an orthogonal basis passes through are looked for if a pass asks for them, and
+    are closed: their open parts are among those that any basis passes through, with the reasons.
+    """
     yield from list(find_branches(model.graph, shapes))
     yield from list(find_joined(Search(model.graph, shapes)))
+    if any(each.group == Group.ORTHOGONAL for each in passes):
+        for stream in find_norm_streams(model, activations, shapes.without_facts()):
+            if stream.is_closed and stream.written_by and stream.readers:
+                yield stream
     yield from find_streams(model, activations, shapes)
+
+
+def _norms_kept(report: StreamReport) -> str:
+    ways = [f"{each.text} ({each.refused})" for each in report.candidates]
+    return f"norms kept: {'; '.join(ways or report.reasons)}"
 
 
 def _choose(
@@ -402,6 +429,8 @@ def _choose(
     judged: list[CandidateReport] = []
     is_implied = any(isinstance(m.weight.tensor, ImpliedTensor) for m in stream.members)
     passes = [each for each in passes if not (is_implied and each.is_basis_change)]
+    passes = [each for each in passes if each.group == stream.group]
+    later = [each for each in later if each.group == stream.group]
     for group in _ranked(stream, passes, later, judged):
         accepted: list[tuple[CandidateReport, Candidate]] = []
         for candidate in sorted(group, key=lambda candidate: candidate.basis is not None):

@@ -249,7 +249,7 @@ class Rewrite:
 
     def _unread(self) -> Unread:
         """What nothing reads any more once the change is applied."""
-        read = self._read_by_steps() | self.biases.keys()
+        read = self._read_by_steps() | (self.biases.keys() - self.replaced.keys())
         stand_in: dict[ir.Value, list[ir.Value]] = defaultdict(list)
         for value in self.replaced:
             if isinstance(new := self._resolve(value), ir.Value):

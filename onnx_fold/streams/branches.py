@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 
 from onnx_fold.algebra.expression import scale
-from onnx_fold.graph.channels import channels, ports
+from onnx_fold.graph.channels import Group, channels, ports
 from onnx_fold.graph.commute import OpensStreamError, Port
 from onnx_fold.graph.constants import FLOATS, Constant, constant
 from onnx_fold.graph.linear import Edge, label
@@ -92,6 +92,11 @@ class Branches:
             for index, value in enumerate(node.inputs)
             if (held := constant(value)) is not None and held.dtype in FLOATS
         ]
+
+    @property
+    def group(self) -> Group:
+        """The changes of basis that pass through it."""
+        return Group.GENERAL
 
     @property
     def is_closed(self) -> bool:
