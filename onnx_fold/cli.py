@@ -12,6 +12,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -136,6 +137,10 @@ def _planning(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
+_ALL = click.option(
+    "--all", "show_all", is_flag=True, help="Show every stream, not one of each kind."
+)
+
 # \b is click's mark of a paragraph whose lines stay as they are.
 _EXAMPLES = """\b
 Examples:
@@ -228,6 +233,7 @@ def _running(command: Callable[..., None]) -> Callable[..., None]:
 )
 @_planning
 @click.option("--dry-run", is_flag=True, help="Fold and check, but write nothing.")
+@_ALL
 @click.option(
     "--report",
     type=ModelPath,
@@ -261,6 +267,7 @@ def fold(
     html: Path | None,
     verify: str,
     no_verify: bool,
+    show_all: bool,
     quiet: bool,
     **options: Any,
 ) -> None:
@@ -284,9 +291,9 @@ def fold(
         if report is not None:
             _write_json(report, error.report.to_dict())
         _write_page(html, error.report, model)
-        console.print(error.report)
+        console.print(replace(error.report, is_long=show_all))
         raise
-    console.print(result.report)
+    console.print(replace(result.report, is_long=show_all))
     if in_place and not dry_run and not result.report.folded:
         console.print(f"{model} is as it was.", highlight=False)
     elif not dry_run:
@@ -301,15 +308,17 @@ def fold(
 @cli.command(short_help="Show what would fold in MODEL, and why the rest would not.")
 @click.argument("model", type=ModelPath)
 @_planning
+@_ALL
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @_HTML
-def inspect(model: Path, as_json: bool, html: Path | None, **options: Any) -> None:
+def inspect(model: Path, show_all: bool, as_json: bool, html: Path | None, **options: Any) -> None:
     """Show the streams of MODEL: what would fold into what, and why the rest would not."""
     import onnx_fold
 
     _check_page(html, (), model, options["calibrate"])
     with _status(f"inspecting {model}"):
         report = onnx_fold.inspect(model, **options)
+        report = replace(report, plan=replace(report.plan, is_long=show_all))
     _show(report, as_json)
     _write_page(html, report, model)
 

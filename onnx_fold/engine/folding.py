@@ -129,7 +129,7 @@ class Candidate:
         work = self.rewrite.work()
         values = work.copied + work.gathered
         return (
-            f"{slower_on[target]} would be slower on {target}: {work.nodes:+} operators and"
+            f"it would be slower on {target}: {work.nodes:+} operators and"
             f" {values:,} values to move a token, for {self.weights_removed:,} weights"
             f" (--objective size takes it all the same)"
         )
