@@ -75,7 +75,7 @@ def _planning(command: Callable[..., None]) -> Callable[..., None]:
             click.option(
                 "--force",
                 is_flag=True,
-                help="Take the folds of --strategy whatever their predicted error.",
+                help="Take the folds of --strategy whatever their predicted error and time.",
             ),
             click.option(
                 "--only",

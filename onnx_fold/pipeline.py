@@ -187,8 +187,8 @@ def fold(
             the storage type, :data:`onnx_fold.algebra.basis.TOLERANCES`, and
             :data:`onnx_fold.algebra.basis.MAX_STREAM_RATIO` times the error of the original hold
             in any case.
-        force: With ``strategy``: take its folds whatever their predicted error. They are proved
-            and judged as any other, and nothing is taken back.
+        force: With ``strategy``: take its folds whatever their predicted error and time. They are
+            proved and judged as any other, and nothing is taken back.
         calibrate: Inputs, as arrays by name or an ``.npz`` file. The original runs on them once;
             what its layers read then stands for random rows when errors are predicted, and
             weights the rows that interpolation picks.

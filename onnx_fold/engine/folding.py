@@ -60,7 +60,7 @@ class Options:
         protect: Names of initializers, nodes or values that must stay as they are.
         tolerance: Largest predicted relative error, where it is below the default of the storage
             type, :data:`onnx_fold.algebra.basis.TOLERANCES`.
-        force: Take a fold whatever its predicted error.
+        force: Take a fold whatever its predicted error, and whatever time it takes.
         taken_back: Names of folds that are not to be taken, with the reasons.
         device: Where weights are evaluated.
         target: The provider on which no fold may take longer than what it saves; None folds
@@ -151,8 +151,9 @@ class Candidate:
             return replace(report, refused=f"'{protected[0]}' is protected")
         if report.name in options.taken_back:
             return replace(report, refused=options.taken_back[report.name])
-        if options.target is not None and options.target in report.slower_on:
-            return replace(report, refused=self._price(report.slower_on, options.target))
+        target = None if options.force else options.target
+        if target is not None and target in report.slower_on:
+            return replace(report, refused=self._price(report.slower_on, target))
         tensors = tuple(member.weight.tensor for member in stream.members)
         key = (self.strategy, self.text, self.weights_removed, self.nodes, *map(id, tensors))
         if key not in memo:
