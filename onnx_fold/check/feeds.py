@@ -104,9 +104,9 @@ def _defaults(model: ir.Model) -> Iterator[tuple[Sizes, str]]:
         return {"batch": batch, "seq": seq, **({"past": past} if cache else {})}
 
     yield sizes(1, 8, 5), ""
-    yield sizes(2, 16, 0), ""
     if not input_symbols(model):
         return
+    yield sizes(2, 16, 0), ""
     yield sizes(3, 1, 7), "single"
     for number, other in enumerate(_unlike(model)):
         yield other, f"unlike {number}"

@@ -194,7 +194,7 @@ def verify(
         return report
     if reference:
         run.reference(before, runs)
-    report.shapes = list(dict.fromkeys(pair.feed.label for pair in runs))
+    report.shapes = [pair.feed.label for pair in runs]
     judge = Judge(before, tolerance, max_ratio, report.notes)
     report.outputs = [judge.output(name, runs) for name in runs[0].original]
     failed = [
