@@ -259,6 +259,18 @@ def test_what_comes_from_elsewhere_is_added_as_before() -> None:
     assert operators(result.model).count("MatMul") == 1
 
 
+def test_a_constant_that_adds_an_axis_is_added_as_before() -> None:
+    source = graph(
+        "(float[n, 16] x) => (float[a, n, 16] z) { y = MatMul(x, W) v = MatMul(x, V)"
+        " s = Add(y, v) t = Add(s, p) z = Relu(t) }",
+        W=normal(16, 16),
+        V=normal(16, 16, seed=1),
+        p=normal(1, 1, 16),
+    )
+    result = folded(source, 16 * 16)
+    assert operators(result.model).count("MatMul") == 1
+
+
 # --- BatchNorm behind a change of layout ----------------------------------------------------------
 
 

@@ -179,7 +179,8 @@ def _branches(node: ir.Node, axis: int, graph: ir.Graph, shapes: Shapes) -> Bran
     if total is None:
         return None
     rest = [operand for place, operand in enumerate(operands) if place not in chosen]
-    total, rest = _shifted(total, rest, shapes.rank(node.outputs[0]) or 0)
+    first = operands[next(iter(chosen))][1]
+    total, rest = _shifted(total, rest, shapes.rank(first) or 0)
     nodes = dict.fromkeys(each for path in chosen.values() for each in path.nodes)
     (source,) = {path.source for path in chosen.values()}
     found = Branches(source, node.outputs[0], total, rest, [*nodes, *sums], shapes)

@@ -338,6 +338,9 @@ def _batch_norm(node: ir.Node, axis: int, shapes: Shapes) -> tuple[ir.Value, Lin
         return None
     if len(held) != 4 or node.attributes.get_int("training_mode", 0) != 0:
         return None
+    opsets = {} if node.graph is None else node.graph.opset_imports
+    if opsets.get("", 7) < 7:  # where it may train unless it is told not to
+        return None
     factors: list[np.ndarray[tuple[int, ...], np.dtype[np.float64]]] = []
     for each in held:
         if each is None or each.dtype not in FLOATS:
