@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         OnnxFoldError,
         UsageError,
     )
+    from onnx_fold.integrations.torch import export
     from onnx_fold.pipeline import FoldResult, InspectReport, fold, inspect
     from onnx_fold.report.fold import CheckFailedError, FoldReport
     from onnx_fold.speed.timing import BenchReport, bench
@@ -53,6 +54,7 @@ __all__ = [
     "ParityReport",
     "UsageError",
     "bench",
+    "export",
     "fold",
     "inspect",
     "verify",
@@ -66,6 +68,7 @@ _MODULES = {
     "InspectReport": "pipeline",
     "ParityReport": "check.parity",
     "bench": "speed.timing",
+    "export": "integrations.torch",
     "fold": "pipeline",
     "inspect": "pipeline",
     "verify": "check.parity",

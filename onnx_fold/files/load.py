@@ -177,6 +177,8 @@ def _check(source: ModelSource, cause: Exception) -> None:
     try:
         model = name if is_path else ir.to_proto(load(source))
         onnx.checker.check_model(model, full_check=True)
+    except UsageError:
+        return  # it is no model at all
     except Exception as error:
         raise InvalidModelError(f"{name} is not a valid ONNX model: {sentence(error)}") from cause
 

@@ -39,6 +39,7 @@ class FoldReport(Shown):
         is_plan: Nothing was written: this is what would be done.
         old_data: Data files of the model that was replaced, which are still there: why others need
             each, or nothing if it can be deleted.
+        module: The parity with the PyTorch module that was exported, if one was.
     """
 
     saving: Saving
@@ -49,10 +50,11 @@ class FoldReport(Shown):
     taken_back: Mapping[str, str] = field(default_factory=dict)
     is_plan: bool = False
     old_data: dict[str, str] = field(default_factory=dict)
+    module: ParityReport | None = None
 
     def __bool__(self) -> bool:
         """False if the result was verified and is not the same function."""
-        return self.verification is None or self.verification.ok
+        return all(check is None or check.ok for check in (self.verification, self.module))
 
     def __repr__(self) -> str:
         count = counted(len(self.folded), "stream")
@@ -92,6 +94,7 @@ class FoldReport(Shown):
             "taken_back": dict(self.taken_back),
             "verification": None if self.verification is None else self.verification.to_dict(),
             "old_data": self.old_data,
+            "module": None if self.module is None else self.module.to_dict(),
         }
 
     def __rich__(self) -> RenderableType:
@@ -114,6 +117,8 @@ class FoldReport(Shown):
             parts.append(self.proof)
         if self.verification is not None:
             parts.append(self.verification)
+        if self.module is not None:
+            parts.append(self.module)
         return Group(*parts)
 
 
