@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         OnnxFoldError,
         UsageError,
     )
+    from onnx_fold.integrations.onnx_ir import OnnxFold
     from onnx_fold.integrations.torch import export
     from onnx_fold.pipeline import FoldResult, InspectReport, fold, inspect
     from onnx_fold.report.fold import CheckFailedError, FoldReport
@@ -50,6 +51,7 @@ __all__ = [
     "InvalidModelError",
     "MissingExtraError",
     "NotFiniteError",
+    "OnnxFold",
     "OnnxFoldError",
     "ParityReport",
     "UsageError",
@@ -66,6 +68,7 @@ _MODULES = {
     "FoldReport": "report.fold",
     "FoldResult": "pipeline",
     "InspectReport": "pipeline",
+    "OnnxFold": "integrations.onnx_ir",
     "ParityReport": "check.parity",
     "bench": "speed.timing",
     "export": "integrations.torch",
