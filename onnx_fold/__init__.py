@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         OnnxFoldError,
         UsageError,
     )
+    from onnx_fold.integrations.folder import FolderReport, fold_folder
     from onnx_fold.integrations.onnx_ir import OnnxFold
     from onnx_fold.integrations.torch import export
     from onnx_fold.pipeline import FoldResult, InspectReport, fold, inspect
@@ -47,6 +48,7 @@ __all__ = [
     "CheckFailedError",
     "FoldReport",
     "FoldResult",
+    "FolderReport",
     "InspectReport",
     "InvalidModelError",
     "MissingExtraError",
@@ -58,6 +60,7 @@ __all__ = [
     "bench",
     "export",
     "fold",
+    "fold_folder",
     "inspect",
     "verify",
 ]
@@ -67,12 +70,14 @@ _MODULES = {
     "CheckFailedError": "report.fold",
     "FoldReport": "report.fold",
     "FoldResult": "pipeline",
+    "FolderReport": "integrations.folder",
     "InspectReport": "pipeline",
     "OnnxFold": "integrations.onnx_ir",
     "ParityReport": "check.parity",
     "bench": "speed.timing",
     "export": "integrations.torch",
     "fold": "pipeline",
+    "fold_folder": "integrations.folder",
     "inspect": "pipeline",
     "verify": "check.parity",
 }
