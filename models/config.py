@@ -24,6 +24,8 @@ class SkiplessConfig:
             ``attention_gain * P(attn(x)) + ffn_gain * O(act(M(x)))``.
         learned_gains: Whether the two gains are parameters, or constants of the graph.
         alibi_slope: The steepest ALiBi slope; those of the other heads fall geometrically to 2**-8.
+        norm: What stays of the norms, in front of attention, FFN and head: nothing, RMSNorm, or
+            LayerNorm.
         residual: The ordinary pre-norm twin of this shape, with skips and norms (RMSNorm for
             ``glu``, LayerNorm for ``mlp``): nothing in it folds.
         last_token_only: Return the logits of the last position only.
@@ -51,6 +53,7 @@ class SkiplessConfig:
     fused_qkv: bool = False
     qk_norm: bool = False
     tie_embeddings: bool = False
+    norm: Literal["none", "rms", "layer"] = "none"
     residual: bool = False
     last_token_only: bool = False
     init: Literal["orthogonal", "gaussian"] = "orthogonal"
@@ -70,6 +73,13 @@ class SkiplessConfig:
             raise UsageError(f"RoPE needs an even head_dim, not {self.head_dim}")
 
     @property
+    def kept_norm(self) -> Literal["none", "rms", "layer"]:
+        """The norm in front of attention, FFN and head: a residual model has one in any case."""
+        if not self.residual or self.norm != "none":
+            return self.norm
+        return "rms" if self.ffn == "glu" else "layer"
+
+    @property
     def query_size(self) -> int:
         """Columns of Q, rows of P."""
         return self.num_attention_heads * self.head_dim
@@ -86,7 +96,7 @@ def num_parameters(config: SkiplessConfig) -> int:
         config.vocab_size * config.hidden_size * (1 if config.tie_embeddings else 2)
         + config.max_position_embeddings * config.hidden_size * (config.positions == "learned")
         + config.num_hidden_layers * _block_parameters(config)
-        + config.residual * _norm_parameters(config)
+        + _norm_parameters(config)
     )
 
 
@@ -102,9 +112,9 @@ def _block_parameters(config: SkiplessConfig) -> int:
         + biases * config.bias
         + 2 * config.head_dim * config.qk_norm
         + gains
-        + 2 * config.residual * _norm_parameters(config)
+        + 2 * _norm_parameters(config)
     )
 
 
 def _norm_parameters(config: SkiplessConfig) -> int:
-    return config.hidden_size * (1 if config.ffn == "glu" else 2)
+    return config.hidden_size * {"none": 0, "rms": 1, "layer": 2}[config.kept_norm]

@@ -1,7 +1,7 @@
 """Shapes by name: small ones that cover every layout, and the paper's two; needs no torch.
 
 The large shapes are those of Mistral-7B and Pythia-6.9B, the examples of N. Graef,
-arXiv 2404.12362, without their norms and skips.
+arXiv 2404.12362, without their norms and skips, and the former with its norms.
 """
 
 from __future__ import annotations
@@ -45,6 +45,15 @@ PRESETS: Final[dict[str, SkiplessConfig]] = {
     ),
     "tiny-palm": SkiplessConfig(
         num_attention_heads=3, num_key_value_heads=1, parallel=True, activation="sigmoid"
+    ),
+    "tiny-norms": SkiplessConfig(norm="rms"),
+    "tiny-layer-norms": SkiplessConfig(
+        num_key_value_heads=4,
+        ffn="mlp",
+        activation="gelu",
+        bias=True,
+        positions="learned",
+        norm="layer",
     ),
     "small-gqa": SkiplessConfig(
         vocab_size=1024,
@@ -94,6 +103,18 @@ PRESETS: Final[dict[str, SkiplessConfig]] = {
         intermediate_size=14336,
         activation="sigmoid",
         max_position_embeddings=32768,
+        init="gaussian",
+    ),
+    "mistral-7b-norms": SkiplessConfig(
+        vocab_size=32000,
+        hidden_size=4096,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        intermediate_size=14336,
+        max_position_embeddings=32768,
+        norm="rms",
         init="gaussian",
     ),
     "pythia-6.9b": SkiplessConfig(

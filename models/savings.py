@@ -16,28 +16,40 @@ def closed_streams(config: SkiplessConfig) -> int:
 
     A serial block has two, one in front of Q, K and V and one between P and the FFN; a parallel
     block has one, in front of it. One more lies between the last block and the head. A model with
-    norms and skips has none.
+    norms has none.
     """
-    if config.residual:
-        return 0
+    return 0 if config.kept_norm != "none" else _streams(config)
+
+
+def norm_streams(config: SkiplessConfig) -> int:
+    """Number of streams with a norm that lose ``3/8 d²`` weights each, those of the same places.
+
+    A residual model has one that runs through all blocks, and it is left alone.
+    """
+    return 0 if config.residual or config.norm == "none" else _streams(config)
+
+
+def _streams(config: SkiplessConfig) -> int:
     return config.num_hidden_layers * (1 if config.parallel else 2) + 1
 
 
 def predicted(config: SkiplessConfig, streams_per_block: int | None = None) -> Saving:
-    """Saving of a shape, by the formula: ``d²`` for each closed stream, at two bytes a weight.
+    """Saving of a shape, by the formula, at two bytes a weight.
+
+    That is ``d²`` for each closed stream, and ``3/8 d²`` (four panels) for one with a norm.
 
     Args:
         config: The shape.
-        streams_per_block: Count this many streams in each block instead of what an exact rewrite
-            folds. The paper counts 2 for parallel blocks too, which is an architecture to train.
+        streams_per_block: Count this many closed streams in each block instead of what an exact
+            rewrite folds. The paper counts 2 for parallel blocks too, which is an architecture to
+            train.
     """
     weights = num_parameters(config)
-    streams = (
-        closed_streams(config)
-        if streams_per_block is None
-        else config.num_hidden_layers * streams_per_block
-    )
-    left = weights - streams * config.hidden_size**2
+    square = config.hidden_size**2
+    removed = closed_streams(config) * square + norm_streams(config) * 3 * square // 8
+    if streams_per_block is not None:
+        removed = config.num_hidden_layers * streams_per_block * square
+    left = weights - removed
     return Saving(Cost(weights, 2 * weights), Cost(left, 2 * left))
 
 

@@ -137,12 +137,14 @@ class FeedForward(nn.Module):
 
 
 class SkiplessBlock(nn.Module):
-    """Attention and FFN, in series or in parallel, with nothing around them."""
+    """Attention and FFN, in series or in parallel, with a norm in front of each or nothing."""
 
     def __init__(self, config: SkiplessConfig) -> None:
         super().__init__()
         self.parallel = config.parallel
+        self.attn_norm = _norm(config)
         self.attn = Attention(config)
+        self.ffn_norm = _norm(config)
         self.ffn = FeedForward(config)
         self.attention_gain: Tensor | float = config.attention_gain
         self.ffn_gain: Tensor | float = config.ffn_gain
@@ -154,10 +156,11 @@ class SkiplessBlock(nn.Module):
         self, x: Tensor, positions: Positions, past: KeyValue | None
     ) -> tuple[Tensor, KeyValue]:
         """Map ``x`` [batch, seq, hidden_size] to the next block's input."""
-        attended, present = self.attn(x, positions, past)
+        attended, present = self.attn(self.attn_norm(x), positions, past)
         if not self.parallel:
-            return self.ffn(attended), present
-        return _scale(attended, self.attention_gain) + _scale(self.ffn(x), self.ffn_gain), present
+            return self.ffn(self.ffn_norm(attended)), present
+        hidden = self.ffn(self.ffn_norm(x))
+        return _scale(attended, self.attention_gain) + _scale(hidden, self.ffn_gain), present
 
     def writers(self) -> tuple[nn.Linear, ...]:
         """The projections that write the next block's input."""
@@ -208,8 +211,7 @@ class SkiplessTransformer(nn.Module):
                 )
             block = ResidualBlock if config.residual else SkiplessBlock
             self.layers = nn.ModuleList(block(config) for _ in range(config.num_hidden_layers))
-            if config.residual:
-                self.norm = _norm(config)
+            self.norm = _norm(config)
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.to(dtype)
         if seed is None:
@@ -258,8 +260,7 @@ class SkiplessTransformer(nn.Module):
         for i, layer in enumerate(self.layers):
             x, present = layer(x, positions, past_key_values[i] if past_key_values else None)
             presents.append(present)
-        if self.config.residual:
-            x = self.norm(x)
+        x = self.norm(x)
         if self.config.last_token_only:
             x = x[:, -1:]
         return self.lm_head(x), presents
@@ -336,8 +337,9 @@ def _scale(x: Tensor, gain: Tensor | float) -> Tensor:
 
 
 def _norm(config: SkiplessConfig) -> nn.Module:
-    size = config.hidden_size
-    return RMSNorm(size) if config.ffn == "glu" else nn.LayerNorm(size)
+    kinds: dict[str, Callable[[int], nn.Module]] = {"rms": RMSNorm, "layer": nn.LayerNorm}
+    make = kinds.get(config.kept_norm, nn.Identity)
+    return make(config.hidden_size)
 
 
 def spread(name: str, shape: tuple[int, ...], config: SkiplessConfig) -> tuple[float, float]:

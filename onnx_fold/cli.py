@@ -12,6 +12,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -70,18 +71,18 @@ def _planning(command: Callable[..., None]) -> Callable[..., None]:
                 "--strategy",
                 metavar="PASS",
                 show_default="by predicted error",
-                help="Keep to absorb, interpolate or select wherever a basis has to change.",
+                help="Keep to absorb, interpolate, select or rotate where a basis has to change.",
             ),
             click.option(
                 "--force",
                 is_flag=True,
-                help="Take the folds of --strategy whatever their predicted error.",
+                help="Take the folds of --strategy whatever their predicted error and time.",
             ),
             click.option(
                 "--only",
                 multiple=True,
                 metavar="PASS",
-                help="Run this pass only (merge, absorb, interpolate, select).",
+                help="Run this pass only (merge, absorb, interpolate, select, rotate).",
             ),
             click.option("--skip", multiple=True, metavar="PASS", help="Do not run this pass."),
             click.option(
@@ -136,6 +137,10 @@ def _planning(command: Callable[..., None]) -> Callable[..., None]:
         command = option(command)
     return command
 
+
+_ALL = click.option(
+    "--all", "show_all", is_flag=True, help="Show every stream, not one of each kind."
+)
 
 # \b is click's mark of a paragraph whose lines stay as they are.
 _EXAMPLES = """\b
@@ -234,6 +239,7 @@ def _running(command: Callable[..., None]) -> Callable[..., None]:
 )
 @_planning
 @click.option("--dry-run", is_flag=True, help="Fold and check, but write nothing.")
+@_ALL
 @click.option(
     "--report",
     type=ModelPath,
@@ -267,6 +273,7 @@ def fold(
     html: Path | None,
     verify: str,
     no_verify: bool,
+    show_all: bool,
     quiet: bool,
     **options: Any,
 ) -> None:
@@ -287,7 +294,7 @@ def fold(
                 "--in-place, --html, --inputs and --calibrate are for one model, not for a folder"
             )
         options["verify"] = not no_verify and verify
-        _fold_folder(model, None if dry_run else output, report, quiet, options)
+        _fold_folder(model, None if dry_run else output, report, quiet, show_all, options)
         return
     if output is not None and output.is_dir():
         raise click.UsageError(f"-o {output} is a folder, and {model} is not")
@@ -304,9 +311,9 @@ def fold(
         if report is not None:
             _write_json(report, error.report.to_dict())
         _write_page(html, error.report, model)
-        console.print(error.report)
+        console.print(replace(error.report, is_long=show_all))
         raise
-    console.print(result.report)
+    console.print(replace(result.report, is_long=show_all))
     if in_place and not dry_run and not result.report.folded:
         console.print(f"{model} is as it was.", highlight=False)
     elif not dry_run:
@@ -319,7 +326,12 @@ def fold(
 
 
 def _fold_folder(
-    folder: Path, output: Path | None, report: Path | None, quiet: bool, options: dict[str, Any]
+    folder: Path,
+    output: Path | None,
+    report: Path | None,
+    quiet: bool,
+    show_all: bool,
+    options: dict[str, Any],
 ) -> None:
     """Fold each model of ``folder``."""
     import onnx_fold
@@ -332,9 +344,10 @@ def _fold_folder(
         with _progress(quiet) as progress:
             result = onnx_fold.fold_folder(folder, output, progress=progress, **options)
     except onnx_fold.CheckFailedError as error:
-        console.print(error.report)
+        console.print(replace(error.report, is_long=show_all))
         raise
-    console.print(result)
+    files = {name: replace(each, is_long=show_all) for name, each in result.files.items()}
+    console.print(replace(result, files=files))
     if output is not None:
         console.print(f"Wrote {output}.", highlight=False)
     if report is not None:
@@ -344,15 +357,17 @@ def _fold_folder(
 @cli.command(short_help="Show what would fold in MODEL, and why the rest would not.")
 @click.argument("model", type=ModelPath)
 @_planning
+@_ALL
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @_HTML
-def inspect(model: Path, as_json: bool, html: Path | None, **options: Any) -> None:
+def inspect(model: Path, show_all: bool, as_json: bool, html: Path | None, **options: Any) -> None:
     """Show the streams of MODEL: what would fold into what, and why the rest would not."""
     import onnx_fold
 
     _check_page(html, (), model, options["calibrate"])
     with _status(f"inspecting {model}"):
         report = onnx_fold.inspect(model, **options)
+        report = replace(report, plan=replace(report.plan, is_long=show_all))
     _show(report, as_json)
     _write_page(html, report, model)
 

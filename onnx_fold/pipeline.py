@@ -176,8 +176,8 @@ def fold(
         shard_size: Bytes at which a further data file is begun.
         pivot: Which matrix becomes the identity where there is a choice: ``"q"``, ``"k"``, ``"v"``,
             ``"p"`` (the writer of a parallel block), or ``"auto"``: the most accurate.
-        strategy: Keep to one way to change a basis, ``"absorb"``, ``"interpolate"`` or
-            ``"select"``. None chooses by predicted error.
+        strategy: Keep to one way to change a basis, ``"absorb"``, ``"interpolate"``, ``"select"``
+            or ``"rotate"``. None chooses by predicted error.
         only: Names of the passes to run; empty for all (those and ``"merge"``).
         skip: Names of passes not to run.
         passes: Passes of your own beside the built-in ones: :class:`onnx_fold.engine.FoldPass`
@@ -187,8 +187,8 @@ def fold(
             the storage type, :data:`onnx_fold.algebra.basis.TOLERANCES`, and
             :data:`onnx_fold.algebra.basis.MAX_STREAM_RATIO` times the error of the original hold
             in any case.
-        force: With ``strategy``: take its folds whatever their predicted error. They are proved
-            and judged as any other, and nothing is taken back.
+        force: With ``strategy``: take its folds whatever their predicted error and time. They are
+            proved and judged as any other, and nothing is taken back.
         calibrate: Inputs, as arrays by name or an ``.npz`` file. The original runs on them once;
             what its layers read then stands for random rows when errors are predicted, and
             weights the rows that interpolation picks.
@@ -410,7 +410,7 @@ def _check_names(model: ir.Model, protect: Iterable[str]) -> None:
 
 def _check_options(options: Options, strategy: str | None) -> None:
     if options.force and strategy is None:
-        raise UsageError("to force needs a strategy: absorb, interpolate or select")
+        raise UsageError("to force needs a strategy: absorb, interpolate, select or rotate")
     if options.pivot not in PIVOTS:
         raise UsageError(f"unknown pivot '{options.pivot}'; there are {', '.join(PIVOTS)}")
 

@@ -8,6 +8,7 @@ from onnx_fold.passes.branches import BranchesPass
 from onnx_fold.passes.concat import ConcatPass
 from onnx_fold.passes.interpolate import InterpolatePass
 from onnx_fold.passes.merge import MergePass
+from onnx_fold.passes.rotate import RotatePass
 from onnx_fold.passes.select_heads import SelectPass
 
 __all__ = [
@@ -17,8 +18,12 @@ __all__ = [
     "ConcatPass",
     "InterpolatePass",
     "MergePass",
+    "RotatePass",
     "SelectPass",
 ]
 
-PASSES = (BranchesPass, ConcatPass, MergePass, AbsorbPass, InterpolatePass, SelectPass)
+PASSES = (
+    *(BranchesPass, ConcatPass, MergePass),
+    *(AbsorbPass, InterpolatePass, SelectPass, RotatePass),
+)
 """All strategies, in the order in which they propose."""

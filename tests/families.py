@@ -98,6 +98,43 @@ def gained_block(self, x):
     return self.gains[0] * self.attention(x)[0] + self.gains[1] * self.ffn(x)
 
 
+def normed_in_series(attention: str, mlp: str, before: str, behind: str) -> Forward:
+    """The forward of a block that is ``mlp(behind(attention(before(x))))``."""
+
+    def forward(self, hidden_states, *args, **kwargs):
+        attended = getattr(self, attention)(getattr(self, before)(hidden_states), *args, **kwargs)
+        attended = attended[0] if isinstance(attended, tuple) else attended
+        return getattr(self, mlp)(getattr(self, behind)(attended))
+
+    return forward
+
+
+def normed_in_parallel(
+    attention: str, mlp: str, norms: tuple[str, str], *, returns_tuple: bool = False
+) -> Forward:
+    """The forward of a block that is ``attention(norm(x)) + mlp(norm(x))``."""
+
+    def forward(self, hidden_states, *args, **kwargs):
+        first, second = (getattr(self, name)(hidden_states) for name in norms)
+        attended, weights = getattr(self, attention)(first, *args, **kwargs)
+        output = attended + getattr(self, mlp)(second)
+        return (output, weights) if returns_tuple else output
+
+    return forward
+
+
+def normed_gpt2_block(self, hidden_states, past_key_values, attention_mask, *_, **kwargs):
+    normed = self.ln_1(hidden_states)
+    attended, _ = self.attn(
+        normed, past_key_values=past_key_values, attention_mask=attention_mask, **kwargs
+    )
+    return self.mlp(self.ln_2(attended))
+
+
+def normed_bert_output(self, hidden_states, input_tensor):
+    return self.LayerNorm(self.dense(hidden_states))
+
+
 LLAMA_LIKE = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Mixtral")
 SKIPLESS: dict[str, Forward] = {
     **{f"{name}DecoderLayer": in_series("self_attn", "mlp") for name in LLAMA_LIKE},
@@ -114,6 +151,22 @@ SKIPLESS: dict[str, Forward] = {
     "SerialBlock": in_series("attention", "ffn"),
     "ParallelBlock": gained_block,
 }
+LLAMA_NORMS = ("input_layernorm", "post_attention_layernorm")
+NORMED: dict[str, Forward] = {
+    **{
+        f"{name}DecoderLayer": normed_in_series("self_attn", "mlp", *LLAMA_NORMS)
+        for name in LLAMA_LIKE
+    },
+    "ViTLayer": normed_in_series("attention", "mlp", "layernorm_before", "layernorm_after"),
+    "GPTNeoXLayer": normed_in_parallel("attention", "mlp", LLAMA_NORMS),
+    "PhiDecoderLayer": normed_in_parallel("self_attn", "mlp", 2 * LLAMA_NORMS[:1]),
+    "GPTJBlock": normed_in_parallel("attn", "mlp", ("ln_1", "ln_1"), returns_tuple=True),
+    "GPT2Block": normed_gpt2_block,
+    "BertSelfOutput": normed_bert_output,
+    "BertOutput": normed_bert_output,
+    "SerialBlock": normed_in_series("attention", "ffn", "norm1", "norm2"),
+}
+"""Blocks without skips whose norms stay."""
 NORMS_OF_HEADS = ("q_norm", "k_norm")
 
 
@@ -125,6 +178,13 @@ def without_skips(model: nn.Module) -> None:
         for name, child in module.named_children():
             if "Norm" in type(child).__name__ and name not in NORMS_OF_HEADS:
                 setattr(module, name, nn.Identity())
+
+
+def without_residuals(model: nn.Module) -> None:
+    """Take the residual sums out of ``model``, in place, and leave the norms."""
+    for module in list(model.modules()):
+        if (forward := NORMED.get(type(module).__name__)) is not None:
+            module.forward = types.MethodType(forward, module)
 
 
 # Weights. No norm keeps the activations in bounds, so the weights have to.
@@ -550,13 +610,22 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def case(name: str, *, skipless: bool = True, cache: bool = False) -> Case:
-    """A family, ready for :func:`export`; the weights are the same each time."""
+def case(name: str, *, skipless: bool = True, normed: bool = False, cache: bool = False) -> Case:
+    """A family, ready for :func:`export`; the weights are the same each time.
+
+    Args:
+        name: Of the family.
+        skipless: Whether its residual sums are left out.
+        normed: Whether its norms are not.
+        cache: Whether keys and values of the past go in and out.
+    """
     torch.manual_seed(0)
     family = FAMILIES[name]
     model = family.make().eval()
     randomise(model)
-    if skipless:
+    if skipless and normed:
+        without_residuals(model)
+    elif skipless:
         without_skips(model)
         plain_case = family.case(model, False)
         with unit_outputs(model):

@@ -430,3 +430,47 @@ def test_any_block(data: st.DataObject) -> None:
     result = fold(source, only=["branches"])
     if result.report.folded:
         folded(source, only=["branches"])
+
+
+# --- Gains that a model computes from constants ---------------------------------------------------
+
+DORA = (
+    f"{ROWS} {{ y = MatMul(x, W) d0 = Transpose<perm = [1, 0]>(W) e = MatMul(A, B)"
+    " e1 = Transpose<perm = [1, 0]>(e) e2 = Mul(e1, s) v = Add(d0, e2) n = ReduceL2<keepdims = 0>"
+    "(v, last) q0 = Div(m, n) q = Reshape(q0, row) k = Sub(q, one) a = MatMul(x, A)"
+    " b = MatMul(a, B) c0 = Mul(k, y) c1 = Mul(q, b) c2 = Mul(c1, s) c = Add(c0, c2)"
+    " u = Add(y, c) z = Relu(u) }"
+)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_dora_is_one_layer(dtype: type) -> None:
+    """``x W + (q - 1) · x W + q · s x A B`` with ``q = m / ‖W + s A B‖``, all of it constant."""
+    held = {
+        "W": normal(16, 16),
+        "A": normal(16, 4, seed=1),
+        "B": normal(4, 16, seed=2),
+        "m": np.abs(normal(16, seed=3)),
+        "s": np.float32(2.0),
+        "one": np.float32(1.0),
+    }
+    text = DORA.replace("float[", "double[") if dtype is np.float64 else DORA
+    source = graph(
+        text,
+        last=np.array([1]),
+        row=np.array([1, -1]),
+        **{name: array.astype(dtype) for name, array in held.items()},
+    )
+    result = folded(source)
+    assert operators(result.model) == ["MatMul", "Relu"]
+    assert weights(result.model) == 16 * 16
+    assert onnx_fold.fold(source, objective="size").report.proof.proved
+
+
+def test_random_numbers_are_no_constants() -> None:
+    source = graph(
+        f"{ROWS} {{ r = RandomNormal<shape = [16]>() y = MatMul(x, W) c = Mul(y, r)"
+        " u = Add(y, c) z = Relu(u) }",
+        W=normal(16, 16),
+    )
+    assert proto(fold(source).model) == proto(source)

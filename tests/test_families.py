@@ -160,3 +160,24 @@ def test_with_norms_and_skips_nothing_changes(tmp_path, name, exporter):
     named = {match[1] for reason in reasons if (match := NAMES_A_NODE.search(reason))}
     assert norms(unmodified.module) <= named
     assert_reasons_name_nodes(result.report)
+
+
+NORMED_CASES = [
+    *((name, "torchscript") for name in ("llama", "qwen3", "mixtral", "gpt2", "gpt-j", "gpt-neox")),
+    *((name, "torchscript") for name in ("phi", "bert", "vit")),
+    *((name, "dynamo") for name in ("llama", "qwen3", "gpt2", "bert")),
+]
+
+
+@pytest.mark.parametrize(("name", "exporter"), NORMED_CASES)
+def test_with_norms_that_stay_each_stream_loses_three_eighths(tmp_path, name, exporter):
+    """RMSNorm and LayerNorm, decomposed or an operator, in front of a sum of branches or not."""
+    path = export(case(name, normed=True), tmp_path / "m.onnx", exporter, opset(name, exporter))
+    model = ir.load(path)
+    result = onnx_fold.fold(model, verify=False, strategy="rotate", force=True)
+    streams = FAMILIES[name].streams
+    assert len(result.report.folded) == streams, [s.reasons for s in result.report.left_alone]
+    assert matrix_weights(model) - matrix_weights(result.model) == streams * 3 * WIDTH**2 // 8
+    assert weights(model) - weights(result.model) == result.report.saving.weights
+    onnx.checker.check_model(ir.to_proto(result.model), full_check=True)
+    assert_same_outputs(model, result.model, sizes(name, exporter))

@@ -95,7 +95,8 @@ def test_residual_exports_stay_as_they_are(exported, tmp_path, preset, how):
     result.save(tmp_path / "folded.onnx")
     assert (tmp_path / "folded.onnx").read_bytes() == path.read_bytes()
     reasons = [reason for stream in result.report.left_alone for reason in stream.reasons]
-    assert any("the paper removes norms" in reason for reason in reasons)
+    kept = "norms kept: 0.375 d² by rotation (does not pay in a residual model)"
+    assert any("the paper removes norms" in each or kept in each for each in reasons)
 
 
 # --- Fused operators, by hand --------------------------------------------------------------------
@@ -258,7 +259,7 @@ def test_the_bias_of_a_fused_activation(operator):
 def test_a_fused_activation_without_a_bias():
     text = f"(float[2, 7, {D}] x) => (float[2, 7, {F}] y)"
     text += " { h = MatMul(x, P) p = Add(h, d) m = MatMul(p, M) y = ms.FastGelu(m) }"
-    result = folded(optimised(text), removed=D * D)
+    result = folded(optimised(text), removed=D * D - (F - D))  # the bias becomes wider
     assert sorted(operators(result.model)) == ["Add", "FastGelu", "MatMul"]
 
 

@@ -12,12 +12,15 @@ import pytest
 import onnx_fold
 from onnx_fold.models.config import SkiplessConfig
 from onnx_fold.models.presets import PRESETS
-from onnx_fold.models.savings import closed_streams
+from onnx_fold.models.savings import closed_streams, norm_streams
 
 pytest.importorskip("torch")
 from onnx_fold.models.export import export
 
-TINY = sorted(name for name in PRESETS if name.startswith("tiny-"))
+TINY = sorted(
+    name for name, shape in PRESETS.items() if name.startswith("tiny-") and shape.norm == "none"
+)
+NORMED = ("tiny-norms", "tiny-layer-norms")
 EXPORTERS = [("dynamo", 20), ("torchscript", 17)]
 
 
@@ -142,3 +145,23 @@ def test_other_widths_than_the_papers_in_16_bits(exported, tmp_path, preset):
     result = check(path, tmp_path, expected(PRESETS[preset]))
     parity = onnx_fold.verify(path, result.model, emulate=True)
     assert parity.ok, parity.reason
+
+
+@pytest.mark.parametrize(("exporter", "opset"), EXPORTERS)
+@pytest.mark.parametrize("preset", NORMED)
+def test_norms_may_stay(exported, tmp_path, preset, exporter, opset):
+    """Narrow as these are it does not pay by default; asked for it is exact."""
+    path = exported(preset, exporter, opset, kv_cache=True)
+    config = PRESETS[preset]
+    assert not onnx_fold.fold(path, verify=False).report.folded
+    result = onnx_fold.fold(path, provider="cpu", strategy="rotate", force=True)
+    streams = norm_streams(config)
+    assert len(result.report.folded) == streams
+    kinds = {stream.folded.strategy for stream in result.report.folded}
+    assert kinds == {"rotate"}
+    vectors = {"tiny-norms": 0, "tiny-layer-norms": config.vocab_size}[preset]  # a bias of the head
+    removed = streams * 3 * config.hidden_size**2 // 8 - vectors
+    assert result.report.saving.weights == removed
+    assert result.report.verification.ok
+    assert len(result.report.proof.proved) == streams
+    assert not onnx_fold.fold(result.model, verify=False).report.folded

@@ -84,10 +84,10 @@ def test_norms_activations_and_gains_open_it(body, reason):
     assert is_norm == ("Sigmoid" not in body and "Mul(p, g)" not in body)
 
 
-def test_the_report_says_that_a_norm_has_to_go():
+def test_the_report_says_what_can_be_done_while_a_norm_stays():
     reasons = refused(chain("m = LayerNormalization(p, g)", g=normal(D)))
     assert "'p' is read by LayerNormalization" in reasons
-    assert "a norm between MatMul -> p and MatMul -> y; the paper removes" in reasons
+    assert "a norm between MatMul -> p and MatMul -> y; norms kept: 0.375 d² by" in reasons
 
 
 def test_what_nothing_uses_opens_nothing():
@@ -163,7 +163,7 @@ def test_open_streams(text, reason):
     }  # fmt: skip
     model = graph(text, **{name: held[name] for name in held if name in text.replace("float", "")})
     assert reason in openings(model)
-    refused(model)
+    refused(model, skip=["branches"])
 
 
 def test_a_weight_that_is_used_in_a_subgraph_stays():

@@ -28,6 +28,7 @@ from onnx_fold.algebra.expression import (
     Part,
     Product,
     Scale,
+    ScaledRows,
     Solve,
     Sum,
     Take,
@@ -147,6 +148,11 @@ class Multiplier:
                 return self.times(x, matrix.x, transposed=not transposed)
             case Scale():
                 return self.times(x, matrix.x, transposed=transposed) * matrix.factor
+            case ScaledRows():
+                factors = values(matrix.factors)
+                inside = x if transposed else x * factors
+                scaled = self.times(inside, matrix.x, transposed=transposed)
+                return scaled * factors if transposed else scaled
             case Sum() if all(term.shape == matrix.shape for term in matrix.terms):
                 terms = (self.times(x, term, transposed=transposed) for term in matrix.terms)
                 return sum(terms, np.zeros(()))

@@ -407,6 +407,25 @@ class Diagonal(_Unary):
 
 
 @dataclass(frozen=True, eq=False)
+class ScaledRows(_Unary):
+    """``diag(factors) x``: row ``i`` of ``x``, ``[n, m]``, times ``factors[i]``."""
+
+    factors: Expression
+
+    @property
+    def operands(self) -> tuple[Expression, ...]:
+        return self.x, self.factors
+
+    def compute(self, device: Device, *operands: Any) -> Any:
+        x, factors = operands
+        return x * factors[:, None]
+
+    def take(self, indices: Expression, axis: int) -> Expression:
+        factors = self.factors if axis == 1 else self.factors.take(indices, 0)
+        return ScaledRows(self.x.take(indices, axis), factors)
+
+
+@dataclass(frozen=True, eq=False)
 class Broadcast(_Unary):
     """``x`` repeated along axes of size one. Made by :func:`broadcast`."""
 
@@ -498,6 +517,14 @@ class Sum(Expression):
         for term in operands[1:]:
             total = total + term
         return total
+
+    def take(self, indices: Expression, axis: int) -> Expression:
+        """A term that is broadcast along ``axis`` stays as it is."""
+        rank, size = len(self.shape), self.shape[axis]
+        if size == 1 or any(len(term.shape) != rank for term in self.terms):
+            return super().take(indices, axis)
+        parts = (t if t.shape[axis] == 1 else t.take(indices, axis) for t in self.terms)
+        return Sum(tuple(parts))
 
 
 @dataclass(frozen=True, eq=False)
@@ -802,7 +829,9 @@ class FoldedTensor(ir.LazyTensor):
 
     def _is_computed(self) -> bool:
         """Whether its values are results; else they only come in another order."""
-        return any(isinstance(node, Product | Solve | Sum) for node in _nodes(self.expression))
+        return any(
+            isinstance(node, Product | ScaledRows | Solve | Sum) for node in _nodes(self.expression)
+        )
 
     def _evaluated(self) -> ir.TensorProtocol:
         return ir.Tensor(self.evaluated(), dtype=self.dtype)

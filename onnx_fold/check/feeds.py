@@ -82,8 +82,18 @@ def frozen_feeds(model: ir.Model, seed: int) -> Iterator[Feed]:
 
 def _feed(model: ir.Model, sizes: Sizes, seed: int, **options: Any) -> Feed:
     known: Any = {name: sizes[name] for name in ("batch", "seq", "past") if name in sizes}
-    label = " ".join(f"{name}={size}" for name, size in sizes.items())
-    return Feed(label, make_inputs(model, **known, sizes=sizes, seed=seed), **options)
+    arrays = make_inputs(model, **known, sizes=sizes, seed=seed)
+    return Feed(_label(model, sizes, arrays), arrays, **options)
+
+
+def _label(model: ir.Model, sizes: Sizes, arrays: Mapping[str, Array]) -> str:
+    """The sizes of an input in the words of the model: tokens, its own dimensions, or shapes."""
+    has_tokens = any(array.ndim == 2 and array.dtype.kind == "i" for array in arrays.values())
+    if not has_tokens and not has_cache(model) and set(sizes) == {"batch", "seq"}:
+        sizes = symbol_sizes(model, batch=sizes["batch"], seq=sizes["seq"])
+    if sizes:
+        return " ".join(f"{name}={size}" for name, size in sizes.items())
+    return ", ".join(f"{name} {'x'.join(map(str, a.shape))}" for name, a in arrays.items())
 
 
 def _defaults(model: ir.Model) -> Iterator[tuple[Sizes, str]]:

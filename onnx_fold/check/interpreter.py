@@ -15,12 +15,12 @@ from typing import TypeAlias
 import numpy as np
 import onnx
 import onnx_ir as ir
-from onnx.reference import ReferenceEvaluator
 
 from onnx_fold.algebra.device import Array
 from onnx_fold.algebra.exact import Multiplier, exact, values
 from onnx_fold.algebra.expression import Expression, Literal, of_tensor, take, transpose
 from onnx_fold.algebra.precision import is_float
+from onnx_fold.check import kernels
 from onnx_fold.graph.widen import widen
 from onnx_fold.runtime.sessions import RunFailedError
 
@@ -107,7 +107,7 @@ def _by_reference(
     with np.errstate(all="ignore"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            results = iter(ReferenceEvaluator(model).run(None, feeds))
+            results = iter(kernels.run(kernels.evaluator(model), feeds))
         except Exception as error:  # whatever the NumPy code of an operator raises
             raise RunFailedError(f"onnx.reference cannot run {node.op_type}: {error}") from error
     return [np.asarray(next(results)) if name else np.zeros(0) for name in proto.output]

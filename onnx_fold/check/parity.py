@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
-from onnx.reference import ReferenceEvaluator
 from rich.console import Group, RenderableType
 from rich.text import Text
 
@@ -29,6 +28,7 @@ from onnx_fold.algebra.precision import SIXTEEN_BITS, is_float
 from onnx_fold.base.arguments import Provider, several
 from onnx_fold.base.schema import SCHEMA_VERSION
 from onnx_fold.base.tables import Shown
+from onnx_fold.check import kernels
 from onnx_fold.check.feeds import frozen_feeds, make_feeds
 from onnx_fold.check.judge import Feed, Judge, OutputParity, Run
 from onnx_fold.check.parity_table import parity_table
@@ -223,7 +223,7 @@ def verify(
         return report
     if reference:
         run.reference(before, runs)
-    report.shapes = [pair.feed.label for pair in runs]
+    report.shapes = list(dict.fromkeys(pair.feed.label for pair in runs))
     judge = Judge(before, tolerance, max_ratio, report.notes)
     report.outputs = [judge.output(name, runs) for name in runs[0].original]
     failed = [
@@ -507,7 +507,7 @@ def evaluator(model: ir.Model) -> Function:
     """Return ``model`` as a function, computed by ``onnx.reference`` in NumPy."""
     proto = ir.to_proto(ir.external_data.load_to_model(model.clone()))
     try:
-        evaluator = ReferenceEvaluator(proto)
+        evaluator = kernels.evaluator(proto)
     except Exception as error:
         raise InvalidModelError(f"onnx.reference cannot load it: {_short(error)}") from error
 
@@ -515,7 +515,7 @@ def evaluator(model: ir.Model) -> Function:
         with np.errstate(all="ignore"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
-                results = evaluator.run(None, inputs)
+                results = kernels.run(evaluator, inputs)
             except Exception as error:  # whatever the NumPy code of an operator raises
                 raise RunFailedError(f"onnx.reference cannot run it: {_short(error)}") from error
         return dict(zip(evaluator.output_names, map(np.asarray, results), strict=True))

@@ -31,6 +31,7 @@ from onnx_fold.algebra.precision import unit_roundoff
 from onnx_fold.base.arguments import Pivot, TargetName
 from onnx_fold.engine.cost import TARGETS
 from onnx_fold.engine.outcome import CandidateReport, StreamReport, layers_of
+from onnx_fold.graph.channels import Group
 from onnx_fold.graph.edit import Editor
 from onnx_fold.graph.linear import Linear, compact
 from onnx_fold.graph.shapes import Shapes
@@ -40,6 +41,7 @@ from onnx_fold.rewriting.rewrite import CannotRewriteError, Rewrite
 from onnx_fold.streams.activations import Activations
 from onnx_fold.streams.branches import Branches, find_branches
 from onnx_fold.streams.joined import Joined, find_joined
+from onnx_fold.streams.norms import find_norm_streams
 from onnx_fold.streams.stream import Search, Stream, find_streams
 
 logger = logging.getLogger(__name__)
@@ -58,7 +60,7 @@ class Options:
         protect: Names of initializers, nodes or values that must stay as they are.
         tolerance: Largest predicted relative error, where it is below the default of the storage
             type, :data:`onnx_fold.algebra.basis.TOLERANCES`.
-        force: Take a fold whatever its predicted error.
+        force: Take a fold whatever its predicted error, and whatever time it takes.
         taken_back: Names of folds that are not to be taken, with the reasons.
         device: Where weights are evaluated.
         target: The provider on which no fold may take longer than what it saves; None folds
@@ -127,7 +129,7 @@ class Candidate:
         work = self.rewrite.work()
         values = work.copied + work.gathered
         return (
-            f"{slower_on[target]} would be slower on {target}: {work.nodes:+} operators and"
+            f"it would be slower on {target}: {work.nodes:+} operators and"
             f" {values:,} values to move a token, for {self.weights_removed:,} weights"
             f" (--objective size takes it all the same)"
         )
@@ -149,8 +151,9 @@ class Candidate:
             return replace(report, refused=f"'{protected[0]}' is protected")
         if report.name in options.taken_back:
             return replace(report, refused=options.taken_back[report.name])
-        if options.target is not None and options.target in report.slower_on:
-            return replace(report, refused=self._price(report.slower_on, options.target))
+        target = None if options.force else options.target
+        if target is not None and target in report.slower_on:
+            return replace(report, refused=self._price(report.slower_on, target))
         tensors = tuple(member.weight.tensor for member in stream.members)
         key = (self.strategy, self.text, self.weights_removed, self.nodes, *map(id, tensors))
         if key not in memo:
@@ -224,11 +227,14 @@ class FoldPass(ir.passes.InPlacePass):
         name: What it is called on the command line.
         operators: How many operators it adds at the least; passes that add fewer are asked first.
         is_basis_change: Whether it needs ``T⁻¹``, so that there are others to choose from.
+        group: The changes of basis that it makes; streams are offered that are free in these, and
+            in no larger group.
     """
 
     name: ClassVar[str]
     operators: ClassVar[int] = 0
     is_basis_change: ClassVar[bool] = True
+    group: ClassVar[Group] = Group.GENERAL
 
     def __init__(self, options: Options | None = None) -> None:
         super().__init__()
@@ -329,20 +335,23 @@ def _fold_streams(
     is_first_round = True
     memo: Memo = {}
     phases = _phases(passes)
+    rotated: set[ir.Value] = set()
     while True:
         left: list[tuple[int, StreamReport]] = []
         touched: set[ir.Node] = set()
-        for stream in _subjects(model, activations, shapes or Shapes(model)):
+        kept: dict[ir.Value, str] = {}
+        for stream in _subjects(model, activations, shapes or Shapes(model), phases[0]):
             nodes = stream.nodes
             position = min(order.get(node, 0) for node in nodes)
-            report = StreamReport.of(stream)
+            report = StreamReport.of(stream, kept)
             if not report.is_foldable:
-                if is_first_round:
+                if is_first_round and not rotated.intersection(stream.values):
                     reports.append((position, report))
                 continue
             if nodes & touched:
                 continue  # a neighbour has just changed: look again in the next round
-            report, rewrite = _choose(stream, report, phases[0], options, memo)
+            later = [each for each in passes if each not in phases[0]]
+            report, rewrite = _choose(stream, report, phases[0], later, options, memo)
             if rewrite is not None and report.folded is not None:
                 changed = nodes | rewrite.nodes
                 if changed & touched:
@@ -356,6 +365,10 @@ def _fold_streams(
                 touched |= changed
                 finished |= nodes
                 reports.append((position, replace(report, changed=names)))
+                if stream.group != Group.GENERAL:
+                    rotated |= set(stream.values)
+            elif stream.group != Group.GENERAL:
+                kept |= dict.fromkeys(stream.values, _norms_kept(report))
             elif (stream.is_closed or not nodes & finished) and report.is_foldable:
                 left.append((position, report))
         if not touched and len(phases) == 1:
@@ -373,22 +386,42 @@ def _phases(passes: Sequence[FoldPass]) -> list[Sequence[FoldPass]]:
 
 
 def _subjects(
-    model: ir.Model, activations: Activations | None, shapes: Shapes
+    model: ir.Model,
+    activations: Activations | None,
+    shapes: Shapes,
+    passes: Sequence[FoldPass],
 ) -> Iterator[Subject]:
-    """What the passes are asked about."""
+    """What the passes are asked about.
+
+    Streams that only an orthogonal basis passes through are looked for if a pass asks for them, and
+    are closed: their open parts are among those that any basis passes through, with the reasons.
+    """
     yield from list(find_branches(model.graph, shapes))
     yield from list(find_joined(Search(model.graph, shapes)))
+    if any(each.group == Group.ORTHOGONAL for each in passes):
+        for stream in find_norm_streams(model, activations, shapes.without_facts()):
+            if stream.is_closed and stream.written_by and stream.readers:
+                yield stream
     yield from find_streams(model, activations, shapes)
+
+
+def _norms_kept(report: StreamReport) -> str:
+    ways = [f"{each.text} ({each.refused})" for each in report.candidates]
+    return f"norms kept: {'; '.join(ways or report.reasons)}"
 
 
 def _choose(
     stream: Subject,
     report: StreamReport,
     passes: Sequence[FoldPass],
+    later: Sequence[FoldPass],
     options: Options,
     memo: Memo,
 ) -> tuple[StreamReport, Rewrite | None]:
-    """The best admissible candidate of a stream, or the reasons why there is none."""
+    """The best admissible candidate of a stream, or the reasons why there is none.
+
+    What saves less than a candidate of the passes that are asked ``later`` waits for them.
+    """
     if not stream.is_closed:
         return report, None
     protected = sorted(_names(stream) & options.protect)
@@ -397,7 +430,9 @@ def _choose(
     judged: list[CandidateReport] = []
     is_implied = any(isinstance(m.weight.tensor, ImpliedTensor) for m in stream.members)
     passes = [each for each in passes if not (is_implied and each.is_basis_change)]
-    for group in _ranked(stream, passes, judged):
+    passes = [each for each in passes if each.group == stream.group]
+    later = [each for each in later if each.group == stream.group]
+    for group in _ranked(stream, passes, later, judged):
         accepted: list[tuple[CandidateReport, Candidate]] = []
         for candidate in sorted(group, key=lambda candidate: candidate.basis is not None):
             verdict = candidate.judged(stream, options, memo)
@@ -423,7 +458,10 @@ def _is_rounding(verdict: CandidateReport) -> bool:
 
 
 def _ranked(
-    stream: Subject, passes: Sequence[FoldPass], refused: list[CandidateReport]
+    stream: Subject,
+    passes: Sequence[FoldPass],
+    later: Sequence[FoldPass],
+    refused: list[CandidateReport],
 ) -> Iterator[list[Candidate]]:
     """Candidates that tie, those that gain most first, of those the ones with fewest operators.
 
@@ -437,6 +475,10 @@ def _ranked(
         waiting += [proposal for proposal in proposals if isinstance(proposal, Candidate)]
         yield from _ties([candidate for candidate in waiting if _is_full(candidate, stream)])
         waiting = [candidate for candidate in waiting if not _is_full(candidate, stream)]
+    if waiting and later:
+        others = [proposal for each in later for proposal in each.proposals(stream)]
+        savings = [each.weights_removed for each in others if isinstance(each, Candidate)]
+        waiting = [each for each in waiting if each.weights_removed >= max(savings, default=0)]
     yield from _ties(waiting)
 
 

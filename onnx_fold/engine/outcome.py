@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from types import MappingProxyType
 from typing import Any, Literal, TypeAlias
 
+import onnx_ir as ir
+
+from onnx_fold.graph.channels import Group
 from onnx_fold.graph.linear import Linear, compact
 from onnx_fold.rewriting.rewrite import Rewrite, stored_size
 from onnx_fold.streams.branches import Branches
 from onnx_fold.streams.heads import roles
 from onnx_fold.streams.joined import Joined
 from onnx_fold.streams.stream import ConstantWriter, Opening, Stream
+
+_NOTHING: Mapping[ir.Value, str] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -89,6 +95,8 @@ class StreamReport:
         layers: What its tables, writers and readers weigh.
         leads_to: Labels of the layers that come next behind its readers.
         changed: Names of the values that this gave another basis, or another order of channels.
+        group: The changes of basis that pass through all of it: ``"general"``, ``"orthogonal"``
+            where norms read it, or ``"none"``.
     """
 
     width: int
@@ -104,17 +112,24 @@ class StreamReport:
     layers: list[LayerReport] = field(default_factory=list)
     leads_to: list[str] = field(default_factory=list)
     changed: frozenset[str] = frozenset()
+    group: str = "none"
 
     @classmethod
-    def of(cls, stream: Stream | Branches | Joined) -> StreamReport:
-        """Describe ``stream`` before anything is done to it."""
+    def of(
+        cls, stream: Stream | Branches | Joined, kept: Mapping[ir.Value, str] = _NOTHING
+    ) -> StreamReport:
+        """Describe ``stream`` before anything is done to it.
+
+        ``kept`` says, by value that a norm reads, what can be done while the norm stays.
+        """
         if isinstance(stream, Branches):
             ends = [stream.source.name or "?"], stream.labels
         elif isinstance(stream, Joined):
             ends = stream.labels, [stream.reader.label]
         if not isinstance(stream, Stream):
             dtype, layers = stream.dtype.name.lower(), [*layers_of(stream)]
-            return cls(stream.width, dtype, *ends, is_closed=True, layers=layers)
+            group = stream.group.name.lower()
+            return cls(stream.width, dtype, *ends, is_closed=True, layers=layers, group=group)
         has_norm = any(opening.is_norm for opening in stream.openings)
         is_foldable = bool(stream.written_by and (stream.readers or has_norm))
         return cls(
@@ -125,9 +140,10 @@ class StreamReport:
             is_closed=stream.is_closed,
             is_foldable=is_foldable,
             ending=_ending(stream) if stream.written_by and not is_foldable else None,
-            reasons=[_reason(opening, stream) for opening in stream.openings],
+            reasons=[_reason(each, stream, kept) for each in stream.openings],
             layers=[*layers_of(stream)],
             leads_to=stream.leads_to if is_foldable else [],
+            group=_group(stream, kept).name.lower(),
         )
 
     @property
@@ -175,6 +191,13 @@ def _layers_of_branches(branches: Branches, rewrite: Rewrite | None) -> Iterator
         yield LayerReport(each.label, "reader", before, after, each.node.outputs[0].name or "")
 
 
+def _group(stream: Stream, kept: Mapping[ir.Value, str]) -> Group:
+    if stream.is_closed:
+        return stream.group
+    is_kept = all(opening.value in kept for opening in stream.openings)
+    return Group.ORTHOGONAL if is_kept else Group.NONE
+
+
 def _ending(stream: Stream) -> str:
     if any(roles(writer.y) for writer in stream.writers):
         return "attention cores"
@@ -183,9 +206,10 @@ def _ending(stream: Stream) -> str:
     return "activations"
 
 
-def _reason(opening: Opening, stream: Stream) -> str:
+def _reason(opening: Opening, stream: Stream, kept: Mapping[ir.Value, str]) -> str:
     if not opening.is_norm:
         return str(opening)
     before, behind = (compact(list(dict.fromkeys(names))) for names in stream.around(opening))
     place = f" between {before} and {behind}" if before and behind else ""
-    return f"{opening}: a norm{place}; the paper removes norms by fine-tuning first"
+    remedy = kept.get(opening.value, "the paper removes norms by fine-tuning first")
+    return f"{opening}: a norm{place}; {remedy}"

@@ -10,6 +10,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 from onnxscript.optimizer import fold_constants
 
+from onnx_fold.algebra.device import Array
 from onnx_fold.base.silence import silenced
 from onnx_fold.graph.constants import constant, integers
 from onnx_fold.graph.operators import MICROSOFT, contrib, operator
@@ -36,12 +37,16 @@ class Shapes:
     """Shapes by value: freshly inferred, else as the model states them.
 
     Stated shapes can be stale, so inference starts without them and wins where the two differ.
+
+    Attributes:
+        fixed: Values that are computed from constants alone, once they were looked at.
     """
 
     def __init__(self, model: ir.Model) -> None:
         self._inferred, self._types, self._integers = _infer(model)
         self._known: dict[tuple[ir.Value, int], int] = {}
         self._symbols: dict[str, int] = {}
+        self.fixed: dict[ir.Value, Array | None] = {}
 
     def without_facts(self) -> Shapes:
         """The same shapes, without what was noted by :meth:`know`."""

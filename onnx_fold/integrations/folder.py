@@ -61,6 +61,11 @@ class FolderReport(Shown):
         each = [report.saving for report in self.files.values()]
         return Saving(_sum(one.before for one in each), _sum(one.after for one in each))
 
+    @property
+    def is_folded(self) -> bool:
+        """Whether anything was folded."""
+        return any(report.folded for report in self.files.values())
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON-ready data."""
         return {
@@ -83,7 +88,7 @@ class FolderReport(Shown):
             before, after = report.saving.before, report.saving.after
             numbers = f"{before.weights:,}", f"{after.weights:,}", f"{report.saving.share:.1%}"
             table.add_row(name, str(len(report.folded)), *numbers)
-        return Group(*parts, table, saving_text(self.saving))
+        return Group(*parts, table, saving_text(self.saving, self.is_folded))
 
 
 def _sum(costs: Iterable[Cost]) -> Cost:

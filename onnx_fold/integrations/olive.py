@@ -101,7 +101,7 @@ def _options(accelerator: Any) -> Iterator[tuple[str, Any, Any, str]]:
         " default what the accelerator is.",
     )
     yield "pivot", str, "auto", f"Which matrix becomes the identity: {one_of(*get_args(Pivot))}."
-    yield "strategy", str, None, "Keep to absorb, interpolate or select."
+    yield "strategy", str, None, "Keep to absorb, interpolate, select or rotate."
     yield "only", list[str], None, "Names of the passes to run."
     yield "skip", list[str], None, "Names of passes not to run."
     yield "protect", list[str], None, "Initializers, nodes or values whose streams are left alone."

@@ -20,6 +20,7 @@ from onnx_fold.engine.cost import Saving
 from onnx_fold.engine.outcome import CandidateReport, StreamReport
 from onnx_fold.errors import OnnxFoldError
 from onnx_fold.graph.linear import compact
+from onnx_fold.report.alike import Alike, alike
 
 MAX_REASONS = 2
 """Reasons shown for one stream; all of them are in the JSON report."""
@@ -39,6 +40,8 @@ class FoldReport(Shown):
         is_plan: Nothing was written: this is what would be done.
         old_data: Data files of the model that was replaced, which are still there: why others need
             each, or nothing if it can be deleted.
+        is_long: Whether the tables have a line for every stream; else streams that are alike but
+            for a number in their names share one.
         module: The parity with the PyTorch module that was exported, if one was.
     """
 
@@ -50,6 +53,7 @@ class FoldReport(Shown):
     taken_back: Mapping[str, str] = field(default_factory=dict)
     is_plan: bool = False
     old_data: dict[str, str] = field(default_factory=dict)
+    is_long: bool = False
     module: ParityReport | None = None
 
     def __bool__(self) -> bool:
@@ -101,16 +105,17 @@ class FoldReport(Shown):
         """For the terminal: what was folded, what was left alone and why, what was gained."""
         parts: list[RenderableType] = []
         if self.folded:
-            parts.append(folds_table(self.folded, "Would fold" if self.is_plan else "Folded"))
+            title = "Would fold" if self.is_plan else "Folded"
+            parts.append(folds_table(self.folded, title, is_long=self.is_long))
         if self.left_alone:
-            parts.append(reasons_table(self.left_alone))
+            parts.append(reasons_table(self.left_alone, is_long=self.is_long))
         if self.quantised:
             parts.append(quantised_text(self.quantised))
         if self.slower_on:
             parts.append(slower_text(self.slower_on))
         if self.endings:
             parts.append(endings_text(self.endings))
-        parts.append(saving_text(self.saving))
+        parts.append(saving_text(self.saving, bool(self.folded)))
         if self.taken_back:
             parts.append(taken_back_table(self.taken_back))
         if self.proof is not None:
@@ -133,39 +138,49 @@ def saving_dict(saving: Saving) -> dict[str, Any]:
     }
 
 
-def folds_table(streams: Sequence[StreamReport], title: str) -> Table:
-    """One line for each folded stream."""
+def _kinds(streams: Sequence[StreamReport], is_long: bool) -> list[Alike]:
+    return [Alike([stream]) for stream in streams] if is_long else alike(streams)
+
+
+def _and_more(kind: Alike) -> str:
+    return f"\n(and {kind.count - 1} alike)" if kind.count > 1 else ""
+
+
+def folds_table(streams: Sequence[StreamReport], title: str, *, is_long: bool = True) -> Table:
+    """One line for each folded stream, or for all that are alike."""
     table = new_table(f"{title} ({counted(len(streams), 'stream')})")
     table.add_column("what into what", overflow="fold")
     table.add_column("by")
     table.add_column("weights", justify="right")
     table.add_column("cond", justify="right")
     table.add_column("error", justify="right")
-    for stream in streams:
-        assert stream.folded is not None
-        fold = stream.folded
+    for kind in _kinds(streams, is_long):
+        folds = [stream.folded for stream in kind.streams if stream.folded is not None]
+        conditions = [fold.condition for fold in folds if fold.condition is not None]
+        errors = [fold.error for fold in folds if fold.error is not None]
         table.add_row(
-            fold.text,
-            fold.strategy,
-            f"{-fold.weights_removed:+,}",
-            "" if fold.condition is None else f"{fold.condition:.0e}",
-            "" if fold.error is None else f"{fold.error:.0e}",
+            folds[0].text + _and_more(kind),
+            folds[0].strategy,
+            f"{-kind.weights_removed:+,}",
+            f"{max(conditions):.0e}" if conditions else "",
+            f"{max(errors):.0e}" if errors else "",
         )
     return table
 
 
-def reasons_table(streams: Sequence[StreamReport]) -> Table:
-    """One line for each stream that was left alone, with the reasons."""
+def reasons_table(streams: Sequence[StreamReport], *, is_long: bool = True) -> Table:
+    """One line for each stream that was left alone, or for all that are alike; with the reasons."""
     table = new_table(f"Left alone ({counted(len(streams), 'stream')})")
     table.add_column("stream", overflow="fold")
     table.add_column("because", overflow="fold")
-    for stream in streams:
+    for kind in _kinds(streams, is_long):
+        stream = kind.first
         more = len(stream.reasons) - MAX_REASONS
         shown = [
             *stream.reasons[:MAX_REASONS],
             *([f"and {counted(more, 'more reason')}"] if more > 0 else []),
         ]
-        table.add_row(_arrow(stream), "\n".join(shown))
+        table.add_row(_arrow(stream) + _and_more(kind), "\n".join(shown))
     return table
 
 
@@ -202,10 +217,10 @@ def endings_text(endings: Mapping[str, int]) -> Text:
     return Text(f"Other streams end where a basis matters: {', '.join(parts)}.", style="dim")
 
 
-def saving_text(saving: Saving) -> Text:
+def saving_text(saving: Saving, is_folded: bool) -> Text:
     """Weights, bytes and operators before and after."""
     before, after = saving.before, saving.after
-    if not saving.weights:
+    if not is_folded:
         return Text(
             f"Nothing folded: {before.weights:,} weights, {before.nodes:,} operators, unchanged."
         )
@@ -213,9 +228,9 @@ def saving_text(saving: Saving) -> Text:
         f"Weights {before.weights:,} → {after.weights:,} (",
         (f"-{saving.share:.1%}", "bold green"),
         f"), {decimal(before.bytes)} → {decimal(after.bytes)}, operators {before.nodes:,} →"
-        f" {after.nodes:,}; decode at batch 1 up to ",
+        f" {after.nodes:,}; bytes ratio ",
         (f"{saving.speedup:.2f}x", "bold green"),
-        " (bytes ratio).",
+        ".",
     )
 
 

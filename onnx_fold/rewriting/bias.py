@@ -38,11 +38,34 @@ def carry_biases(stream: Stream, writer: Linear, rewrite: Rewrite) -> None:
             raise CannotRewriteError(
                 f"'{constant_writer.label}' cannot be carried behind the readers"
             )
-    arriving = _carry(writer, stream) if stream.constants else {}
+    arriving = _carry(stream, stream.constants, writer) if stream.constants else {}
     for reader in stream.readers if stream.constants else ():
         carried = arriving.get(reader.x)
         if carried is None:
             raise CannotRewriteError(f"the bias of {writer.label} reaches {reader.label} unevenly")
+        if carried:
+            _add_bias(rewrite, reader, carried)
+
+
+def carry_behind_gains(stream: Stream, rewrite: Rewrite) -> None:
+    """Plan to take what is added behind the gains of ``stream`` out of it: ``b R`` is added then.
+
+    Raises:
+        CannotRewriteError: It differs from position to position where a reader reads it.
+    """
+    zeros: dict[ir.Value, FoldedTensor] = {}
+    for each in stream.carried:
+        held = each.weight
+        if held.value not in zeros:
+            zeros[held.value] = FoldedTensor(Literal(np.zeros(held.shape)), held.dtype)
+        rewrite.stored[each.edge] = zeros[held.value]
+    arriving = _carry(stream, stream.carried) if stream.carried else {}
+    for reader in stream.readers if stream.carried else ():
+        if reader.x not in stream.gains:
+            continue
+        carried = arriving.get(reader.x)
+        if carried is None:
+            raise CannotRewriteError(f"the bias of a norm reaches {reader.label} unevenly")
         if carried:
             _add_bias(rewrite, reader, carried)
 
@@ -63,29 +86,37 @@ def _bypass(writer: ConstantWriter, layer: Linear, stream: Stream, rewrite: Rewr
     return True
 
 
-def _carry(writer: Linear, stream: Stream) -> dict[ir.Value, Carried | None]:
-    """The constants that arrive at each value of ``stream``; None if they differ by position."""
-    nodes = {node for value in stream.values if (node := value.producer()) is not None}
+def _carry(
+    stream: Stream, carried: Sequence[ConstantWriter], writer: Linear | None = None
+) -> dict[ir.Value, Carried | None]:
+    """Which of the ``carried`` constants arrive at each value; None if they differ by position.
+
+    Without the sole ``writer`` of the stream only its values behind a gain are looked at.
+    """
+    values = stream.gains if writer is None else stream.values
+    nodes = {node for value in values if (node := value.producer()) is not None}
     constants: dict[ir.Node, list[ConstantWriter]] = defaultdict(list)
-    for each in stream.constants:
+    for each in carried:
         constants[each.node].append(each)
     known: dict[ir.Value, Carried | None] = {}
     for node in sorted(nodes, key=stream.search.position):
-        carried = _behind(node, constants[node], writer, stream, known)
-        known |= {output: carried for output in node.outputs if output in stream.values}
+        arriving = _behind(node, constants[node], writer, stream, known)
+        known |= {output: arriving for output in node.outputs if output in stream.values}
     return known
 
 
 def _behind(
     node: ir.Node,
     constants: Sequence[ConstantWriter],
-    writer: Linear,
+    writer: Linear | None,
     stream: Stream,
     known: Mapping[ir.Value, Carried | None],
 ) -> Carried | None:
     """The constants that arrive behind ``node``, from those that arrive in front of it."""
     own = [c for c in constants if not c.is_zero()]
-    if node is writer.node:
+    if writer is None and any(gain.edge[0] is node for gain in stream.gains.values()):
+        return dict.fromkeys(own, 1.0)
+    if writer is not None and node is writer.node:
         return dict.fromkeys(own, writer.beta)
     name = operator(node)
     if channels(node).is_uniform:

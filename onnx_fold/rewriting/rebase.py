@@ -11,6 +11,7 @@ from onnx_fold.algebra.basis import Basis, Side, TableSide, product_dtype
 from onnx_fold.algebra.expression import (
     Expression,
     FoldedTensor,
+    ScaledRows,
     cast,
     of_tensor,
     reshape,
@@ -33,14 +34,16 @@ class Rebased:
     readers: list[Side] = field(default_factory=list)
 
 
-def rebase(stream: Stream, basis: Basis, width: int, pivot: Linear) -> Rebased:
+def rebase(stream: Stream, basis: Basis, width: int, pivot: Linear | None = None) -> Rebased:
     """Express every writer (``W T``) and reader (``T⁻¹ R``) but ``pivot`` in ``basis``.
+
+    A reader behind a gain is ``G R``, see :func:`behind_gain`; its gain is left to the caller.
 
     Args:
         stream: A closed stream.
         basis: The new basis, ``[stream.width, width]``.
         width: Channels of the stream afterwards.
-        pivot: The layer that becomes the identity; it gets no new weight.
+        pivot: The layer that becomes the identity, if one does; it gets no new weight.
     """
     result = Rebased()
     tied: dict[tuple[object, ...], FoldedTensor] = {}
@@ -48,9 +51,10 @@ def rebase(stream: Stream, basis: Basis, width: int, pivot: Linear) -> Rebased:
     def store(layer: Linear, is_writer: bool) -> FoldedTensor:
         weight = layer.weight
         axes = (layer.in_axes, layer.out_axes)
-        key = (weight.leaf, weight.permutation, is_writer, axes, layer.alpha)
+        gain = None if is_writer else stream.gains.get(layer.x)
+        key = (weight.leaf, weight.permutation, is_writer, axes, layer.alpha, gain)
         if key not in tied:
-            matrix = weights_of(layer, is_writer=is_writer)
+            matrix = weights_of(layer) if is_writer else behind_gain(stream, layer)
             after = basis.of_writer(matrix) if is_writer else basis.of_reader(matrix)
             tied[key] = FoldedTensor(layer.pack(after, is_writer=is_writer), weight.dtype)
         return tied[key]
@@ -61,7 +65,8 @@ def rebase(stream: Stream, basis: Basis, width: int, pivot: Linear) -> Rebased:
             tensor = result.stored[layer.edge] = store(layer, is_writer)
             after = stored_matrix(layer, tensor, is_writer=is_writer)
         rows = stream.rows_of(layer) if is_writer else None
-        return Side(weights_of(layer, is_writer=is_writer), after, rows)
+        before = weights_of(layer) if is_writer else behind_gain(stream, layer)
+        return Side(before, after, rows)
 
     result.writers += [side(layer, is_writer=True) for layer in stream.writers]
     result.readers += [side(layer, is_writer=False) for layer in stream.readers]
@@ -83,6 +88,16 @@ def stored_matrix(layer: Linear, tensor: FoldedTensor, *, is_writer: bool = True
 def weights_of(layer: Linear, *, is_writer: bool = True) -> Expression:
     """What ``layer`` multiplies by now, in the type in which its products accumulate."""
     return layer.matrix(product_dtype(layer.weight.dtype), is_writer=is_writer)
+
+
+def behind_gain(stream: Stream, reader: Linear) -> Expression:
+    """``G R``: what ``reader`` multiplies the stream by, the gain ``G`` in front of it included."""
+    matrix = weights_of(reader, is_writer=False)
+    gain = stream.gains.get(reader.x)
+    if gain is None:
+        return matrix
+    factors = reshape(gain.weight.wide(matrix.dtype), (stream.width,))
+    return ScaledRows(matrix, factors)
 
 
 def _constant(writer: ConstantWriter, basis: Basis) -> FoldedTensor:

@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from onnx_fold.algebra.expression import Expression, evaluate
 from onnx_fold.graph.constants import constant
-from onnx_fold.graph.edit import Editor
+from onnx_fold.graph.edit import Editor, initializer
 from onnx_fold.graph.linear import Edge
 from onnx_fold.graph.operators import operator
 
@@ -149,13 +149,13 @@ def leading_to(ends: Iterable[Operand]) -> set[Entry]:
 
 
 def build(entries: Iterable[Entry], editor: Editor) -> dict[Operand, ir.Value]:
-    """Make what ``entries`` say, in their order."""
+    """Make what ``entries`` say, in their order; new initializers have no name yet."""
     built: dict[Operand, ir.Value] = {}
     for entry in entries:
         if isinstance(entry, Held):
             content = entry.content
             tensor = _integers(evaluate(content)) if isinstance(content, Expression) else content
-            built[entry] = editor.constant(tensor, entry.name)
+            built[entry] = initializer(tensor)
             continue
         inputs = [None if each is None else value_of(each, built) for each in entry.inputs]
         if entry.operator == "Split" and entry.sizes:

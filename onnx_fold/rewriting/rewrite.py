@@ -249,7 +249,7 @@ class Rewrite:
 
     def _unread(self) -> Unread:
         """What nothing reads any more once the change is applied."""
-        read = self._read_by_steps() | self.biases.keys()
+        read = self._read_by_steps() | (self.biases.keys() - self.replaced.keys())
         stand_in: dict[ir.Value, list[ir.Value]] = defaultdict(list)
         for value in self.replaced:
             if isinstance(new := self._resolve(value), ir.Value):
@@ -300,7 +300,8 @@ class Rewrite:
             if held is not None and held.shape != value.shape and operator(node) in _PICKS:
                 for output in node.outputs:
                     output.shape = None if output not in self.resized else output.shape
-        built = build(self._entries(), editor)
+        entries = self._entries()
+        built = build(entries, editor)
         for (node, index), operand in self.rewired.items():
             suspects.append(node.inputs[index])
             node.replace_input_with(index, value_of(operand, built))
@@ -320,6 +321,9 @@ class Rewrite:
         editor.remove_dead(suspects)
         for value, name in new.values():
             editor.register(value, name)
+        for entry in entries:
+            if isinstance(entry, Held):
+                editor.register(built[entry], entry.name)
 
 
 def stored_size(tensor: ir.TensorProtocol) -> int:

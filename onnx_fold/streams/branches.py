@@ -7,13 +7,13 @@ sizes, an identity, each with a BatchNorm. A BatchNorm beside a layer is a singl
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
 from onnx_fold.algebra.expression import scale
-from onnx_fold.graph.channels import channels, ports
+from onnx_fold.graph.channels import Group, channels, ports
 from onnx_fold.graph.commute import OpensStreamError, Port
 from onnx_fold.graph.constants import FLOATS, Constant, constant
 from onnx_fold.graph.linear import Edge, label
@@ -94,6 +94,11 @@ class Branches:
         ]
 
     @property
+    def group(self) -> Group:
+        """The changes of basis that pass through it."""
+        return Group.GENERAL
+
+    @property
     def is_closed(self) -> bool:
         """Whether it can be changed."""
         return True
@@ -164,9 +169,10 @@ def _branches(node: ir.Node, axis: int, graph: ir.Graph, shapes: Shapes) -> Bran
     if operator(node) not in _SUMS:
         return _single(node, axis, graph, shapes)
     operands, sums = _operands(node)
-    paths = [_paths(value, axis, graph, shapes) for _, value in operands]
+    inside = _inside(sums, [value for _, value in operands], axis, graph, shapes)
+    paths = [_paths(value, axis, shapes, inside) for _, value in operands]
     chosen = _common(paths)
-    if len(chosen) < 2 or not any(path.has_layer or _has_norm(path) for path in chosen.values()):
+    if len(chosen) < 2 or not any(path.nodes for path in chosen.values()):
         return None
     maps = [path.map.scaled(operands[place][0]) for place, path in chosen.items()]
     total = add(maps)
@@ -174,9 +180,11 @@ def _branches(node: ir.Node, axis: int, graph: ir.Graph, shapes: Shapes) -> Bran
         return None
     rest = [operand for place, operand in enumerate(operands) if place not in chosen]
     total, rest = _shifted(total, rest, shapes.rank(node.outputs[0]) or 0)
-    inside = [each for path in chosen.values() for each in path.nodes]
+    nodes = dict.fromkeys(each for path in chosen.values() for each in path.nodes)
     (source,) = {path.source for path in chosen.values()}
-    found = Branches(source, node.outputs[0], total, rest, [*inside, *sums], shapes)
+    found = Branches(source, node.outputs[0], total, rest, [*nodes, *sums], shapes)
+    if not found.members:
+        return None
     return found if rest else _extended(found, axis, graph)
 
 
@@ -187,7 +195,9 @@ def _shifted(
     left = []
     for sign, value in rest:
         held = constant(value)
-        vector = None if held is None else as_vector(held, total.axis, total.out_features, rank)
+        numbers = None if held is None or held.dtype not in FLOATS else held.wide()
+        place = total.axis, total.out_features, rank
+        vector = None if numbers is None else as_vector(numbers, *place)
         if vector is None:
             left.append((sign, value))
         else:
@@ -197,7 +207,9 @@ def _shifted(
 
 def _single(node: ir.Node, axis: int, graph: ir.Graph, shapes: Shapes) -> Branches | None:
     """A layer and the BatchNorm in front of it or behind it."""
-    for path in _paths(node.outputs[0], axis, graph, shapes, is_result=True):
+    x = as_map(node, axis, shapes)
+    inside = {node} if x is None else _inside([node], [x[0]], axis, graph, shapes)
+    for path in _paths(node.outputs[0], axis, shapes, inside):
         if path.has_layer and _has_norm(path):
             return Branches(path.source, node.outputs[0], path.map, [], [*path.nodes], shapes)
     return _behind_layout(node, axis, graph, shapes)
@@ -280,30 +292,47 @@ def _operands(root: ir.Node) -> tuple[list[tuple[float, ir.Value]], list[ir.Node
     return operands, sums[::-1]
 
 
-def _paths(
-    value: ir.Value, axis: int, graph: ir.Graph, shapes: Shapes, *, is_result: bool = False
-) -> list[_Path]:
-    """The paths that end in ``value``, the shortest first.
+def _inside(
+    ends: Sequence[ir.Node],
+    values: Sequence[ir.Value],
+    axis: int,
+    graph: ir.Graph,
+    shapes: Shapes,
+) -> set[ir.Node]:
+    """The ``ends`` and the linear nodes in front of them whose results nothing else reads."""
+    inside, queue = set(ends), list(values)
+    while queue:
+        value = queue.pop()
+        node = value.producer()
+        if node is None or node.graph is not graph or node in inside or value.is_graph_output():
+            continue
+        if all(user in inside for user, _ in value.uses()):
+            way = _way(node, axis, shapes)
+            if way is not None:
+                inside.update(way.nodes)
+                queue.append(way.source)
+    return inside
 
-    They go once they are one layer, so nothing else reads their values; nor ``value``, unless it is
-    the result.
-    """
+
+def _way(node: ir.Node, axis: int, shapes: Shapes) -> _Path | None:
+    """What ``node`` does, if it is linear; or what it does with the nodes in front of it."""
+    step = as_map(node, axis, shapes)
+    return _flattened(node, axis, shapes) if step is None else _Path(*step, (node,))
+
+
+def _paths(value: ir.Value, axis: int, shapes: Shapes, inside: Collection[ir.Node]) -> list[_Path]:
+    """The paths that end in ``value`` and whose nodes are ``inside``, the shortest first."""
     width = shapes.dim(value, axis)
     if not isinstance(width, int) or constant(value) is not None:
         return []
     found = [_Path(value, identity(axis, width))]
-    while True:
-        last = found[-1]
-        node = last.source.producer()
-        is_read = _only_user(last.source) is None and not (is_result and len(found) == 1)
-        if node is None or node.graph is not graph or is_read:
-            return found
-        step = as_map(node, axis, shapes)
-        way = _flattened(node, axis, shapes) if step is None else _Path(*step, (node,))
-        joined = None if way is None else way.map.then(last.map)
+    while (node := found[-1].source.producer()) is not None and node in inside:
+        way = _way(node, axis, shapes)
+        joined = None if way is None else way.map.then(found[-1].map)
         if way is None or joined is None:
-            return found
-        found.append(_Path(way.source, joined, (*way.nodes, *last.nodes)))
+            break
+        found.append(_Path(way.source, joined, (*way.nodes, *found[-1].nodes)))
+    return found
 
 
 def _flattened(node: ir.Node, axis: int, shapes: Shapes) -> _Path | None:

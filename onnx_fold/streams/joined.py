@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from onnx_fold.graph.channels import Group
 from onnx_fold.graph.constants import FLOATS
 from onnx_fold.graph.linear import Linear, label
 from onnx_fold.graph.operators import operator
@@ -53,6 +54,11 @@ class Joined:
     def streams(self) -> list[Stream]:
         """Those of its streams that are closed but for the Concat."""
         return [part.stream for part in self.parts if part.stream is not None]
+
+    @property
+    def group(self) -> Group:
+        """The changes of basis that pass through it."""
+        return Group.GENERAL
 
     @property
     def is_closed(self) -> bool:

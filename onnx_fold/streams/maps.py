@@ -30,10 +30,11 @@ from onnx_fold.algebra.expression import (
     take,
     transpose,
 )
-from onnx_fold.graph.constants import FLOATS, Constant, constant
+from onnx_fold.graph.constants import FLOATS, constant
 from onnx_fold.graph.linear import as_linear
 from onnx_fold.graph.operators import operator
 from onnx_fold.graph.shapes import Shapes
+from onnx_fold.streams.fixed import fixed
 
 __all__ = ["LinearMap", "add", "as_map", "as_vector", "identity"]
 
@@ -279,7 +280,7 @@ def _product(node: ir.Node, axis: int, shapes: Shapes) -> tuple[ir.Value, Linear
     bias = None
     if linear.bias is not None:
         held = constant(node.inputs[linear.bias[1]])
-        bias = None if held is None else as_vector(held, -1, linear.out_features, 2)
+        bias = None if held is None else as_vector(held.wide(), -1, linear.out_features, 2)
         if bias is None:
             return None
         bias = scale(bias, linear.beta)
@@ -354,13 +355,13 @@ def _with_constant(node: ir.Node, axis: int, shapes: Shapes) -> tuple[ir.Value, 
     """A gain or a number that multiplies, a vector or a number that is added."""
     name = operator(node)
     for index in (1, 0) if name != "Div" else (1,):
-        x, held = node.inputs[1 - index], constant(node.inputs[index])
-        if x is None or held is None or held.dtype not in FLOATS or constant(x) is not None:
+        x, numbers = node.inputs[1 - index], _numbers(node.inputs[index], shapes)
+        if x is None or numbers is None or constant(x) is not None:
             continue
         width, rank = shapes.dim(x, axis), shapes.rank(x)
         if rank is None or -axis > rank or not isinstance(width, int):
             return None
-        vector = as_vector(held, axis, width, rank)
+        vector = as_vector(numbers, axis, width, rank)
         if vector is None:
             return None
         if name in ("Add", "Sub"):
@@ -377,12 +378,21 @@ def _with_constant(node: ir.Node, axis: int, shapes: Shapes) -> tuple[ir.Value, 
     return None
 
 
-def as_vector(held: Constant, axis: int, width: int, rank: int) -> Expression | None:
-    """``[width]``: one number a channel, if ``held`` is the same at every position of a value."""
-    dims = held.shape
+def _numbers(value: ir.Value | None, shapes: Shapes) -> Expression | None:
+    """What is the same in every run, float64: a constant, or what is computed from constants."""
+    held = constant(value)
+    if held is not None:
+        return held.wide() if held.dtype in FLOATS else None
+    found = None if value is None else fixed(value, shapes)
+    return None if found is None else Literal(found)
+
+
+def as_vector(numbers: Expression, axis: int, width: int, rank: int) -> Expression | None:
+    """``[width]``: one number a channel, if ``numbers`` are the same at every position."""
+    dims, size = numbers.shape, math.prod(numbers.shape)
     if len(dims) > rank or any(size != 1 for i, size in enumerate(dims) if i - len(dims) != axis):
         return None
-    return broadcast(reshape(held.wide(), (-1,)), (width,)) if held.size in (1, width) else None
+    return broadcast(reshape(numbers, (size,)), (width,)) if size in (1, width) else None
 
 
 def _gain(axis: int, vector: Expression) -> LinearMap:

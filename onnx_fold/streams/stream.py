@@ -14,7 +14,7 @@ import onnx_ir as ir
 from onnx_fold.algebra.device import Array
 from onnx_fold.algebra.expression import Expression, broadcast, reshape, transpose
 from onnx_fold.algebra.precision import unit_roundoff
-from onnx_fold.graph.channels import ports
+from onnx_fold.graph.channels import Group, ports
 from onnx_fold.graph.commute import OpensStreamError, Port, Rule
 from onnx_fold.graph.constants import FLOATS, Constant, constant
 from onnx_fold.graph.linear import Edge, Linear, described, find_linears, label
@@ -78,6 +78,19 @@ class ConstantWriter:
         return not self.is_table and not self.weight.numpy().any()
 
 
+@dataclass(frozen=True, eq=False)
+class Gain:
+    """Factors by channel that an operator multiplies by, as those behind an RMSNorm.
+
+    Attributes:
+        edge: The input of the operator that holds them.
+        weight: What it holds.
+    """
+
+    edge: Edge
+    weight: Constant
+
+
 @dataclass(frozen=True)
 class Opening:
     """Why a stream is open: a value, and the node or graph boundary that looks at its channels."""
@@ -132,6 +145,12 @@ class Stream:
         constants: Constants that enter it.
         openings: What stands against a change of basis; empty if the stream is closed.
         shape_readers: Nodes that read only the shape of its values, or whose output is unused.
+        group: The changes of basis that it is free in, if it is closed.
+        gains: Values that hold the stream times a factor for each channel: value → the factors.
+        carried: Constants that are added behind a gain, whose share has to go behind the readers.
+        centred: Values whose channels add up to zero, but for gains and what is carried.
+        keeps_ones: Whether a change of basis has to leave the vector of ones as it is.
+        ignores_ones: Whether it is the same if any multiple of that vector is added to it.
     """
 
     width: int
@@ -143,6 +162,12 @@ class Stream:
     constants: list[ConstantWriter] = field(default_factory=list)
     openings: list[Opening] = field(default_factory=list)
     shape_readers: list[ir.Node] = field(default_factory=list)
+    group: Group = Group.GENERAL
+    gains: dict[ir.Value, Gain] = field(default_factory=dict)
+    carried: list[ConstantWriter] = field(default_factory=list)
+    centred: set[ir.Value] = field(default_factory=set)
+    keeps_ones: bool = False
+    ignores_ones: bool = False
 
     @property
     def shapes(self) -> Shapes:
@@ -206,7 +231,7 @@ class Stream:
     @property
     def members(self) -> list[Linear | ConstantWriter]:
         """Everything that holds a weight of the stream."""
-        return [*self.writers, *self.readers, *self.constants]
+        return [*self.writers, *self.readers, *self.constants, *self.carried]
 
     @property
     def nodes(self) -> set[ir.Node]:
@@ -270,15 +295,15 @@ class Search:
             value, axis = queue.pop()
             if value in stream.values:
                 if stream.values[value] != axis:
-                    _open(stream, value, "carries two channel axes")
+                    open_stream(stream, value, "carries two channel axes")
                 continue
             stream.values[value] = axis
             self.seen.add(value)
             rank = self.shapes.rank(value)
             if -axis > (1 if rank is None else rank):
-                _open(stream, value, "is not known to have the channel axis")
+                open_stream(stream, value, "is not known to have the channel axis")
             if isinstance(size := self.shapes.dim(value, axis), int) and size != width:
-                _open(stream, value, f"is {size} wide, not {width}")
+                open_stream(stream, value, f"is {size} wide, not {width}")
             self.shapes.know(value, axis, width)
             queue.extend(self._upstream(stream, value, axis))
             queue.extend(self._downstream(stream, value, axis))
@@ -289,7 +314,7 @@ class Search:
         both = {layer.node for layer in stream.writers} & {layer.node for layer in stream.readers}
         for layer in stream.writers:
             if layer.node in both:
-                _open(stream, layer.y, "is both read and written", layer.node)
+                open_stream(stream, layer.y, "is both read and written", layer.node)
         return stream
 
     def position(self, node: ir.Node) -> int:
@@ -301,14 +326,14 @@ class Search:
     ) -> Iterator[tuple[ir.Value, int]]:
         node = value.producer()
         if value.is_initializer():
-            _open(stream, value, "is also a graph input, so a caller can override it")
+            open_stream(stream, value, "is also a graph input, so a caller can override it")
         elif value.is_graph_input() or node is None:
-            _open(stream, value, "is a graph input")
+            open_stream(stream, value, "is a graph input")
         elif (linear := self.linears.get(node)) is not None:
             if linear.y_axis is None:
-                _open(stream, value, "is written by", node)
+                open_stream(stream, value, "is written by", node)
             elif linear.y_axis != axis:
-                _open(stream, value, "is written along another axis by", node)
+                open_stream(stream, value, "is written along another axis by", node)
             else:
                 stream.writers.append(linear)
                 yield from self._bias(stream, linear)
@@ -321,11 +346,13 @@ class Search:
         self, stream: Stream, value: ir.Value, axis: int
     ) -> Iterator[tuple[ir.Value, int]]:
         if value.is_graph_output():
-            _open(stream, value, "is a graph output")
+            open_stream(stream, value, "is a graph output")
         for node, index in value.uses():
             linear = self.linears.get(node)
             if node.graph is not self.graph:
-                _open(stream, value, "is used inside the body of a control-flow operator, by", node)
+                open_stream(
+                    stream, value, "is used inside the body of a control-flow operator, by", node
+                )
             elif linear is None:
                 if operator(node) in ("Shape", "Size") or _is_unused(node):
                     stream.shape_readers.append(node)
@@ -336,9 +363,9 @@ class Search:
             elif (node, index) == linear.bias and axis == linear.y_axis == -1:
                 yield linear.y, -1  # a sum in this stream
             elif linear.x_axis is None:
-                _open(stream, value, "is read by", node)
+                open_stream(stream, value, "is read by", node)
             else:
-                _open(stream, value, "is read along another axis by", node)
+                open_stream(stream, value, "is read along another axis by", node)
 
     def _bias(self, stream: Stream, linear: Linear) -> Iterator[tuple[ir.Value, int]]:
         if linear.bias is None:
@@ -351,7 +378,7 @@ class Search:
         elif linear.y_axis == -1 and self.shapes.dim(bias, -1) == stream.width:
             yield bias, -1
         else:
-            _open(stream, linear.y, "adds a value that has no channel axis", linear.node)
+            open_stream(stream, linear.y, "adds a value that has no channel axis", linear.node)
 
     def _across(
         self, stream: Stream, value: ir.Value, node: ir.Node, known: Port, verb: str
@@ -362,10 +389,10 @@ class Search:
         try:
             found = stream.rule(node, known, stream.width, self.shapes)
         except OpensStreamError as reason:
-            _open(stream, value, f"is {verb} by", node, f", which {reason}")
+            open_stream(stream, value, f"is {verb} by", node, f", which {reason}")
             return
         if found is None:
-            _open(stream, value, f"is {verb} by", node, _obstacle(node))
+            open_stream(stream, value, f"is {verb} by", node, _obstacle(node))
             return
         for port in found:
             if port.is_output:
@@ -421,9 +448,10 @@ def _nearest(
     return []
 
 
-def _open(
+def open_stream(
     stream: Stream, value: ir.Value, text: str, node: ir.Node | None = None, detail: str = ""
 ) -> None:
+    """Note that ``value`` keeps ``stream`` from another basis, and why."""
     if node is not None:
         text = f"{text} {described(node)}{detail}"
     opening = Opening(value, node, text)

@@ -1,0 +1,330 @@
+"""Fold popular models as their exporters write them: what holds linear algebra, and what it gives.
+
+``python benchmarks/zoo.py`` builds each model from its public configuration with random weights and
+random statistics of norms, exports it, folds it with the defaults, and times it in pairs against
+the export. It writes ``docs/zoo.json`` after every model and a table of it, ``docs/zoo.md``. A
+model that is in the JSON file already is not run again; ``--only`` picks by name. Models are timm's
+(TorchScript) and transformers' (dynamo), some with adapters of peft; where timm can merge a model
+itself the last columns are that model, exported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+
+import onnx_fold
+from onnx_fold.engine.cost import Cost, cost
+from onnx_fold.report.alike import reasons_of
+from onnx_fold.runtime.environment import environment
+
+TIMM = (
+    *("mobileone_s0", "repvgg_a0", "fastvit_t8", "repvit_m0_9", "levit_128s"),
+    *("repghostnet_050", "efficientformer_l1", "mobilenetv2_100", "efficientnet_b0"),
+    *("resnet18", "densenet121", "vgg11_bn", "inception_v3", "regnety_002", "ghostnet_100"),
+    *("convnext_atto", "vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"),
+    *("mixer_s32_224", "resmlp_12_224", "poolformer_s12", "edgenext_xx_small", "mobilevit_xxs"),
+    *("cait_xxs24_224", "pit_ti_224", "xcit_nano_12_p16_224", "gmlp_s16_224", "starnet_s1"),
+    *("lcnet_050", "tinynet_e", "hardcorenas_a", "mnasnet_small", "coat_lite_tiny"),
+)
+LAYERS = 3
+"""Blocks that a language model is cut to."""
+
+HEAD = """# A zoo of exports
+
+`python benchmarks/zoo.py --repeats {repeats}` builds models from their public configurations, with
+random weights, exports them, folds them with the defaults and times them at batch 1 against the
+export. Speed-ups are medians with their 95 % interval over {repeats} pairs from two loads, one
+thread. *by its authors* is the model that timm's `reparameterize_model` or peft's
+`merge_and_unload` makes, exported: its weights and operators. The error is that of the worst
+output, as a multiple of the export's own. {versions}.
+
+"""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model.
+
+    Attributes:
+        name: What it is called.
+        before: The export.
+        after: The fold of it.
+        by_authors: What its authors' own merge exports to, if there is one.
+        error: Largest ratio of an output's error to the original's own.
+        speedup: Of a run at batch 1, with its interval.
+        why: What was folded, or the first reason why nothing was.
+    """
+
+    name: str
+    before: Cost
+    after: Cost
+    by_authors: Cost | None
+    error: float | None
+    speedup: tuple[float, float, float] | None
+    why: str
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model and how it is exported.
+
+    Attributes:
+        name: What it is called.
+        make: Makes it.
+        merged: Merges it as its authors do, if they can.
+        inputs: What it is exported with.
+        options: Options of ``torch.onnx.export``.
+    """
+
+    name: str
+    make: Callable[[], torch.nn.Module]
+    merged: Callable[[torch.nn.Module], torch.nn.Module] | None
+    inputs: Callable[[], tuple[torch.Tensor, ...]]
+    options: dict[str, Any]
+
+
+def declare_torchvision() -> None:
+    """The operators that torchvision registers, where its build does not fit torch's."""
+    try:
+        import torchvision  # noqa: F401
+    except (RuntimeError, ImportError):
+        library = torch.library.Library("torchvision", "DEF")
+        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        globals()["_kept"] = library
+
+
+def models() -> Iterator[Model]:
+    """All of them."""
+    for name in TIMM:
+        yield Model(
+            name,
+            lambda name=name: _timm(name),
+            _reparameterized,
+            lambda name=name: (torch.randn(1, *_input_size(name)),),
+            {"dynamo": False, "opset_version": 17},
+        )
+    for kind in ("gpt2", "llama", "bert"):
+        for adapter in ("", "lora", "dora"):
+            yield Model(
+                f"{kind} {adapter}".strip(),
+                lambda kind=kind, adapter=adapter: _language(kind, adapter),
+                (lambda each: _Logits(each.model.merge_and_unload())) if adapter else None,
+                lambda: (torch.randint(0, 1000, (1, 16)),),
+                {"dynamo": True, "external_data": False, "verbose": False},
+            )
+    yield Model(
+        "segformer-b0",
+        _segformer,
+        None,
+        lambda: (torch.randn(1, 3, 256, 256),),
+        {"dynamo": False, "opset_version": 17},
+    )
+
+
+def _timm(name: str) -> torch.nn.Module:
+    import timm
+
+    return with_statistics(timm.create_model(name, pretrained=False))
+
+
+def _input_size(name: str) -> tuple[int, ...]:
+    import timm
+
+    return timm.create_model(name, pretrained=False).default_cfg["input_size"]
+
+
+def _reparameterized(module: torch.nn.Module) -> torch.nn.Module:
+    from timm.utils.model import reparameterize_model
+
+    return reparameterize_model(module)
+
+
+class _Logits(torch.nn.Module):
+    """Token ids to logits, or to the last hidden state."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.model(input_ids=ids)[0]
+
+
+def _language(kind: str, adapter: str) -> torch.nn.Module:
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 1000, "use_cache": False}
+    if kind == "gpt2":
+        config = transformers.GPT2Config(n_layer=LAYERS, n_embd=512, n_head=8, **sizes)
+        model = transformers.GPT2LMHeadModel(config)
+        layers = ["c_attn", "c_proj", "c_fc"]
+    elif kind == "llama":
+        config = transformers.LlamaConfig(
+            hidden_size=512,
+            intermediate_size=1536,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=8,
+            num_key_value_heads=2,
+            **sizes,
+        )
+        model = transformers.LlamaForCausalLM(config)
+        layers = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    else:
+        config = transformers.BertConfig(
+            hidden_size=384, num_hidden_layers=LAYERS, num_attention_heads=6, vocab_size=1000
+        )
+        model = transformers.BertModel(config)
+        layers = ["query", "key", "value"]
+    if adapter:
+        from peft import LoraConfig, get_peft_model
+
+        settings = LoraConfig(
+            r=16, lora_alpha=32, target_modules=layers, use_dora=adapter == "dora"
+        )
+        model = get_peft_model(model, settings)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.05)
+    return _Logits(model).eval()
+
+
+def _segformer() -> torch.nn.Module:
+    import transformers
+
+    config = transformers.SegformerConfig(num_labels=150)
+
+    class Logits(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = transformers.SegformerForSemanticSegmentation(config)
+
+        def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+            return self.model(pixel_values=pixels).logits
+
+    return with_statistics(Logits())
+
+
+def with_statistics(module: torch.nn.Module) -> torch.nn.Module:
+    """``module`` for inference, its BatchNorms as if they had been trained."""
+    generator = torch.Generator().manual_seed(0)
+    for each in module.modules():
+        if isinstance(each, torch.nn.BatchNorm1d | torch.nn.BatchNorm2d):
+            with torch.no_grad():
+                each.running_mean.normal_(0.0, 0.1, generator=generator)
+                each.running_var.uniform_(0.5, 1.5, generator=generator)
+                if each.weight is not None:
+                    each.weight.uniform_(0.5, 1.5, generator=generator)
+                    each.bias.normal_(0.0, 0.1, generator=generator)
+    return module.eval()
+
+
+def measured(model: Model, repeats: int) -> Row:
+    """Export, fold, check and time one model."""
+    with tempfile.TemporaryDirectory() as name, torch.no_grad():
+        folder = Path(name)
+        source, target, authors = (folder / f"{each}.onnx" for each in ("a", "b", "c"))
+        module = model.make()
+        torch.onnx.export(module, model.inputs(), str(source), **model.options)
+        report = onnx_fold.fold(source, output=target, provider="cpu").report
+        before, after = report.saving.before, report.saving.after
+        error = speedup = merged = None
+        if report.folded:
+            assert report.verification is not None
+            error = max(each.ratio or 0.0 for each in report.verification.outputs)
+            phase = onnx_fold.bench(source, target, threads=1, repeats=repeats, prefill=16).phases[
+                0
+            ]
+            speedup = phase.speedup, phase.low, phase.high
+            if model.merged is not None:
+                torch.onnx.export(
+                    model.merged(module), model.inputs(), str(authors), **model.options
+                )
+                merged = cost(ir.load(authors))
+        return Row(model.name, before, after, merged, error, speedup, _why(report))
+
+
+def _why(report: onnx_fold.FoldReport) -> str:
+    if report.folded:
+        taken = [each.folded.strategy for each in report.folded if each.folded is not None]
+        return ", ".join(f"{taken.count(name)} {name}" for name in dict.fromkeys(taken))
+    reasons = reasons_of(report.left_alone)
+    most = max(reasons, key=lambda each: each.count, default=None)
+    return "no layer reads another without something between" if most is None else most.text
+
+
+def table(rows: Iterable[Row]) -> str:
+    """The rows in Markdown, those that folded first."""
+    lines = [
+        "| model | weights | | operators | | by its authors | | speed-up | error | folds, or why"
+        " not |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in sorted(rows, key=lambda row: row.speedup is None):
+        merged = row.by_authors or Cost(0, 0)
+        is_merged = row.by_authors is not None and merged != row.before
+        share = 1 - row.after.weights / row.before.weights
+        cells = [
+            row.name,
+            f"{row.before.weights:,} → {row.after.weights:,}",
+            f"-{share:.1%}" if share else "",
+            f"{row.before.nodes} → {row.after.nodes}",
+            f"-{1 - row.after.nodes / row.before.nodes:.0%}" if row.speedup else "",
+            f"{merged.weights:,}" if is_merged else "",
+            f"{merged.nodes}" if is_merged else "",
+            "{:.2f}x ({:.2f}-{:.2f})".format(*row.speedup) if row.speedup else "",
+            "" if row.error is None else f"{row.error:.1f}",
+            row.why if len(row.why) < 160 else f"{row.why[:157]}...",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Measure what is not in the JSON file yet, and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="*", default=[], help="names, or parts of them")
+    parser.add_argument("--repeats", type=int, default=40, help="pairs of runs of each model")
+    parser.add_argument("--output", type=Path, default=Path("docs/zoo.json"))
+    arguments = parser.parse_args()
+    declare_torchvision()
+    known = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
+    rows: dict[str, Any] = known.get("rows", {})
+    for model in models():
+        if model.name in rows or not all(part in model.name for part in arguments.only):
+            continue
+        try:
+            rows[model.name] = asdict(measured(model, arguments.repeats))
+        except Exception as error:  # an exporter, or a package that is missing
+            print(f"{model.name}: {type(error).__name__}: {str(error)[:200]}", flush=True)
+            continue
+        found = {"repeats": arguments.repeats, "environment": environment("cpu"), "rows": rows}
+        arguments.output.write_text(json.dumps(found, indent=1) + "\n")
+        print(f"{model.name}: {rows[model.name]['speedup']} {rows[model.name]['why']}", flush=True)
+    made = [_row(data) for data in rows.values()]
+    packages = ("torch", "timm", "transformers", "peft", "onnxruntime")
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
+    head = HEAD.format(repeats=arguments.repeats, versions=versions)
+    arguments.output.with_suffix(".md").write_text(head + table(made))
+
+
+def _row(data: dict[str, Any]) -> Row:
+    costs = {
+        name: None if data[name] is None else Cost(**data[name])
+        for name in ("before", "after", "by_authors")
+    }
+    return Row(**{**data, **costs})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""Kernels of the reference compute what ONNX Runtime computes, in any shape."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from helpers import assert_close, feeds, graph, normal, outputs
+from onnx.reference import ReferenceEvaluator
+from scipy import special
+
+from onnx_fold.check import kernels
+from onnx_fold.check.parity import evaluator
+
+CONVS = {
+    "plain": ("", (6, 4, 3, 3), "h, w"),
+    "pads": ("pads = [1, 0, 2, 3]", (6, 4, 3, 2), "h, w"),
+    "strides": ("strides = [2, 3], pads = [1, 1, 1, 1]", (6, 4, 3, 3), "h, w"),
+    "dilations": ("dilations = [2, 1]", (6, 4, 2, 3), "h, w"),
+    "groups": ("group = 2", (6, 2, 3, 3), "h, w"),
+    "depthwise": ("group = 4, pads = [1, 1, 1, 1]", (8, 1, 3, 3), "h, w"),
+    "same upper": ('auto_pad = "SAME_UPPER", strides = [2, 2]', (6, 4, 2, 4), "h, w"),
+    "same lower": ('auto_pad = "SAME_LOWER"', (6, 4, 2, 4), "h, w"),
+    "valid": ('auto_pad = "VALID"', (6, 4, 2, 4), "h, w"),
+    "one axis": ("pads = [2, 1]", (6, 4, 3), "h"),
+    "three axes": ("", (6, 4, 2, 1, 3), "h, w, d"),
+}
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("kind", CONVS)
+def test_conv(kind: str, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_BLOCK", 500)  # some rows at a time
+    attributes, shape, sizes = CONVS[kind]
+    held = {"k": normal(*shape)} | ({"b": normal(shape[0], seed=1)} if bias else {})
+    names = ", ".join(f"{name}2" for name in sizes.split(", "))
+    model = graph(
+        f"(float[n, 4, {sizes}] x) => (float[n, m, {names}] y) {{ y = Conv<{attributes}>"
+        f"(x, k{', b' if bias else ''}) }}".replace("Conv<>", "Conv"),
+        **held,
+    )
+    inputs = feeds(model, {"n": 2, "h": 9, "w": 8, "d": 5})
+    assert_close(evaluator(model)(inputs)["y"], outputs(model, **inputs)["y"])
+
+
+def test_erf_is_as_wide_as_its_input() -> None:
+    model = graph("(double[n] x) => (double[n] y) { y = Erf(x) }")
+    x = np.linspace(-3.0, 3.0, 50)
+    np.testing.assert_array_equal(evaluator(model)({"x": x})["y"], special.erf(x))
+
+
+def test_values_are_dropped_behind_their_last_reader() -> None:
+    """And what bodies of control flow read is kept."""
+    text = (
+        "(float[n] x, bool c) => (float[n] y, float[n] a) { a = Neg(x) b = Abs(a) y = Add(b, a) }"
+    )
+    model = graph(text)
+    inputs = {"x": normal(5), "c": np.array(True)}
+    found = kernels.run(kernels.evaluator(ir.to_proto(model)), inputs)
+    np.testing.assert_array_equal(found[0], np.abs(inputs["x"]) - inputs["x"])
+    branch = onnx.parser.parse_graph("then () => (float[n] o) { o = Neg(a) }")
+    other = onnx.parser.parse_graph("else () => (float[n] o) { o = Abs(a) }")
+    node = onnx.helper.make_node("If", ["c"], ["y"], then_branch=branch, else_branch=other)
+    proto = ir.to_proto(model)
+    del proto.graph.node[1:]
+    proto.graph.node.append(node)
+    expected = ReferenceEvaluator(proto).run(None, inputs)
+    found = kernels.run(kernels.evaluator(proto), inputs)
+    np.testing.assert_array_equal(found[0], expected[0])

@@ -1,0 +1,405 @@
+"""Rotate: streams with norms that stay, an orthogonal basis, a triangle that is not stored."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from helpers import (
+    assert_close,
+    fold,
+    folded,
+    graph,
+    normal,
+    operators,
+    outputs,
+    proto,
+    refused,
+    weights,
+)
+
+import onnx_fold
+from onnx_fold.algebra.exact import Multiplier, exact, values
+from onnx_fold.algebra.expression import Literal, ScaledRows, Spool, evaluate, transpose
+from onnx_fold.algebra.rotation import OrthogonalBasis, orthogonal_factor
+from onnx_fold.check import proof
+from onnx_fold.graph.channels import Group
+from onnx_fold.streams.norms import find_norm_streams
+
+D, FFN = 16, 40
+ROTATE = {"strategy": "rotate", "force": True, "objective": "size"}
+
+NORMS = {  # from {x} to {y}, with the gain {g}: as exporters write it
+    "dynamo": """{y}_p = Pow({x}, two) {y}_m = ReduceMean<keepdims = 1>({y}_p, last)
+        {y}_e = Add({y}_m, eps) {y}_s = Sqrt({y}_e) {y}_r = Reciprocal({y}_s)
+        {y}_n = Mul({x}, {y}_r) {y} = Mul({y}_n, {g})""",
+    "torchscript": """{y}_c = Cast<to = 1>({x}) {y}_p = Pow({y}_c, two)
+        {y}_m = ReduceMean<keepdims = 1>({y}_p, last) {y}_e = Add({y}_m, eps)
+        {y}_s = Sqrt({y}_e) {y}_r = Div(one, {y}_s) {y}_n = Mul({y}_c, {y}_r)
+        {y}_b = Cast<to = 1>({y}_n) {y} = Mul({g}, {y}_b)""",
+    "square": """{y}_p = Mul({x}, {x}) {y}_m = ReduceMean<keepdims = 1>({y}_p, last)
+        {y}_e = Add({y}_m, eps) {y}_s = Sqrt({y}_e) {y}_n = Div({x}, {y}_s)
+        {y} = Mul({y}_n, {g})""",
+    "length": """{y}_l = ReduceL2<keepdims = 1>({x}, last) {y}_e = Max({y}_l, eps)
+        {y}_n = Div({x}, {y}_e) {y} = Mul({y}_n, {g})""",
+    "operator": "{y} = RMSNormalization<axis = -1, epsilon = 0.1>({x}, {g})",
+}
+HELD = {
+    "two": np.float32(2.0).reshape(()),
+    "one": np.float32(1.0).reshape(()),
+    "eps": np.float32(0.1).reshape(()),
+    "last": np.array([-1]),
+}
+
+
+def gain(seed: int) -> np.ndarray:
+    return 1.0 + 0.3 * normal(D, seed=seed) * np.float32(np.sqrt(D))
+
+
+def norm(kind: str = "dynamo", x: str = "s", y: str = "n", g: str = "g") -> str:
+    return NORMS[kind].format(x=x, y=y, g=g)
+
+
+def stream(
+    body: str,
+    results: str = "float[b, t, 16] q, float[b, t, 8] k",
+    opset: int = 18,
+    **held: np.ndarray,
+) -> ir.Model:
+    """``x W -> s``, and ``body``, which leads from ``s`` to the ``results``."""
+    given = {"W": normal(FFN, D, seed=1), "g": gain(2), "Q": normal(D, D, seed=3)}
+    given |= {"K": normal(D, 8, seed=4), "O": normal(D, 7, seed=5)} | HELD | held
+    text = f"(float[b, t, {FFN}] x) => ({results}) {{ s = MatMul(x, W) {body} }}"
+    used = {name for name in given if f"{name})" in text or f"{name}," in text}
+    return graph(text, opset, **{name: given[name] for name in sorted(used)})
+
+
+HEADS = "q0 = MatMul(n, Q) q = Softmax(q0) k0 = MatMul(n, K) k = Softmax(k0)"
+"""Readers whose outputs are not graph outputs, so that they can be cut."""
+
+
+def saved(columns: int, panels: int, width: int = D) -> int:
+    """Zeros below the diagonal of the first ``columns`` columns, as whole panels."""
+    share = columns // panels
+    return sum(share * (width - share * (index + 1)) for index in range(panels))
+
+
+@pytest.mark.parametrize("kind", NORMS)
+def test_each_spelling_of_a_norm(kind):
+    model = stream(norm(kind) + HEADS, opset=23 if kind == "operator" else 18)
+    result = folded(model, saved(D, 4), **ROTATE)
+    (report,) = result.report.folded
+    assert report.folded.strategy == "rotate"
+    assert report.folded.nodes_added == len(operators(result.model)) - len(operators(model))
+    assert set(operators(model)) - set(operators(result.model)) == set()
+
+
+def test_the_operator_of_onnxruntime():
+    """It stands in ONNX's own domain, which the checker does not know it in."""
+    body = "n = SimplifiedLayerNormalization<axis = -1, epsilon = 0.1>(s, g)" + HEADS
+    model = stream(body)
+    result = fold(model, **ROTATE)
+    assert result.report.saving.weights == saved(D, 4)
+    x = normal(2, 3, FFN, seed=19)
+    for before, after in zip(
+        *(outputs(m, x=x).values() for m in (model, result.model)), strict=True
+    ):
+        assert_close(after, before)
+
+
+def test_three_eighths_of_d_squared_at_four_panels():
+    assert saved(D, 4) == 3 * D * D // 8
+    assert saved(D, 2) == D * D // 4
+
+
+def test_narrow_readers_side_by_side_are_not_put_together():
+    """K and V of GQA: each reads its own share of the channels, and nothing is concatenated."""
+    body = """k0 = MatMul(n, K) v0 = MatMul(n, V) q0 = MatMul(n, Q)
+        k = Softmax(k0) v = Softmax(v0) q = Softmax(q0)"""
+    results = "float[b, t, 16] q, float[b, t, 4] k, float[b, t, 4] v"
+    held = {"K": normal(D, 4, seed=6), "V": normal(D, 4, seed=7)}
+    result = folded(stream(norm() + body, results, **held), saved(D, 4), **ROTATE)
+    (report,) = result.report.folded
+    assert report.folded.nodes_added == 5
+    assert operators(result.model).count("Slice") == 3
+    assert operators(result.model).count("Concat") == 1
+
+
+def test_a_writer_becomes_the_triangle_where_no_reader_is_as_wide():
+    model = stream(norm() + "q = MatMul(n, K)", "float[b, t, 8] q")
+    result = folded(model, saved(D, 4), **ROTATE)
+    assert (
+        result.report.folded[0].folded.text == "triangle of MatMul -> s (4 panels) into MatMul -> q"
+    )
+
+
+def test_a_reader_that_writes_a_graph_output():
+    held = {"E": normal(9, D, seed=8), "g": gain(2), "Q": normal(D, D, seed=3)}
+    text = f"(int64[b, t] x) => (float[b, t, 16] q) {{ s = Gather(E, x) {norm()}"
+    held |= {name: HELD[name] for name in ("two", "eps", "last")}
+    model = graph(text + " q = MatMul(n, Q) }", **held)
+    result = folded(model, saved(D, 4), **ROTATE)
+    (report,) = result.report.folded
+    assert report.folded.nodes_added == len(operators(result.model)) - len(operators(model))
+
+
+def test_a_table_its_positions_and_a_bias_are_rotated():
+    held = {"E": normal(9, D, seed=8), "P": normal(5, D, seed=9), "b": normal(D, seed=10)}
+    held |= {"g": gain(2), "Q": normal(D, D, seed=3), "K": normal(D, 8, seed=4)}
+    text = "(int64[b, 5] x) => (float[b, t, 16] q, float[b, t, 8] k) {"
+    text += f" e = Gather(E, x) f = Add(e, P) s = Add(f, b) {norm()} {HEADS} }}"
+    names = ("two", "eps", "last")
+    model = graph(text, **held, **{name: HELD[name] for name in names})
+    folded(model, saved(D, 4), **ROTATE)
+
+
+def test_readers_with_and_without_a_norm_and_norms_with_other_gains():
+    body = f"""{norm()} {norm(y="m", g="h")} q0 = MatMul(n, Q) q = Softmax(q0)
+        k0 = MatMul(m, K) k = Softmax(k0) o = MatMul(s, O)"""
+    results = "float[b, t, 16] q, float[b, t, 8] k, float[b, t, 7] o"
+    result = folded(stream(body, results, h=gain(11)), **ROTATE)
+    assert result.report.saving.weights >= saved(D, 4)  # the readers end at other places too
+
+
+def test_two_streams_that_share_a_gain():
+    """Exporters store equal gains once; each norm gets ones of its own, or shares them too."""
+    body = f"""{norm()} a0 = MatMul(n, A) a = Relu(a0) r = MatMul(a, B)
+        {norm(x="r", y="m")} q0 = MatMul(m, Q) q = Softmax(q0)"""
+    held = {"A": normal(D, FFN, seed=12), "B": normal(FFN, D, seed=13)}
+    model = stream(body, "float[b, t, 16] q", **held)
+    result = fold(model, **ROTATE)
+    assert [each.folded.weights_removed for each in result.report.folded] in (
+        [saved(D, 4) - D, saved(D, 4)],
+        [saved(D, 4), saved(D, 4) - D],
+    )
+    folded(model, 2 * saved(D, 4) - D, **ROTATE)
+
+
+def test_a_bias_behind_the_reader_stays():
+    body = norm() + "q1 = MatMul(n, Q) q0 = Add(q1, b) q = Softmax(q0)"
+    folded(stream(body, "float[b, t, 16] q", b=normal(D, seed=14)), saved(D, 4), **ROTATE)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_sixteen_bits(dtype, tmp_path):
+    pytest.importorskip("torch")
+    from onnx_fold.models.config import SkiplessConfig
+    from onnx_fold.models.export import export
+
+    shape = SkiplessConfig(norm="rms", hidden_size=128, head_dim=32, intermediate_size=448)
+    path = export(shape, tmp_path / "m.onnx", dtype=dtype, kv_cache=True)
+    report = onnx_fold.fold(path, provider="cpu", **ROTATE).report
+    assert len(report.folded) == 5
+    assert report.saving.weights == 5 * 3 * 128 * 128 // 8
+    assert report.proof.proved == [each.name for each in report.folded]
+    assert report.verification.ok
+    ratios = {each.name: each.ratio for each in report.verification.outputs}
+    assert max(ratios.values()) <= 2.0, ratios
+
+
+def test_it_is_proved_and_verified_by_default(tmp_path):
+    path = tmp_path / "m.onnx"
+    ir.save(stream(norm() + HEADS), path)
+    report = onnx_fold.fold(path, provider="cpu", **ROTATE).report
+    assert report.proof.error < 1e-12
+    assert report.verification.ok
+
+
+@pytest.mark.parametrize("norm_", [norm(), "n = LayerNormalization(s, g) "])
+def test_a_stream_is_proved_by_itself(norm_, tmp_path, monkeypatch):
+    """As in a model too large to be run whole: the squares of the stream are no place to cut."""
+    monkeypatch.setattr(proof, "WHOLE", 0)
+    path = tmp_path / "m.onnx"
+    ir.save(stream(norm_ + HEADS), path)
+    found = onnx_fold.fold(path, provider="cpu", **ROTATE).report.proof
+    assert found.scope == "each stream"
+    assert len(found.proved) == 1
+    assert found.error < 1e-12
+
+
+# --- LayerNorm ------------------------------------------------------------------------------------
+
+LAYER_NORMS = {
+    "operator": "{y} = LayerNormalization<axis = -1, epsilon = 0.1>({x}, {g}, {b})",
+    "decomposed": """{y}_m = ReduceMean<keepdims = 1>({x}, last) {y}_d = Sub({x}, {y}_m)
+        {y}_p = Pow({y}_d, two) {y}_v = ReduceMean<keepdims = 1>({y}_p, last)
+        {y}_e = Add({y}_v, eps) {y}_s = Sqrt({y}_e) {y}_n = Div({y}_d, {y}_s)
+        {y}_o = Mul({y}_n, {g}) {y} = Add({y}_o, {b})""",
+}
+
+
+def layer_norm(kind: str = "operator", x: str = "s", y: str = "n") -> str:
+    return LAYER_NORMS[kind].format(x=x, y=y, g="g", b="b") + " "
+
+
+BIASED = """q1 = MatMul(n, Q) q0 = Add(q1, c) q = Softmax(q0)
+    k1 = MatMul(n, K) k0 = Add(e, k1) k = Softmax(k0)"""
+BIASES = {"b": normal(D, seed=21), "c": normal(D, seed=22), "e": normal(8, seed=23)}
+
+
+@pytest.mark.parametrize("kind", LAYER_NORMS)
+def test_a_layer_norm_stays_as_it_is(kind):
+    """Its bias goes through the readers into theirs; no operator is replaced."""
+    model = stream(layer_norm(kind) + BIASED, **BIASES)
+    result = folded(model, saved(D, 4), **ROTATE)
+    (report,) = result.report.folded
+    assert report.folded.error < 3 * report.folded.error_original
+    assert report.folded.nodes_added == 7
+    assert operators(result.model).count("LayerNormalization") == (kind == "operator")
+
+
+def test_a_layer_norm_without_a_bias():
+    model = stream("n = LayerNormalization(s, g) " + HEADS)
+    folded(model, saved(D, 4), **ROTATE)
+
+
+def test_the_bias_of_a_layer_norm_becomes_one_of_a_reader():
+    model = stream(layer_norm() + HEADS, b=BIASES["b"])
+    result = folded(model, saved(D, 4) - D - 8, **ROTATE)
+    assert operators(result.model).count("Add") == 2
+
+
+@pytest.mark.parametrize("kind", LAYER_NORMS)
+def test_a_writer_in_front_of_a_layer_norm_becomes_the_triangle(kind):
+    model = stream(layer_norm(kind) + "q = MatMul(n, K)", "float[b, t, 8] q", b=BIASES["b"])
+    (report,) = folded(model, saved(D, 4) - 8, **ROTATE).report.folded
+    assert report.folded.text.startswith("triangle of MatMul -> s")
+
+
+def test_a_layer_norm_beside_an_rms_norm_and_a_reader_without():
+    """Behind an RMSNorm the channels do not add up to zero: only the others can be triangular."""
+    body = f"""{layer_norm()} {norm(y="m", g="h")} q1 = MatMul(n, Q) q0 = Add(q1, c) q = Softmax(q0)
+        k0 = MatMul(m, K) k = Softmax(k0) o = MatMul(s, O)"""
+    results = "float[b, t, 16] q, float[b, t, 8] k, float[b, t, 7] o"
+    held = {name: BIASES[name] for name in "bc"} | {"h": gain(11)}
+    (report,) = folded(stream(body, results, **held), saved(D, 4), **ROTATE).report.folded
+    assert report.folded.text.startswith("triangle of MatMul -> q1 (4 panels)")
+
+
+def test_a_mean_that_is_used_for_more_forbids_a_triangular_writer():
+    body = """m = ReduceMean<keepdims = 1>(s, last) n = LayerNormalization(s, g)
+        q = MatMul(n, Q)"""
+    model = stream(body, "float[b, t, 16] q, float[b, t, 1] m")
+    (report,) = folded(model, saved(D, 4), **ROTATE).report.folded
+    assert report.folded.text == "triangle of MatMul -> q (4 panels) into MatMul -> s"
+
+
+def test_gemms_with_biases():
+    held = {"W": normal(FFN, D, seed=1), "Q": normal(D, D, seed=3), "g": gain(2)} | BIASES
+    held["e"] = normal(D, seed=24)
+    text = f"""(float[n, {FFN}] x) => (float[n, 16] q) {{ s = Gemm(x, W, e)
+        n = LayerNormalization(s, g, b) q0 = Gemm<transB = 1>(n, Q, c) q = Softmax(q0) }}"""
+    folded(graph(text, **held), saved(D, 4), **ROTATE)
+
+
+# --- What is left alone ---------------------------------------------------------------------------
+
+
+def reason(model: ir.Model, **options) -> str:
+    """Why nothing is folded."""
+    return refused(model, **(options or ROTATE))
+
+
+def test_a_narrow_stream_does_not_pay_by_default():
+    text = reason(stream(norm() + HEADS), skip=["merge"])
+    assert "norms kept: 0.375 d² by rotation (does not pay in time on cpu)" in text
+    assert "fine-tuning" not in text
+
+
+def test_a_residual_stream_is_left():
+    body = f"""{norm()} a0 = MatMul(n, A) a = Relu(a0) r = MatMul(a, B) u = Add(s, r)
+        {norm(x="u", y="m")} c0 = MatMul(m, C) c = Relu(c0) p = MatMul(c, B) v = Add(u, p)
+        {norm(x="v", y="l")} q0 = MatMul(l, Q) q = Softmax(q0)"""
+    held = {
+        "A": normal(D, FFN, seed=15),
+        "B": normal(FFN, D, seed=16),
+        "C": normal(D, FFN, seed=20),
+    }
+    model = stream(body, "float[b, t, 16] q", **held)
+    assert "0.375 d² by rotation (does not pay in a residual model)" in refused(model)
+    folded(model, **ROTATE)  # but it can be asked for
+
+
+@pytest.mark.parametrize(
+    ("body", "results"),
+    [
+        ("q = Softmax(n)", "float[b, t, 16] q"),
+        ("q = Relu(n) k0 = MatMul(n, K) k = Softmax(k0)", "float[b, t, 16] q, float[b, t, 8] k"),
+        ("k0 = MatMul(n, K) k = Softmax(k0)", "float[b, t, 16] s, float[b, t, 8] k"),
+        ("k0 = MatMul(n, K) k = Softmax(k0)", "float[b, t, 16] n, float[b, t, 8] k"),
+    ],
+)
+def test_what_else_looks_at_the_channels_opens_the_stream(body, results):
+    assert "is read by" in reason(stream(norm() + body, results))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        f"{norm()} {norm(x='n', y='m', g='h')}",  # the length of what has a gain
+        f"{norm()} m = Add(n, s)",  # with a gain and without
+        f"{norm()} {norm(y='l', g='h')} m = Add(n, l)",  # two gains
+        f"{norm()} m = Add(n, k9)",  # a table behind the gain
+        f"{norm()} m = Mul(n, h)",  # two gains in a row
+    ],
+)
+def test_a_gain_that_cannot_be_moved_opens_the_stream(body):
+    held = {"h": gain(17), "k9": normal(9, D)}
+    model = stream(body + " k0 = MatMul(m, K) k = Softmax(k0)", "float[b, t, 8] k", **held)
+    (found,) = find_norm_streams(model)
+    assert found.group == Group.ORTHOGONAL
+    assert not found.is_closed
+    refused(model, **ROTATE)
+
+
+def test_a_gain_that_a_caller_can_override():
+    model = stream(norm() + HEADS)
+    model.graph.inputs.append(model.graph.initializers["g"])
+    assert not any(each.is_closed for each in find_norm_streams(model))
+
+
+def test_streams_without_norms_are_not_offered():
+    model = stream("n = Identity(s) " + HEADS)
+    assert find_norm_streams(model) == []
+    assert not fold(model, only=["rotate"]).report.folded
+
+
+def test_the_others_do_not_see_it():
+    model = stream(norm() + HEADS)
+    for name in ("absorb", "interpolate", "select"):
+        result = fold(model, strategy=name)
+        assert proto(result.model) == proto(model)
+        assert weights(result.model) == weights(model)
+
+
+def test_folding_twice_changes_nothing_more():
+    assert not fold(fold(stream(norm() + HEADS), **ROTATE).model, **ROTATE).report.folded
+
+
+def test_a_protected_layer_is_left():
+    assert "'Q' is protected" in reason(stream(norm() + HEADS), **ROTATE, protect=["Q"])
+
+
+# --- The algebra ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("columns", [3, 6, 9])
+def test_the_factor_is_orthogonal_and_makes_a_triangle(columns):
+    matrix = normal(6, columns, seed=18, dtype=np.float64)
+    factor = orthogonal_factor(Literal(matrix), Spool())
+    rotation = evaluate(factor)
+    np.testing.assert_allclose(rotation.T @ rotation, np.eye(6), atol=1e-14)
+    triangle = evaluate(OrthogonalBasis(factor).of_reader(Literal(matrix)))
+    np.testing.assert_allclose(np.tril(triangle, -1), 0.0, atol=1e-14)
+
+
+def test_scaled_rows_multiply_exactly():
+    matrix, factors = normal(6, 4, dtype=np.float64), normal(6, dtype=np.float64)
+    x, y = normal(3, 6, dtype=np.float64), normal(3, 4, dtype=np.float64)
+    scaled = exact(ScaledRows(Literal(matrix), Literal(factors)))
+    expected = np.diag(factors) @ matrix
+    np.testing.assert_allclose(values(scaled), expected)
+    np.testing.assert_allclose(Multiplier().times(x, scaled), x @ expected)
+    np.testing.assert_allclose(Multiplier().times(y, transpose(scaled)), y @ expected.T)
+    rows = evaluate(scaled.take(Literal(np.array([2, 0])), 0))
+    np.testing.assert_allclose(rows, expected[[2, 0]])
