@@ -133,7 +133,7 @@ def _write(
     metadata: Mapping[str, str] | None = None,
     progress: Report = ignore,
 ) -> Path:
-    _name_weights(graph)
+    name_weights(graph)
     ClearMetadataAndDocStringPass()(graph)  # stack traces name the exporting machine's folders
     graph.metadata_props.update(metadata or {})
     with saving(graph, Path(output), report=progress):
@@ -241,7 +241,7 @@ def _nest(flat: list[Any]) -> tuple[Any, ...]:
     return flat[0], flat[1], list(zip(flat[2::2], flat[3::2], strict=True))
 
 
-def _name_weights(model: ir.Model) -> None:
+def name_weights(model: ir.Model) -> None:
     """Name transposed weights after the module that owns them, instead of val_41 and so on.
 
     The module is the last but one scope of the node, which dynamo keeps in the metadata and

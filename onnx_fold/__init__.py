@@ -22,6 +22,9 @@ if TYPE_CHECKING:
         OnnxFoldError,
         UsageError,
     )
+    from onnx_fold.integrations.folder import FolderReport, fold_folder
+    from onnx_fold.integrations.onnx_ir import OnnxFold
+    from onnx_fold.integrations.torch import export
     from onnx_fold.pipeline import FoldResult, InspectReport, fold, inspect
     from onnx_fold.report.fold import CheckFailedError, FoldReport
     from onnx_fold.speed.timing import BenchReport, bench
@@ -45,15 +48,19 @@ __all__ = [
     "CheckFailedError",
     "FoldReport",
     "FoldResult",
+    "FolderReport",
     "InspectReport",
     "InvalidModelError",
     "MissingExtraError",
     "NotFiniteError",
+    "OnnxFold",
     "OnnxFoldError",
     "ParityReport",
     "UsageError",
     "bench",
+    "export",
     "fold",
+    "fold_folder",
     "inspect",
     "verify",
 ]
@@ -63,10 +70,14 @@ _MODULES = {
     "CheckFailedError": "report.fold",
     "FoldReport": "report.fold",
     "FoldResult": "pipeline",
+    "FolderReport": "integrations.folder",
     "InspectReport": "pipeline",
+    "OnnxFold": "integrations.onnx_ir",
     "ParityReport": "check.parity",
     "bench": "speed.timing",
+    "export": "integrations.torch",
     "fold": "pipeline",
+    "fold_folder": "integrations.folder",
     "inspect": "pipeline",
     "verify": "check.parity",
 }

@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # else imported where needed: help and version come at once
     from onnx_fold.base.progress import Report
 
 ModelPath = click.Path(dir_okay=False, path_type=Path)
+AnyPath = click.Path(path_type=Path)
 
 _PROVIDER = click.option(
     "--provider",
@@ -212,8 +213,13 @@ def _running(command: Callable[..., None]) -> Callable[..., None]:
 
 
 @cli.command(short_help="Fold MODEL: same function, fewer weights.")
-@click.argument("model", type=ModelPath)
-@click.option("-o", "--output", type=ModelPath, help="File to write; never the input.")
+@click.argument("model", type=AnyPath)
+@click.option(
+    "-o",
+    "--output",
+    type=AnyPath,
+    help="File to write; never the input. For a folder a folder, which is not there or is empty.",
+)
 @click.option(
     "--in-place",
     is_flag=True,
@@ -271,13 +277,27 @@ def fold(
     quiet: bool,
     **options: Any,
 ) -> None:
-    """Fold MODEL: same inputs, outputs and function, fewer weights."""
+    """Fold MODEL: same inputs, outputs and function, fewer weights.
+
+    MODEL may be a folder, as optimum and onnxruntime-genai write it: each .onnx file in it is
+    folded by itself, and all other files are copied.
+    """
     import onnx_fold
 
     if (output is None) == (not in_place) and not dry_run:
         raise click.UsageError(
             "say where to write with -o FILE or --in-place, or ask for a --dry-run"
         )
+    if model.is_dir():
+        if in_place or html or options.pop("inputs") or options.pop("calibrate"):
+            raise click.UsageError(
+                "--in-place, --html, --inputs and --calibrate are for one model, not for a folder"
+            )
+        options["verify"] = not no_verify and verify
+        _fold_folder(model, None if dry_run else output, report, quiet, show_all, options)
+        return
+    if output is not None and output.is_dir():
+        raise click.UsageError(f"-o {output} is a folder, and {model} is not")
     _check_targets(output, report, model, options["calibrate"])
     _check_page(html, (output, report), model, options["calibrate"])
     console = _console(quiet, report == _STANDARD_OUTPUT)
@@ -303,6 +323,35 @@ def fold(
     if report is not None:
         _write_json(report, result.report.to_dict())
     _write_page(html, result.report, model)
+
+
+def _fold_folder(
+    folder: Path,
+    output: Path | None,
+    report: Path | None,
+    quiet: bool,
+    show_all: bool,
+    options: dict[str, Any],
+) -> None:
+    """Fold each model of ``folder``."""
+    import onnx_fold
+    from onnx_fold.files.targets import check_target
+
+    if report is not None and report != _STANDARD_OUTPUT:
+        check_target(report, (path for path in folder.rglob("*") if path.is_file()))
+    console = _console(quiet, report == _STANDARD_OUTPUT)
+    try:
+        with _progress(quiet) as progress:
+            result = onnx_fold.fold_folder(folder, output, progress=progress, **options)
+    except onnx_fold.CheckFailedError as error:
+        console.print(replace(error.report, is_long=show_all))
+        raise
+    files = {name: replace(each, is_long=show_all) for name, each in result.files.items()}
+    console.print(replace(result, files=files))
+    if output is not None:
+        console.print(f"Wrote {output}.", highlight=False)
+    if report is not None:
+        _write_json(report, result.to_dict())
 
 
 @cli.command(short_help="Show what would fold in MODEL, and why the rest would not.")

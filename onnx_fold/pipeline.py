@@ -395,12 +395,16 @@ def _inputs(*sources: Path | ir.Model | str | os.PathLike[str] | object) -> Iter
             yield Path(source)
 
 
-def _check_names(model: ir.Model, protect: Iterable[str]) -> None:
+def known_names(model: ir.Model) -> set[str | None]:
+    """What can be protected: initializers, nodes, values, and layers as reports call them."""
     graph = model.graph
     known = {value.name for node in graph for value in (*node.inputs, *node.outputs) if value}
     known |= {node.name for node in graph} | {label(node) for node in graph}
-    known |= {linear.label for linear in find_linears(graph)} | set(graph.initializers)
-    if unknown := sorted(set(protect) - known):
+    return known | {linear.label for linear in find_linears(graph)} | set(graph.initializers)
+
+
+def _check_names(model: ir.Model, protect: Iterable[str]) -> None:
+    if unknown := sorted(set(protect) - known_names(model)):
         raise UsageError(f"nothing in the model is called '{unknown[0]}'")
 
 

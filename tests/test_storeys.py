@@ -13,11 +13,11 @@ ROOT = Path(__file__).parents[1]
 
 STOREYS = (
     *("base", "algebra", "files", "graph", "streams", "rewriting", "engine"),
-    *("runtime", "check", "speed", "report", "models", "passes"),
+    *("runtime", "check", "speed", "report", "models", "passes", "integrations"),
 )
-"""From the ground up. What lies beside these folders stands above all of them, but for errors."""
+"""From the ground up. What lies beside these folders stands as high as the last, but for errors."""
 
-GROUND, TOP = -1, len(STOREYS)
+GROUND, TOP = -1, len(STOREYS) - 1
 LARGEST = 10
 
 

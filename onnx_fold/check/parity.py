@@ -15,7 +15,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
@@ -39,8 +39,12 @@ from onnx_fold.graph.widen import precision, widen
 from onnx_fold.runtime import sessions
 from onnx_fold.runtime.environment import environment
 from onnx_fold.runtime.generate import Decoder, Function, GreedyCheck, GreedyParity
-from onnx_fold.runtime.inputs import Arrays
+from onnx_fold.runtime.inputs import Arrays, input_symbols
+from onnx_fold.runtime.module import ModuleFunction, is_module
 from onnx_fold.runtime.sessions import MissingKernelError, RunFailedError
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["ParityReport", "signature_difference", "verify"]
 
@@ -78,6 +82,7 @@ class ParityReport(Shown):
         stored: How far the weights differ, as stored, if that was compared.
         greedy: Whether both models write the same tokens, if that was asked.
         environment: Machine and versions, see :func:`onnx_fold.runtime.environment.environment`.
+        against: What the original is, if it is no ONNX model: ``the PyTorch module``.
     """
 
     ok: bool
@@ -91,6 +96,7 @@ class ParityReport(Shown):
     stored: StoredParity | None = None
     greedy: GreedyParity | None = None
     environment: dict[str, Any] = field(default_factory=dict)
+    against: str = ""
 
     def __bool__(self) -> bool:
         """Whether the models compute the same function: ``assert verify(a, b)`` means it."""
@@ -124,9 +130,11 @@ class ParityReport(Shown):
 
 @blames_models
 def verify(
-    original: ModelSource,
+    original: ModelSource | torch.nn.Module,
     folded: ModelSource,
     *,
+    args: Any = None,
+    kwargs: Mapping[str, Any] | None = None,
     provider: Provider = "cpu",
     samples: int = 1,
     shapes: Mapping[str, int] | Iterable[Mapping[str, int]] | None = None,
@@ -143,14 +151,20 @@ def verify(
     Models are run one after another, each loaded once.
 
     Args:
-        original: The model before the fold.
+        original: The model before the fold, or the ``torch.nn.Module`` that was exported. The
+            latter runs where it is, in evaluation mode, and its copy in a wider type is the
+            reference.
         folded: The model after it.
+        args: Arguments of the module, as ``torch.onnx.export`` takes them. It runs on these, and
+            on those ``shapes`` that it takes, of the kind that the model's own inputs are.
+        kwargs: Its keyword arguments.
         provider: ``"cpu"``, ``"cuda"`` or ``"auto"``.
         samples: Random inputs of each shape.
         shapes: Sizes of the inputs: ``batch``, ``seq``, ``past``, or the name of any symbolic
             dimension. By default short and long ones, one row and many, one token, and other
             sizes for dimensions of other names, see :mod:`onnx_fold.check.feeds`; where the
-            original runs none of these, sizes that its graph holds.
+            original runs none of these, sizes that its graph holds. Of a module, ``()`` for its
+            arguments alone.
         inputs: The inputs to run instead of random ones: arrays by name, or an ``.npz`` file.
         tolerance: A relative error that no output may exceed; it only tightens the rule.
         max_ratio: See the rule.
@@ -170,10 +184,22 @@ def verify(
         InvalidModelError: One of the models cannot be read, or the original cannot be loaded. A
             folded model that ONNX Runtime does not load or run is a failed report.
     """
-    before, after = load(original), load(folded)
+    source: Any = original  # torch, and so what a module is, may not be there
+    if is_module(source):
+        if args is None and kwargs is None:
+            raise UsageError("a module needs args or kwargs: what it is called with")
+        if inputs is not None or greedy is not None:
+            raise UsageError("a module runs on its args: inputs and greedy are for ONNX models")
+        before = after = load(folded)
+        module = ModuleFunction.of(source, () if args is None else args, kwargs, after)
+    else:
+        if args is not None or kwargs is not None:
+            raise UsageError("args and kwargs are for a torch.nn.Module; pass inputs")
+        before, after, module = load(source), load(folded), None
     provider = sessions.resolve_provider(provider)
     report = ParityReport(False, provider=provider, dtype=precision(before).name)
     report.environment = environment(provider)
+    report.against = "" if module is None else "the PyTorch module"
     report.reason = signature_difference(before, after)
     if report.reason:
         return report
@@ -183,12 +209,15 @@ def verify(
         check = GreedyCheck(decoder, decoder.start(inputs, seed), greedy)
         inputs = None if inputs is None else check.start
     sizes = None if shapes is None else several(shapes)
-    feeds = make_feeds(before, inputs, sizes, samples, seed)
-    free = inputs is None and shapes is None
+    if module is not None:
+        feeds = _module_feeds(module, after, sizes, samples, seed)
+    else:
+        feeds = make_feeds(before, inputs, sizes, samples, seed)
+    free = inputs is None and shapes is None and module is None
     more = frozen_feeds(before, seed) if free else ()
-    run = _Runner(provider, emulate, report.notes, check, more)
+    run = _Runner(provider, emulate, report.notes, check, more, module)
     try:
-        runs = run.pair((original, before), (folded, after), feeds)
+        runs = run.pair((source, before), (folded, after), feeds)
     except _FoldedFailedError as error:
         report.reason = f"the folded model does not run where the original does: {error}"
         return report
@@ -200,7 +229,7 @@ def verify(
     failed = [
         f"output '{output.name}': {output.reason}" for output in report.outputs if output.reason
     ]
-    if reference and not failed:
+    if reference and not failed and module is None:
         report.stored = run.stored(before, after, runs)
         if report.stored is not None and not report.stored.ok:
             failed.append(str(report.stored))
@@ -211,6 +240,20 @@ def verify(
     report.ok = not failed
     report.reason = "; ".join(failed[:3])
     return report
+
+
+def _module_feeds(
+    module: ModuleFunction,
+    model: ir.Model,
+    shapes: Sequence[Mapping[str, int]] | None,
+    samples: int,
+    seed: int,
+) -> list[Feed]:
+    """Return the module's arguments, and others of the given shapes, or of the default ones."""
+    feeds = [Feed("the given arguments", module.arrays(model))]
+    if shapes or (shapes is None and input_symbols(model)):
+        feeds += make_feeds(model, None, shapes, samples, seed)
+    return feeds
 
 
 # --- Before the run: signatures and inputs -------------------------------------------------------
@@ -265,6 +308,11 @@ class _Runner:
     notes: list[str]
     greedy: GreedyCheck | None = None
     more: Iterable[Feed] = ()
+    module: ModuleFunction | None = None
+
+    @property
+    def _all(self) -> str:
+        return "both models" if self.module is None else "the folded model"
 
     def pair(
         self,
@@ -286,13 +334,13 @@ class _Runner:
                 return self._emulated(original[1], folded[1], feeds)
             if max(weight_bytes(model) for model in (original[1], folded[1])) > EVALUATOR_LIMIT:
                 raise
-            self.notes.append(f"both models ran in onnx.reference: {error}")
+            self.notes.append(f"{self._all} ran in onnx.reference: {error}")
             return self._both(evaluator, original[1], folded[1], feeds)
 
     def _emulated(self, original: ir.Model, folded: ir.Model, feeds: list[Feed]) -> list[Run]:
         if _has_sixteen_bits(original):
             self.notes.append(
-                f"both models ran in float32 with every operator's result rounded to"
+                f"{self._all} ran in float32 with every operator's result rounded to"
                 f" {precision(original).name}, on the {self.provider} provider"
             )
         to = ir.DataType.FLOAT
@@ -313,7 +361,7 @@ class _Runner:
         to: ir.DataType | None = None,
     ) -> list[Run]:
         """Run both models, on floats widened ``to`` the type that they expect."""
-        function = _widening(engine(original), to)
+        function = self.module or _widening(engine(original), to)
         runs = self._original(function, feeds)
         if self.greedy is not None:
             self.greedy.run_original(function)
@@ -324,6 +372,8 @@ class _Runner:
             if self.greedy is not None:
                 self.greedy.run_folded(function)
         except (InvalidModelError, RunFailedError) as error:
+            if self.module is not None and isinstance(error, MissingKernelError):
+                raise  # of an original it would have been raised above
             raise _FoldedFailedError(str(error)) from error
         return runs
 
@@ -359,9 +409,12 @@ class _Runner:
             )
             self.notes.append(f"no reference ({why}): the tolerance decides")
             return
+        feeds = [run.feed.arrays for run in runs]
         try:
-            wide = widen(model, to)
-            outputs = self._wide_outputs(wide, [run.feed.arrays for run in runs], to, size)
+            if self.module is not None:
+                outputs = self._run_wide(self.module.widened(to), feeds, to)
+            else:
+                outputs = self._wide_outputs(widen(model, to), feeds, to, size)
         except (InvalidModelError, UsageError) as error:
             logger.debug("no reference", exc_info=True)
             self.notes.append(f"no reference in {to.name} ({error}): the tolerance decides")

@@ -47,8 +47,9 @@ def parity_table(report: ParityReport) -> Table:
     sources = {output.limit_from for output in rows if output.judged}
     if len(sources) == 1:
         captions.append(f"limit: {next(iter(sources))}, for what is nearest to it")
+    against = f" with {report.against}" if report.against else ""
     table = figures_table(
-        f"Parity in {report.dtype.lower()} on {report.provider}: {_inputs(report.shapes)}",
+        f"Parity{against} in {report.dtype.lower()} on {report.provider}: {_inputs(report.shapes)}",
         "; ".join(captions) or None,
     )
     table.add_column("output", overflow="fold")

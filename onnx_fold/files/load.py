@@ -177,6 +177,8 @@ def _check(source: ModelSource, cause: Exception) -> None:
     try:
         model = name if is_path else ir.to_proto(load(source))
         onnx.checker.check_model(model, full_check=True)
+    except UsageError:
+        return  # it is no model at all
     except Exception as error:
         raise InvalidModelError(f"{name} is not a valid ONNX model: {sentence(error)}") from cause
 
@@ -242,7 +244,7 @@ def data_files(path: Path) -> set[Path]:
         return set()
     return {
         path.parent / entry.value
-        for tensor in _all_stored(proto)
+        for tensor in all_stored(proto)
         if onnx.external_data_helper.uses_external_data(tensor)
         for entry in tensor.external_data
         if entry.key == "location"
@@ -261,7 +263,7 @@ class _Range:
 def _check_external(proto: onnx.ModelProto, folder: Path) -> None:
     """Check that every external tensor lies whole in a file of ``folder``, and none in another."""
     ranges: dict[Path, set[_Range]] = defaultdict(set)
-    for tensor in _all_stored(proto):
+    for tensor in all_stored(proto):
         if onnx.external_data_helper.uses_external_data(tensor):
             file, found = _external_range(tensor, folder)
             if found.end > found.start:
@@ -276,7 +278,8 @@ def _check_external(proto: onnx.ModelProto, folder: Path) -> None:
                 )
 
 
-def _all_stored(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+def all_stored(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    """Yield every tensor that ``proto`` holds, those of functions and bodies included."""
     yield from _stored(proto.graph.initializer, proto.graph.node)
     for function in proto.functions:
         yield from _stored((), function.node)

@@ -29,7 +29,7 @@ from onnx_fold.errors import CannotWriteError, InvalidModelError
 from onnx_fold.files.load import external_tensors, load
 from onnx_fold.files.neighbours import WORKPLACE, reasons_to_stay
 
-__all__ = ["check_space", "clean", "data_names", "left_over", "old_data", "replacing"]
+__all__ = ["appearing", "check_space", "clean", "data_names", "left_over", "old_data", "replacing"]
 
 _LONGEST = 180
 """Bytes that the name of a file may have at most to be part of longer ones."""
@@ -63,6 +63,38 @@ def replacing(target: Path, obsolete: Sequence[str] = ()) -> Iterator[Path]:
                 _commit(folder, target, obsolete)
             finally:
                 _settle(folder, target)
+    except OSError as error:
+        raise CannotWriteError(f"cannot write {target}: {error.strerror or error}") from error
+
+
+@contextlib.contextmanager
+def appearing(target: Path) -> Iterator[Path]:
+    """Give an empty folder beside ``target``; it becomes ``target`` by one rename after the block.
+
+    If the block raises there is nothing. A folder that a killed process left is removed by
+    :func:`clean`.
+
+    Args:
+        target: A folder that is not there, or is empty.
+
+    Raises:
+        CannotWriteError: Anything that the operating system refused, inside the block or out, or
+            another process is writing ``target``.
+    """
+    try:
+        clean(target.parent)
+        with _own_folder(target) as workplace:
+            try:
+                folder = workplace / target.name
+                folder.mkdir()
+                yield folder
+                for root, _, names in os.walk(folder):
+                    for path in (*(Path(root) / name for name in names), Path(root)):
+                        _flush(path)
+                folder.rename(target)
+                _flush(target.parent)
+            finally:
+                _settle(workplace, target)
     except OSError as error:
         raise CannotWriteError(f"cannot write {target}: {error.strerror or error}") from error
 
@@ -215,7 +247,9 @@ def _settle(folder: Path, target: Path) -> None:
         journal.unlink()  # first: without the graph it would read as committed
         _flush(folder)
     for path in folder.iterdir():
-        if path.name != _LOCK:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != _LOCK:
             path.unlink()
     (folder / _LOCK).unlink()  # last: a folder without a lock is left alone
     folder.rmdir()

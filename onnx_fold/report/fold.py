@@ -42,6 +42,7 @@ class FoldReport(Shown):
             each, or nothing if it can be deleted.
         is_long: Whether the tables have a line for every stream; else streams that are alike but
             for a number in their names share one.
+        module: The parity with the PyTorch module that was exported, if one was.
     """
 
     saving: Saving
@@ -53,10 +54,11 @@ class FoldReport(Shown):
     is_plan: bool = False
     old_data: dict[str, str] = field(default_factory=dict)
     is_long: bool = False
+    module: ParityReport | None = None
 
     def __bool__(self) -> bool:
         """False if the result was verified and is not the same function."""
-        return self.verification is None or self.verification.ok
+        return all(check is None or check.ok for check in (self.verification, self.module))
 
     def __repr__(self) -> str:
         count = counted(len(self.folded), "stream")
@@ -96,6 +98,7 @@ class FoldReport(Shown):
             "taken_back": dict(self.taken_back),
             "verification": None if self.verification is None else self.verification.to_dict(),
             "old_data": self.old_data,
+            "module": None if self.module is None else self.module.to_dict(),
         }
 
     def __rich__(self) -> RenderableType:
@@ -119,6 +122,8 @@ class FoldReport(Shown):
             parts.append(self.proof)
         if self.verification is not None:
             parts.append(self.verification)
+        if self.module is not None:
+            parts.append(self.module)
         return Group(*parts)
 
 
