@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import logging
 from typing import Any
@@ -60,6 +61,8 @@ class OnnxFold(ir.passes.InPlacePass):
             return ir.passes.PassResult(model, modified=False)
         evaluate(result.model, self.options.get("executor"))
         _become(model, result.model)
+        del result
+        gc.collect()  # arrays that map the data files: who releases those next would fail
         return ir.passes.PassResult(model, modified=True)
 
 
