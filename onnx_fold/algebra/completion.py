@@ -55,21 +55,22 @@ class Worst:
     scale: float
 
 
-def worst_rows(basis: Array, count: int, device: Device = HOST, sketched: int = 64) -> Worst:
+def worst_rows(basis: Array, count: int, device: Device = HOST) -> Worst:
     """Find the rows of a basis that condition it worst.
 
     Rounding a coordinate of a vector adds an error in proportion to the length of its row, and to
-    that of its column of the inverse, by which the coordinate is large. The lengths of
-    the columns are estimated by ``sketched`` random products, within some 9 %.
+    that of its column of the inverse, by which the coordinate is large. Without a row
+    the columns of the others lose what is parallel to its own, so the longest is taken of what is
+    left: QR with pivoting of the inverse, of which a few more random products than there are rows
+    to find tell as much (P. Martinsson et al., "Randomized QR with column pivoting", 2017).
 
     Args:
         basis: ``[d, d]``.
         count: How many rows.
         device: Where to eliminate, in float64.
-        sketched: How many random products.
     """
     wide = basis.astype(np.float64)
-    random = np.random.default_rng(0).standard_normal((len(wide), sketched))
+    random = np.random.default_rng(0).standard_normal((len(wide), min(len(wide), count + 64)))
     with np.errstate(all="ignore"):  # a singular basis: nothing of it is finite
         factors = device.lu_factor(device.load(wide))
 
@@ -77,14 +78,26 @@ def worst_rows(basis: Array, count: int, device: Device = HOST, sketched: int = 
             return device.fetch(device.lu_solve(factors, device.load(rhs), transposed))
 
         sizes = np.linalg.norm(wide, axis=1)
-        lengths = np.linalg.norm(solve(random, transposed=True), axis=1) * sizes
-        rows = np.argsort(-lengths, kind="stable")[:count]
+        rows = _longest(solve(random, transposed=True) * sizes[:, None], count)
         units = np.zeros((len(wide), count))
         units[rows, np.arange(count)] = 1.0
         q = np.linalg.qr(solve(units, transposed=False))[0]
         scale = float(np.sqrt(np.mean(sizes**2)))
         solved = np.ascontiguousarray(solve(q, transposed=True).T)
         return Worst(rows, scale * q.T, solved, wide[rows] @ q, scale)
+
+
+def _longest(sketch: Array, count: int, rounds: int = 8) -> Indices:
+    """The rows of ``sketch`` that are longest in what those taken before do not span."""
+    found = np.zeros(0, np.intp)
+    for most in np.linspace(0, count, rounds + 1).astype(int)[1:]:
+        lengths = np.linalg.norm(sketch, axis=1)
+        lengths[found] = -1.0
+        new = np.argsort(-lengths, kind="stable")[: most - len(found)]
+        found = np.concatenate((found, new))
+        q = np.linalg.qr(sketch[new].T)[0]
+        sketch = sketch - (sketch @ q) @ q.T
+    return found
 
 
 class Completion:

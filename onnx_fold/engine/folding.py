@@ -21,7 +21,7 @@ from onnx_fold.algebra.basis import (
     Basis,
     Side,
     TableSide,
-    max_stream_ratio,
+    max_ratio,
     probe,
     product_dtype,
 )
@@ -187,7 +187,7 @@ def _over_limits(error: float, own: float, dtype: ir.DataType, options: Options)
     own = max(own, unit_roundoff(dtype) / 2)  # the layers may be exact by chance
     ratio = round(error / own, 1)
     for_size = options.target is None
-    most, most_for_size = (max_stream_ratio(dtype, for_size=each) for each in (for_size, True))
+    most, most_for_size = (max_ratio(dtype, for_size=each) for each in (for_size, True))
     if dtype != ir.DataType.DOUBLE and ratio > most:  # nothing wider than double
         larger = f"--objective size takes up to {most_for_size:.1f}; " * (most < most_for_size)
         return (
