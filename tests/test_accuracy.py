@@ -75,7 +75,8 @@ def check_order(data: dict) -> None:
         assert folded["automatic"]["ratio"] <= 8
         assert folded["paper"]["ratio"] > folded["merge + interpolate"]["ratio"]
         assert folded["paper"]["squares_removed"] == 2 * model["blocks"]
-        assert folded["automatic"]["squares_removed"] >= 2 * model["blocks"]
+        each = 2 if model["dtype"] == "fp32" else 1  # for a part of O, in 16 bits, d is too small
+        assert folded["automatic"]["squares_removed"] >= each * model["blocks"]
 
 
 def test_quick_run(tmp_path: Path) -> None:
