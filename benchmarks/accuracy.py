@@ -32,15 +32,20 @@ from typing import TYPE_CHECKING, Any
 
 import matrices
 import numpy as np
+import onnx
+import onnx.parser
 import onnx_ir as ir
 from matrices import KINDS, Matrix, State, StreamWeights
 
 import onnx_fold
 from onnx_fold.algebra.basis import Basis, Side, probe, product_dtype
 from onnx_fold.algebra.expression import Literal, evaluate
-from onnx_fold.algebra.selection import select_blocks, select_rows
+from onnx_fold.algebra.selection import select_blocks
+from onnx_fold.engine.folding import Options
 from onnx_fold.models.config import SkiplessConfig
-from onnx_fold.passes import PASSES
+from onnx_fold.passes import PASSES, InterpolatePass
+from onnx_fold.rewriting.selected import SHARES
+from onnx_fold.streams.stream import find_streams
 
 if TYPE_CHECKING:
     from onnx_fold.models.skipless import SkiplessTransformer
@@ -155,12 +160,7 @@ def measure_stream(stream: StreamWeights, dtype: ir.DataType) -> dict[str, tuple
     readers = [side(q, None), *(side(r, evaluate(basis.of_reader(Literal(r)))) for r in others)]
     errors["absorb"] = probe([side(o, times(o, q))], readers, dtype)
 
-    order, rest = select_rows(o)
-    coefficients = np.empty_like(o)
-    coefficients[order] = np.vstack([np.eye(width), rest])
-    rows = o[order[:width]]
-    readers = [side(r, times(rows, r)) for r in (q, *others)]
-    errors["interpolate"] = probe([side(o, coefficients)], readers, dtype)
+    errors |= interpolated({"O": o, "Q": q, "K": others[0], "V": others[1]}, dtype)
 
     if width <= SELECT_UP_TO:
         heads = np.hstack([q, *others])
@@ -171,6 +171,34 @@ def measure_stream(stream: StreamWeights, dtype: ir.DataType) -> dict[str, tuple
         solved = evaluate(basis.of_reader(Literal(rest)))
         readers = [side(heads[:, chosen], None), side(rest, solved)]
         errors["select"] = probe([side(o, times(o, heads[:, chosen]))], readers, dtype)
+    return errors
+
+
+def interpolated(
+    weights: Mapping[str, Matrix], dtype: ir.DataType
+) -> dict[str, tuple[float, float]]:
+    """What the pass itself predicts, for all rows of O and for the parts that it offers."""
+    f, d = weights["O"].shape
+    heads = "".join(f", float[n, {weights[name].shape[1]}] {name.lower()}" for name in "KV")
+    text = f"stream (float[n, 1] x) => (float[n, {d}] q{heads})"
+    text += " { a = MatMul(x, M) h = Relu(a) s = MatMul(h, O)"
+    text += " q = MatMul(s, Q) k = MatMul(s, K) v = MatMul(s, V) }"
+    held = {"M": np.ones((1, f)), **weights}
+    proto = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["": 18]> {text}')
+    for name, array in held.items():
+        tensor = ir.tensor(array.astype(dtype.numpy()), name=name)
+        proto.graph.initializer.append(ir.to_proto(tensor))
+    model = ir.from_proto(proto)
+    (stream,) = (each for each in find_streams(model) if each.width == d and each.is_closed)
+    errors = {}
+    for candidate in InterpolatePass().candidates(stream):
+        rows = int(candidate.text.partition(" ")[0])
+        report = candidate.judged(stream, Options(force=True), {})
+        assert report.error is not None
+        assert report.error_original is not None
+        share = min(SHARES, key=lambda share: abs(share - rows / d))
+        name = "interpolate" if rows == d else f"{share:.0%} of it"
+        errors.setdefault(name, (report.error, report.error_original))
     return errors
 
 
@@ -512,6 +540,7 @@ COLOURS = {
     "absorb": "#c1440e",
     "paper": "#c1440e",
     "interpolate": "#1f6f8b",
+    **{f"{share:.0%} of it": "#7fb3c4" for share in SHARES},
     "merge + interpolate": "#1f6f8b",
     "merge": "#888888",
     "select": "#b08900",
@@ -554,7 +583,7 @@ def _plot_streams(figure: Any, streams: Sequence[Mapping[str, Any]]) -> None:
         axis.set(xscale="log", yscale="log", title=f"{kind} weights", xlabel="d")
         axis.set_xticks(list(SEEDS), [str(width) for width in SEEDS])
         axis.minorticks_off()
-        _grid(axis, onnx_fold.algebra.basis.MAX_STREAM_RATIO)
+        _grid(axis, onnx_fold.algebra.basis.MAX_NARROW_RATIO)
     axes[0].set_ylabel("error ratio")
     handles = [Line2D([], [], color=COLOURS[name], label=name) for name in names]
     handles += [Line2D([], [], color="black", ls=ls, label=name) for name, ls in styles.items()]

@@ -15,6 +15,7 @@ from typing import Any
 import onnx_ir as ir
 from rich.console import Group, RenderableType
 
+from onnx_fold.algebra.basis import max_ratio
 from onnx_fold.algebra.device import Array, find_device
 from onnx_fold.base.arguments import DeviceName, Objective, Pivot, Provider, TargetName, several
 from onnx_fold.base.progress import Report, ignore
@@ -33,6 +34,7 @@ from onnx_fold.files.targets import check_format, check_place, check_target
 from onnx_fold.files.write import data_of, evaluate, obsolete_data, saving
 from onnx_fold.graph.inline import inline
 from onnx_fold.graph.linear import find_linears, label
+from onnx_fold.graph.widen import precision
 from onnx_fold.report.attention import Attention, find_attention
 from onnx_fold.report.fold import CheckFailedError, FoldReport
 from onnx_fold.runtime.calibrate import record
@@ -185,8 +187,8 @@ def fold(
         protect: Names of initializers, nodes or values whose streams are left alone.
         tolerance: Largest predicted relative error of one fold. It only tightens: the default of
             the storage type, :data:`onnx_fold.algebra.basis.TOLERANCES`, and
-            :data:`onnx_fold.algebra.basis.MAX_STREAM_RATIO` times the error of the original hold
-            in any case.
+            :func:`onnx_fold.algebra.basis.max_ratio` times the error of the original hold in any
+            case.
         force: With ``strategy``: take its folds whatever their predicted error and time. They are
             proved and judged as any other, and nothing is taken back.
         calibrate: Inputs, as arrays by name or an ``.npz`` file. The original runs on them once;
@@ -195,8 +197,9 @@ def fold(
         device: Where to evaluate weights: ``"cpu"``, or a device of torch such as ``"cuda"``; the
             processor does it, with a logged warning, where torch or the device is missing.
         objective: What folds are for. ``"speed"`` leaves those whose operators take longer than
-            reading and multiplying the weights did that they save; ``"size"`` takes whatever saves
-            weights, and reports which cost time.
+            reading and multiplying the weights did that they save, and in 16 bits those with more
+            than 3 times the original's error; ``"size"`` takes whatever saves weights, up to 6
+            times, and reports which cost time.
         target: With ``"speed"``, where no fold may cost time: ``"cpu"`` or ``"cuda"``. None is the
             ``provider`` that the fold is checked on.
         verify: Prove each fold in float64 (:mod:`onnx_fold.check.proof`), then compare the models
@@ -252,7 +255,8 @@ def fold(
     seen = None if calibrate is None else record(original, calibrate, provider)
     plan = partial(_plan, original, chosen, options, seen)
     sizes = None if shapes is None else list(several(shapes))
-    how = {"provider": provider, "shapes": sizes, "inputs": inputs}
+    most = max_ratio(precision(original), for_size=options.target is None or force)
+    how = {"provider": provider, "shapes": sizes, "inputs": inputs, "max_ratio": most}
     place = source, destination, in_place, mode, how, shard_size, executor, delete_old_data
     finish = _Finish(*place, progress)
     if not mode:
@@ -357,8 +361,8 @@ class _Finish:
         if self.mode == "full" or (self.mode == "auto" and fits):
             return parity_check(result.source or result.original, folded, **self.how)
         before = inline(result.original)
-        provider = self.how["provider"]
-        report = verify_sampled(before, after, result.report.folded, provider=provider)
+        how = {name: self.how[name] for name in ("provider", "max_ratio")}
+        report = verify_sampled(before, after, result.report.folded, **how)
         if not fits:
             note = "the models are not run whole: together they do not fit in memory"
             report.notes.insert(0, note)

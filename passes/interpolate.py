@@ -3,7 +3,9 @@
 ``O = [I; B] O₁`` with ``O₁`` ``d`` well-chosen rows of O and ``B = O₂ O₁⁻¹``. The stream becomes
 ``x' = h₁ + h₂ B`` and its readers ``O₁ Q``, ``O₁ K``, ``O₁ V``: the same ``d²`` weights go as when
 a square reader is absorbed, but nothing is inverted, the coefficients are at most 1.5, and no
-square matrix is needed. In the same way ``M = M₁ [I, C]`` for the wide first layer of an FFN: its
+square matrix is needed. Rows that condition it badly may be left out: ``O₁ = [O_S; C]`` with ``k``
+rows and an orthonormal complement of their span, ``x' = [h_S, 0] + h_R B``, saves ``k d`` weights.
+In the same way ``M = M₁ [I, C]`` for the wide first layer of an FFN: its
 output becomes ``[x', x' C]``. The order of the rows (columns) goes into the weights before (behind)
 the activation. Rows after S. Goreinov et al., "How to find a good submatrix", 2010.
 """
@@ -41,7 +43,9 @@ class InterpolatePass(FoldPass):
         tall = [w for w in stream.writers if w.is_plain and w.in_features > stream.width]
         if tall and not stream.tables:
             writer = max(tall, key=lambda layer: layer.in_features)
-            yield from _rows_of(stream, writer, self._select(stream, writer))
+            rows = self._select(stream, writer)
+            for each in (rows, *self._select.in_part(rows)):
+                yield from _rows_of(stream, writer, each)
         plain = [reader for reader in stream.readers if reader.is_plain and reader.bias is None]
         wide = [reader for reader in plain if reader.out_features > stream.width]
         free = [reader for reader in wide if hidden_beside(stream, reader) is not None]
@@ -62,7 +66,7 @@ def _pays(reader: Linear) -> bool:
 
 def _rows_of(stream: Stream, writer: Linear, rows: Rows) -> Iterator[Proposal]:
     """Biases are expressed in the new basis, or carried through the readers."""
-    text = f"{stream.width} rows of {writer.label} into {compact(stream.read_by)}"
+    text = f"{rows.selection.kept} rows of {writer.label} into {compact(stream.read_by)}"
     basis = Basis(rows.selection.basis, inverted=True)
     rebased = rebase(stream, basis, stream.width, pivot=writer)
     after = Side(rows.selection.matrix, rows.rebuilt, stream.rows_of(writer))
@@ -86,12 +90,13 @@ def _rows_of(stream: Stream, writer: Linear, rows: Rows) -> Iterator[Proposal]:
 
 
 def _sum(stream: Stream, rows: Rows, rewrite: Rewrite, rebased: Rebased, text: str) -> Candidate:
-    """``x' = h₂ B + h₁`` in the place of ``h O``, ``h = [h₂, h₁]``."""
-    writer, width = rows.layer, stream.width
+    """``x' = h₂ B + [h₁, 0]`` in the place of ``h O``, ``h = [h₂, h₁]``."""
+    writer, kept = rows.layer, rows.selection.kept
     at = rewrite.before(writer.node)
     h = rows.in_order(rewrite, at)
-    h2, h1 = at.split(h, [writer.in_features - width, width])
-    rewrite.replaced[writer.y] = at("Add", at("MatMul", h2, rows.rest(at)), h1)
+    h2, h1 = at.split(h, [writer.in_features - kept, kept])
+    product = at("MatMul", h2, rows.rest(at))
+    rewrite.replaced[writer.y] = at("Add", product, rows.filled(h1, at))
     return Candidate(InterpolatePass.name, text, rewrite, rebased.writers, rebased.readers)
 
 

@@ -15,7 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onnx_fold.algebra.basis import Basis
-from onnx_fold.algebra.expression import Literal, evaluate
+from onnx_fold.algebra.completion import Completion
+from onnx_fold.algebra.exact import Multiplier, exact, values
+from onnx_fold.algebra.expression import Literal, evaluate, take
 from onnx_fold.algebra.selection import RowSelection, select_rows
 
 ROOT = Path(__file__).parents[1]
@@ -73,7 +75,8 @@ def check_order(data: dict) -> None:
         assert folded["automatic"]["ratio"] <= 8
         assert folded["paper"]["ratio"] > folded["merge + interpolate"]["ratio"]
         assert folded["paper"]["squares_removed"] == 2 * model["blocks"]
-        assert folded["automatic"]["squares_removed"] >= 2 * model["blocks"]
+        each = 2 if model["dtype"] == "fp32" else 1  # for a part of O, in 16 bits, d is too small
+        assert folded["automatic"]["squares_removed"] >= each * model["blocks"]
 
 
 def test_quick_run(tmp_path: Path) -> None:
@@ -157,6 +160,59 @@ def test_rows_that_are_not_free_stay_where_they_are(width, more, kept, is_last, 
     np.testing.assert_allclose(rest @ matrix[placed[ends]], matrix[others], atol=1e-9)
     rebuilt = evaluate(selection.rebuilt(selection.rest)) @ evaluate(selection.basis)
     np.testing.assert_allclose(rebuilt, matrix, atol=1e-9)
+
+
+@settings(deadline=None)
+@given(
+    width=st.integers(2, 24),
+    more=st.integers(1, 30),
+    fixed=st.integers(0, 5),
+    share=st.floats(0.0, 0.99),
+    is_last=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_a_completed_basis_gives_all_rows(width, more, fixed, share, is_last, seed) -> None:
+    """Kept rows stand for themselves, the complement is orthogonal to them and of their size."""
+    rows, kept = width + more + fixed, int(share * width)
+    generator = np.random.default_rng(seed)
+    matrix = generator.standard_normal((rows, width)) * 10.0 ** generator.integers(-2, 3, (rows, 1))
+    free = slice(fixed, rows) if is_last else slice(0, rows - fixed)
+    whole = RowSelection(Literal(matrix), ir.DataType.DOUBLE, free=free, is_last=is_last)
+    part = Completion(whole, width).keeping(kept)
+    basis, placed = evaluate(part.basis), evaluate(part.final_order)
+    assert sorted(placed) == list(range(rows))
+    np.testing.assert_array_equal(
+        np.delete(placed, np.r_[free]), np.delete(np.arange(rows), np.r_[free])
+    )
+    ends = placed[rows - kept :] if is_last else placed[:kept]
+    np.testing.assert_array_equal(basis[:kept], matrix[ends])
+    own, complement = basis[:kept], basis[kept:]
+    gram = complement @ complement.T
+    np.testing.assert_allclose(gram, gram[0, 0] * np.eye(width - kept), atol=1e-9 * gram[0, 0])
+    sizes = np.linalg.norm(own, axis=1, keepdims=True) * math.sqrt(gram[0, 0])
+    assert (np.abs(own @ complement.T) <= 1e-9 * sizes).all()
+    rebuilt = evaluate(part.rebuilt(part.rest))
+    limit = 1e-9 * np.linalg.cond(basis) * np.abs(matrix).max()
+    np.testing.assert_allclose(rebuilt @ basis, matrix, atol=limit)
+    picked = generator.integers(0, rows, 4)
+    sampled = evaluate(take(part.rebuilt(part.rest), picked, 0))
+    np.testing.assert_allclose(sampled, rebuilt[picked], atol=1e-12 * np.abs(rebuilt).max())
+    expected = values(exact(part.rest))
+    np.testing.assert_allclose(
+        evaluate(part.rest), expected, atol=1e-9 * np.linalg.cond(basis) * np.abs(expected).max()
+    )
+    mixed = generator.standard_normal((3, rows - kept))
+    times = Multiplier().times(mixed, exact(part.rest, defined=False))
+    np.testing.assert_allclose(times, mixed @ evaluate(part.rest), atol=1e-8 * np.abs(times).max())
+
+
+def test_rows_are_left_out_where_they_cost_most() -> None:
+    """One row nearly in the span of the others: without it the basis is orthogonal."""
+    matrix = np.vstack([np.eye(8), np.zeros((1, 8))])
+    matrix[7] = 1e-3 * np.eye(8)[7] + np.eye(8)[0]
+    whole = RowSelection(Literal(matrix), ir.DataType.DOUBLE)
+    assert Basis(whole.basis).condition > 1e3
+    assert Basis(Completion(whole, 1).keeping(7).basis).condition < 1.1
 
 
 def test_swaps_undo_the_growth_of_pivoting() -> None:

@@ -1,9 +1,16 @@
 """Interpolate: rows of a tall writer, or columns of a wide reader, as the basis of the stream."""
 
+import pickle
+
+import ml_dtypes
 import numpy as np
 import pytest
-from helpers import assert_same_function, fold, folded, graph, normal, operators, refused
+from helpers import assert_same_function, fold, folded, graph, normal, operators, refused, square
 
+from onnx_fold.algebra.exact import checked
+from onnx_fold.algebra.expression import FoldedTensor
+from onnx_fold.check import interpreter, proof
+from onnx_fold.check.proof import prove
 from onnx_fold.errors import UsageError
 from onnx_fold.passes import InterpolatePass
 from onnx_fold.streams.stream import find_streams
@@ -266,7 +273,7 @@ def test_an_order_put_right_by_a_gather_pays_in_wide_models_only(width, slower):
     body = "{ a = MatMul(x, M) h = Softmax(a) s = MatMul(h, O) y = MatMul(s, R) }"
     source = graph(f"(float[b, 1] x) => (float[b, {4 * width}] y) {body}", **held)
     (stream,) = (s for s in find_streams(source) if s.width == width and s.is_closed)
-    (candidate,) = InterpolatePass().candidates(stream)
+    candidate, *_ = InterpolatePass().candidates(stream)
     assert candidate.slower_on(4).get("cpu") == slower
 
 
@@ -283,3 +290,108 @@ def test_a_neighbour_whose_weight_is_picked_by_a_gather_waits_for_its_order():
     result = fold(source)
     assert result.report.folded
     assert_same_function(source, result.model)
+
+
+# --- In part --------------------------------------------------------------------------------------
+
+WIDE, TALL = 80, 200
+
+
+def wide_model(kind: str = "float16", opset: int = 18, body: str = "", **held: np.ndarray):
+    """A stream of 80 channels; in 16 bits all of its rows are not accurate enough for speed."""
+    weights = {"M": normal(N, TALL, seed=1), "O": normal(TALL, WIDE, seed=2)}
+    weights |= {"R": normal(WIDE, 96, seed=3)} | held
+    body = body or "a = MatMul(x, M) h = Relu(a) s = MatMul(h, O) y = MatMul(s, R)"
+    text = f"({kind}[b, n, 9] x) => ({kind}[b, n, 96] y) {{ {body} }}"
+    dtype = {"float": np.float32, "float16": np.float16, "double": np.float64}.get(kind)
+    dtype = dtype or ml_dtypes.bfloat16
+    return graph(text, opset, **{name: array.astype(dtype) for name, array in weights.items()})
+
+
+def in_part(source, kept: int, fold=folded, **options):
+    """Fold ``source``, whose other candidates are not offered."""
+    every = InterpolatePass.candidates
+
+    def some(self, stream):
+        return (each for each in every(self, stream) if each.text.startswith(f"{kept} rows"))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(InterpolatePass, "candidates", some)
+        return fold(source, only=["interpolate"], **options)
+
+
+@pytest.mark.parametrize("kept", [72, 80])
+@pytest.mark.parametrize("kind", ["float", "float16"])
+def test_rows_that_condition_the_basis_badly_are_left_out(kind, kept):
+    result = in_part(wide_model(kind), kept)
+    assert result.report.saving.weights == kept * WIDE
+    pad = ["Pad"] if kept < WIDE else []
+    assert operators(result.model)[2:] == ["Split", "MatMul", *pad, "Add", "MatMul"]
+    assert result.model.graph.initializers["O_rest"].const_value.shape == (TALL - kept, WIDE)
+    assert prove(result.original, result.model, result.report.folded).error < 1e-12
+
+
+@pytest.mark.parametrize("is_large", [False, True])
+@pytest.mark.parametrize("kind", ["float", "float16", "bfloat16"])
+def test_a_completed_basis_is_proved(kind, is_large, monkeypatch):
+    monkeypatch.setattr(proof, "WHOLE", 0 if is_large else proof.WHOLE)
+    monkeypatch.setattr(interpreter, "LARGE", 1 if is_large else interpreter.LARGE)
+    result = in_part(wide_model(kind), 72, fold)  # few kernels for bfloat16: it is not run
+    (stream,) = result.report.folded
+    found = prove(result.original, result.model, result.report.folded)
+    assert found.proved == [stream.name]
+    assert found.error < 1e-12
+    for value in result.model.graph.initializers.values():
+        if isinstance(value.const_value, FoldedTensor):
+            checked(value.const_value)
+            assert pickle.loads(pickle.dumps(value.const_value)).size == value.const_value.size
+
+
+@pytest.mark.parametrize("opset", [10, 11, 13])
+def test_any_opset_can_pad(opset):
+    result = in_part(wide_model("float", opset), 72)
+    assert "Pad" in operators(result.model)
+
+
+def test_a_bias_and_another_writer_are_written_in_the_completed_basis():
+    body = "a = MatMul(x, M) h = Relu(a) p = MatMul(h, O) q = Add(p, c) t = MatMul(x, P)"
+    held = {"c": normal(WIDE, seed=9), "P": normal(N, WIDE, seed=11)}
+    result = in_part(wide_model("float", body=f"{body} s = Add(q, t) y = MatMul(s, R)", **held), 72)
+    assert result.report.saving.weights == 72 * WIDE
+
+
+def test_rows_left_out_beside_channels_that_are_not_free():
+    """Behind a Concat only the last channels can be reordered, the others stay in front."""
+    body = "a = MatMul(x, M) j = Concat<axis = -1>(x, a) h = Relu(j)"
+    held = {"O": normal(TALL + N, WIDE, seed=2)}
+    source = wide_model("float", body=f"{body} s = MatMul(h, O) y = MatMul(s, R)", **held)
+    result = in_part(source, 72)
+    assert "Gather" not in operators(result.model)
+
+
+def test_the_largest_part_within_the_limit_is_taken():
+    """Speed gives rows for accuracy, size takes up to 6 times the error: one limit, one knob."""
+    held = {"O": normal(1200, 336, seed=2), "M": normal(N, 1200, seed=1), "R": normal(336, 96)}
+    source = wide_model(**held)
+    for objective, most in (("size", 6.0), ("speed", 3.0)):
+        result = fold(source, only=["interpolate"], objective=objective)
+        (stream,) = result.report.folded
+        *refusals, taken = stream.candidates
+        assert taken.error <= (most + 0.05) * taken.error_original
+        assert len(refusals) == (0 if objective == "size" else len(refusals))
+        for each in refusals:
+            assert each.weights_removed > taken.weights_removed
+            assert "--objective size takes up to 6.0" in each.refused
+    assert refusals
+
+
+def test_all_of_a_stream_goes_before_a_part_of_it():
+    """Absorbing all of d² is preferred to rows that leave a tenth, though these are offered too."""
+    held = {"Q": square(336), "O": normal(1200, 336, seed=2), "M": normal(N, 1200, seed=1)}
+    held |= {"R": normal(336, 96), "S": normal(336, 96, seed=4)}
+    body = "a = MatMul(x, M) h = Relu(a) s = MatMul(h, O) q = MatMul(s, Q) r = Relu(q)"
+    both = wide_model(body=f"{body} k = MatMul(s, R) l = MatMul(r, S) y = Add(k, l)", **held)
+    (stream,) = fold(both, skip=["merge"]).report.folded
+    assert stream.folded.strategy == "absorb"
+    assert stream.folded.weights_removed == 336**2
+    assert "8 rows" not in "".join(each.text for each in stream.candidates)

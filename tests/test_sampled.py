@@ -27,7 +27,7 @@ def blocks(count: int = 3, mlp: int = 40) -> ir.Model:
 
 @pytest.fixture(params=["auto", "interpolate", "absorb"])
 def result(request):
-    options = {} if request.param == "auto" else {"strategy": request.param}
+    options = {} if request.param == "auto" else {"strategy": request.param, "force": True}
     result = fold(blocks(), **options)
     assert len(result.report.folded) == 6
     return result
@@ -70,7 +70,7 @@ def test_a_wrong_weight_anywhere_is_found(result):
 
 
 def test_pieces_hold_no_more_weights_than_they_need(monkeypatch):
-    result = fold(blocks(8), strategy="absorb")
+    result = fold(blocks(8), strategy="absorb", force=True)
     seen = []
     run = sampled.verify
 

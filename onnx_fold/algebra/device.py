@@ -70,6 +70,9 @@ class Device(Protocol):
     def eliminate(self, matrix: Array) -> tuple[Indices, Array]:
         """Gaussian elimination with partial pivoting of a tall matrix of the host, ``[f, d]``.
 
+        The last step is done in float64: its rounding is multiplied by what elimination made grow,
+        5e-4 of the matrix in float32 at d = 2048, and 4e-5 so.
+
         Returns:
             The order of the rows, pivots first, and ``L₂ L₁⁻¹``, ``[f - d, d]``.
         """
@@ -130,9 +133,12 @@ class Host:
         """By LAPACK's ``getrf`` and a triangular solve, in its order of the axes."""
         ordered = converted(matrix, matrix.dtype, "F")
         lu, pivots, _ = _getrf(matrix.dtype)(ordered, overwrite_a=True)
-        trsm = scipy.linalg.blas.get_blas_funcs("trsm", dtype=matrix.dtype)
+        trsm = scipy.linalg.blas.get_blas_funcs("trsm", dtype=np.float64)
         width = matrix.shape[1]
-        rest: Array = trsm(1.0, lu[:width], lu[width:], side=1, lower=1, diag=1)
+        triangle, rest = lu[:width].astype(np.float64, order="F"), lu[width:].copy(order="F")
+        for start in range(0, len(rest), _ROWS):
+            rows = rest[start : start + _ROWS].astype(np.float64, order="F")
+            rest[start : start + _ROWS] = trsm(1.0, triangle, rows, side=1, lower=1, diag=1)
         return _order(len(matrix), pivots), rest
 
 
@@ -141,6 +147,9 @@ def _getrf(dtype: np.dtype[Any]) -> Any:
 
 
 _BLOCK = 2**20
+
+_ROWS = 2048
+"""Rows that are widened at a time."""
 
 
 def converted(array: Array, dtype: np.dtype[Any], order: Literal["C", "F"] = "C") -> Array:
@@ -269,8 +278,8 @@ class TorchDevice:
         rows, width = matrix.shape
         lu, pivots, _ = torch.linalg.lu_factor_ex(self.load(matrix))
         rest = torch.linalg.solve_triangular(
-            lu[:width], lu[width:], upper=False, left=False, unitriangular=True
-        )
+            lu[:width].double(), lu[width:].double(), upper=False, left=False, unitriangular=True
+        ).to(lu.dtype)
         return _order(rows, self.fetch(pivots) - 1), np.array(self.fetch(rest), order="C")
 
 

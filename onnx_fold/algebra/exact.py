@@ -30,6 +30,7 @@ from onnx_fold.algebra.expression import (
     Scale,
     ScaledRows,
     Solve,
+    Spread,
     Sum,
     Take,
     Transpose,
@@ -171,6 +172,8 @@ class Multiplier:
                 return self._taken(x, matrix, transposed)
             case Concatenate():
                 return self._joined(x, matrix, transposed)
+            case Spread():
+                return self._spread(x, matrix, transposed)
             case Diagonal():
                 return x * values(matrix.x)
         leaf = (matrix.x if isinstance(matrix, Cast) else matrix).stored()
@@ -190,6 +193,18 @@ class Multiplier:
         placed = np.zeros((matrix.x.shape[matrix.axis], len(x)))
         np.add.at(placed, indices, x.T)
         return self.times(placed.T, matrix.x, transposed=transposed)
+
+    def _spread(self, x: Array, matrix: Spread, transposed: bool) -> Array:
+        units: Indices = evaluate(matrix.units)
+        own, others = np.split(evaluate(matrix.order), [len(units)])
+        if not transposed:
+            result = self.times(x[:, others], matrix.rest)
+            result[:, units] += x[:, own]
+            return result
+        result = np.empty((len(x), len(matrix)))
+        result[:, own] = x[:, units]
+        result[:, others] = self.times(x, matrix.rest, transposed=True)
+        return result
 
     def _joined(self, x: Array, matrix: Concatenate, transposed: bool) -> Array:
         if (matrix.axis == 1) != transposed:

@@ -391,6 +391,9 @@ class Computed(_Unary):
     def take(self, indices: Expression, axis: int) -> Expression:
         return Computed(self.x.take(indices, axis), self.formula.take(indices, axis))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return cast, (self.x, self.x.dtype)  # the formula is for the proof, which nobody sends
+
 
 @dataclass(frozen=True, eq=False)
 class Diagonal(_Unary):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -18,25 +19,72 @@ from onnx_fold.algebra.expression import (
     Solve,
     Spool,
     Spread,
+    cast,
     evaluate,
     take,
     transpose,
 )
 
 
-class RowSelection:
-    """The rows of a matrix ``[f, d]`` that are its basis, selected when they are first needed.
+class Selection(ABC):
+    """Rows of a matrix ``[f, d]`` that stand for themselves, and the others in terms of a basis.
 
     Attributes:
         matrix: The matrix.
         free: The rows that were selected among.
-        order: All rows, the basis first, ``[f]``.
-        final_order: All rows as they are to stand, the basis first or last, ``[f]``.
+        kept: How many rows stand for themselves, ``k``; they are the first of the basis.
+        order: All rows, those that are kept first, ``[f]``.
+        final_order: All rows as they are to stand, those that are kept first or last, ``[f]``.
         final_order_of_free: Those of ``final_order`` that are free, counted from the first such.
         places: Where each row stands in ``final_order``, ``[f]``.
-        basis: The rows of the basis, ``[d, d]``.
-        rest: ``B``, ``[f - d, d]``: the other rows in terms of the basis, as it is stored.
+        basis: The basis, ``[d, d]``.
+        rest: ``B``, ``[f - k, d]``: the other rows in terms of the basis, as it is stored.
     """
+
+    basis: Expression
+    rest: Expression
+
+    def __init__(self, matrix: Expression, free: slice, kept: int, *, is_last: bool) -> None:
+        self.matrix = matrix
+        self.free = free
+        self.kept = kept
+        self.is_last = is_last
+        self.order: Expression = _Order(self, "order")
+        self.final_order: Expression = _Order(self, "final_order")
+        self.final_order_of_free: Expression = _Order(self, "final_order_of_free")
+        self.places: Expression = _Order(self, "places")
+
+    @abstractmethod
+    def found(self) -> Indices:
+        """The order of all rows, those that are kept first."""
+
+    @cached_property
+    def orders(self) -> dict[str, Indices]:
+        """``order``, ``final_order``, ``final_order_of_free`` and ``places`` by their names."""
+        order = self.found()
+        final_order = np.roll(order, -self.kept) if self.is_last else order
+        free = final_order[self.free] - self.free.start
+        places = np.argsort(final_order)
+        return {
+            "order": order,
+            "final_order": final_order,
+            "final_order_of_free": free,
+            "places": places,
+        }
+
+    @cached_property
+    def formula(self) -> Expression:
+        """What ``rest`` is by definition, not rounded: the other rows times the basis' inverse."""
+        others = take(self.matrix, take(self.order, slice(self.kept, None), 0), 0)
+        return transpose(Solve(Factors(self.basis), transpose(others), transposed=True))
+
+    def rebuilt(self, rest: Expression) -> Expression:
+        """``[I; B]`` with its rows where they were, ``[f, d]``."""
+        return Spread(Literal(np.arange(self.kept)), rest, self.order)
+
+
+class RowSelection(Selection):
+    """The rows of a matrix ``[f, d]`` that are its basis, selected when they are first needed."""
 
     def __init__(
         self,
@@ -55,33 +103,34 @@ class RowSelection:
             matrix: The matrix, in the type in which to select.
             dtype: The type in which ``B`` is to be stored.
             seen: Activations ``[n, f]``: rows count as much as they are used by these.
-            spool: Where to keep ``B`` until it is written.
+            spool: Where to keep ``B`` until it is written, in the type of ``matrix``.
             device: Where to select.
             free: The rows to select among, more than ``d``, all if None: the last ones if the basis
                 is to stand last, else the first ones. The others stay where they are.
             is_last: Whether the basis is to stand last.
         """
-        self.matrix = matrix
-        self.free = slice(0, matrix.shape[0]) if free is None else free
-        self.order: Expression = _Order(self, "order")
-        self.final_order: Expression = _Order(self, "final_order")
-        self.final_order_of_free: Expression = _Order(self, "final_order_of_free")
-        self.places: Expression = _Order(self, "places")
-        self.rest: Expression = _Rest(self, dtype.numpy())
+        free = slice(0, matrix.shape[0]) if free is None else free
+        super().__init__(matrix, free, matrix.shape[1], is_last=is_last)
+        self.dtype = dtype
+        self.spool = spool or Spool()
+        self.device = device
+        self.coefficients: Expression = _Coefficients(self)
+        self.rest = cast(self.coefficients, dtype.numpy())
         self.basis = take(matrix, take(self.order, slice(matrix.shape[1]), 0), 0)
         self._seen = seen
-        self._spool = spool or Spool()
-        self._device = device
-        self._is_last = is_last
+
+    def found(self) -> Indices:
+        """The order of all rows, the basis first."""
+        return self.selected[0]
 
     @cached_property
     def selected(self) -> tuple[Indices, Expression]:
-        """The order of the rows, and ``B`` as it is stored."""
+        """The order of the rows, and ``B`` before it is rounded."""
         order, rest = self._select()
-        return order, self._spool.add(converted(rest, self.rest.dtype))
+        return order, self.spool.add(converted(rest, rest.dtype))
 
     def _select(self) -> tuple[Indices, Array]:
-        matrix = evaluate(self.matrix, self._device)
+        matrix = evaluate(self.matrix, self.device)
         if self._seen is None:
             return self._select_free(matrix)
         scale = np.sqrt(np.mean(self._seen**2, axis=0))
@@ -93,50 +142,25 @@ class RowSelection:
 
     def _select_free(self, matrix: Array) -> tuple[Indices, Array]:
         """Select among the free rows, and express the others by these."""
-        order, rest = select_rows(matrix[self.free], device=self._device)
+        order, rest = select_rows(matrix[self.free], device=self.device)
         if len(order) == len(matrix):
             return order, rest
         width = matrix.shape[1]
         order += self.free.start
         kept = np.delete(np.arange(len(matrix)), self.free)
-        factors = self._device.lu_factor(self._device.load(matrix[order[:width]]))
-        others = self._device.load(np.ascontiguousarray(matrix[kept].T))
-        ours = self._device.fetch(self._device.lu_solve(factors, others, transposed=True)).T
+        factors = self.device.lu_factor(self.device.load(matrix[order[:width]]))
+        others = self.device.load(np.ascontiguousarray(matrix[kept].T))
+        ours = self.device.fetch(self.device.lu_solve(factors, others, transposed=True)).T
         parts = [(kept, ours), (order[width:], rest)]
-        if not self._is_last:
+        if not self.is_last:
             parts.reverse()  # those that stay come behind
         places, coefficients = zip(*parts, strict=True)
         return np.concatenate((order[:width], *places)), np.concatenate(coefficients)
 
-    @cached_property
-    def orders(self) -> dict[str, Indices]:
-        """``order``, ``final_order``, ``final_order_of_free`` and ``places`` by their names."""
-        order = self.selected[0]
-        final_order = np.roll(order, -self.matrix.shape[1]) if self._is_last else order
-        free = final_order[self.free] - self.free.start
-        places = np.argsort(final_order)
-        return {
-            "order": order,
-            "final_order": final_order,
-            "final_order_of_free": free,
-            "places": places,
-        }
-
-    @cached_property
-    def formula(self) -> Expression:
-        """What ``rest`` is by definition, not rounded: ``O₂ O₁⁻¹``."""
-        width = self.matrix.shape[1]
-        others = take(self.matrix, take(self.order, slice(width, None), 0), 0)
-        return transpose(Solve(Factors(self.basis), transpose(others), transposed=True))
-
-    def rebuilt(self, rest: Expression) -> Expression:
-        """``[I; B]`` with its rows where they were, ``[f, d]``."""
-        return Spread(Literal(np.arange(self.matrix.shape[1])), rest, self.order)
-
 
 @dataclass(frozen=True, eq=False)
 class _Order(Expression):
-    selection: RowSelection
+    selection: Selection
     name: str
 
     @property
@@ -160,9 +184,8 @@ class _Order(Expression):
 
 
 @dataclass(frozen=True, eq=False)
-class _Rest(Expression):
+class _Coefficients(Expression):
     selection: RowSelection
-    storage: np.dtype[Any]
 
     @property
     def shape(self) -> Shape:
@@ -171,7 +194,7 @@ class _Rest(Expression):
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        return self.storage
+        return self.selection.matrix.dtype
 
     @property
     def definition(self) -> Expression:

@@ -22,7 +22,7 @@ import onnx_ir as ir
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from onnx_fold.algebra.basis import MAX_RATIO
+from onnx_fold.algebra import basis
 from onnx_fold.algebra.device import Array
 from onnx_fold.algebra.precision import SIXTEEN_BITS, is_float
 from onnx_fold.base.arguments import Provider, several
@@ -140,7 +140,7 @@ def verify(
     shapes: Mapping[str, int] | Iterable[Mapping[str, int]] | None = None,
     inputs: str | os.PathLike[str] | Mapping[str, Array] | None = None,
     tolerance: float | None = None,
-    max_ratio: float = MAX_RATIO,
+    max_ratio: float | None = None,
     reference: bool = True,
     emulate: bool | None = None,
     greedy: int | None = None,
@@ -167,7 +167,8 @@ def verify(
             arguments alone.
         inputs: The inputs to run instead of random ones: arrays by name, or an ``.npz`` file.
         tolerance: A relative error that no output may exceed; it only tightens the rule.
-        max_ratio: See the rule.
+        max_ratio: See the rule; by default the largest with which ``fold`` takes anything: 8, and 6
+            in 16 bits.
         reference: Run the original in a wider type too; without it the tolerance decides.
         emulate: Run 16-bit models in float32, each operator's result rounded to 16 bits (which is
             what 16-bit hardware computes). By default where the provider cannot run the type
@@ -224,6 +225,7 @@ def verify(
     if reference:
         run.reference(before, runs)
     report.shapes = [pair.feed.label for pair in runs]
+    max_ratio = basis.max_ratio(precision(before)) if max_ratio is None else max_ratio
     judge = Judge(before, tolerance, max_ratio, report.notes)
     report.outputs = [judge.output(name, runs) for name in runs[0].original]
     failed = [

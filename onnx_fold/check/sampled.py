@@ -11,13 +11,14 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from onnx_fold.algebra.basis import MAX_STREAM_RATIO
+from onnx_fold.algebra import basis
 from onnx_fold.base.arguments import Provider
 from onnx_fold.base.memory import available_memory
 from onnx_fold.check.parity import ParityReport, verify
 from onnx_fold.check.pieces import cut, typed
 from onnx_fold.engine.outcome import StreamReport
 from onnx_fold.errors import InvalidModelError, UsageError
+from onnx_fold.graph.widen import precision
 from onnx_fold.runtime.environment import environment
 
 __all__ = ["SAMPLES", "fits_in_memory", "verify_sampled"]
@@ -47,6 +48,7 @@ def verify_sampled(
     *,
     provider: Provider = "cpu",
     samples: int = SAMPLES,
+    max_ratio: float | None = None,
     seed: int = 0,
 ) -> ParityReport:
     """Compare ``samples`` of the folded ``streams``, drawn at random, in ONNX Runtime.
@@ -57,6 +59,8 @@ def verify_sampled(
         streams: What was folded.
         provider: ``"cpu"``, ``"cuda"`` or ``"auto"``.
         samples: Number of streams to compare; those that cannot be cut out are passed over.
+        max_ratio: How many times its own error a model may have, see :func:`verify`; in a stream
+            alone more is seen, :data:`onnx_fold.algebra.basis.PIECE`.
         seed: Seed of the choice and of the inputs.
 
     Returns:
@@ -66,6 +70,8 @@ def verify_sampled(
         MissingExtraError: onnxruntime is not installed.
     """
     models = typed(original), typed(folded)
+    if max_ratio is None:
+        max_ratio = basis.max_ratio(precision(original))
     report = ParityReport(True, provider=provider, environment=environment(provider))
     changed = frozenset[str]().union(*(stream.changed for stream in streams))
     checked: list[StreamReport] = []
@@ -73,7 +79,7 @@ def verify_sampled(
         if len(checked) == samples:
             break
         pieces = cut(models, stream, changed)
-        if pieces is not None and _compare(pieces, report, provider, seed):
+        if pieces is not None and _compare(pieces, report, provider, basis.PIECE * max_ratio, seed):
             checked.append(stream)
     if not checked:
         report.ok = False
@@ -85,11 +91,15 @@ def verify_sampled(
 
 
 def _compare(
-    pieces: tuple[ir.Model, ir.Model], report: ParityReport, provider: Provider, seed: int
+    pieces: tuple[ir.Model, ir.Model],
+    report: ParityReport,
+    provider: Provider,
+    max_ratio: float,
+    seed: int,
 ) -> bool:
     """Add the comparison of two pieces to ``report``; return whether they could be run."""
     try:
-        piece = verify(*pieces, provider=provider, max_ratio=MAX_STREAM_RATIO, seed=seed)
+        piece = verify(*pieces, provider=provider, max_ratio=max_ratio, seed=seed)
     except (InvalidModelError, UsageError):
         return False
     report.ok &= piece.ok

@@ -17,11 +17,11 @@ import numpy as np
 import onnx_ir as ir
 
 from onnx_fold.algebra.basis import (
-    MAX_STREAM_RATIO,
     TOLERANCES,
     Basis,
     Side,
     TableSide,
+    max_ratio,
     probe,
     product_dtype,
 )
@@ -189,10 +189,13 @@ def _over_limits(error: float, own: float, dtype: ir.DataType, options: Options)
         )
     own = max(own, unit_roundoff(dtype) / 2)  # the layers may be exact by chance
     ratio = round(error / own, 1)
-    if dtype != ir.DataType.DOUBLE and ratio > MAX_STREAM_RATIO:  # nothing wider than double
+    for_size = options.target is None
+    most, most_for_size = (max_ratio(dtype, for_size=each) for each in (for_size, True))
+    if dtype != ir.DataType.DOUBLE and ratio > most:  # nothing wider than double
+        larger = f"--objective size takes up to {most_for_size:.1f}; " * (most < most_for_size)
         return (
             f"predicted relative error {error:.1e} is {ratio:.1f} times the model's own"
-            f" ({own:.1e}); at most {MAX_STREAM_RATIO:.1f} times is taken ({_FORCING})"
+            f" ({own:.1e}); at most {most:.1f} times is taken ({larger}{_FORCING})"
         )
     return None
 

@@ -69,6 +69,13 @@ class Editor:
         held = self.integers(sizes, f"{before.name or before.op_type}_sizes")
         return self.node(before, "Split", [value, held], count, axis=-1).outputs
 
+    def pad(self, before: ir.Node, value: ir.Value, pads: Sequence[int]) -> ir.Value:
+        """Pad ``value`` with zeros: ``pads`` in front of each axis, and then behind each."""
+        if self.graph.opset_imports.get("", 13) < 11:
+            return self.node(before, "Pad", [value], pads=list(pads)).outputs[0]
+        held = self.integers(pads, f"{before.name or before.op_type}_pads")
+        return self.node(before, "Pad", [value, held]).outputs[0]
+
     def remove_dead(self, suspects: Iterable[ir.Value | None]) -> None:
         """Remove what makes ``suspects`` if nothing reads it, and then what only that read."""
         queue = list(suspects)

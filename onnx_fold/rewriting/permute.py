@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from onnx_fold.algebra.expression import Expression, FoldedTensor, take
-from onnx_fold.algebra.selection import RowSelection
+from onnx_fold.algebra.selection import Selection
 from onnx_fold.graph.channels import Group, ports
 from onnx_fold.graph.commute import OpensStreamError, Port
 from onnx_fold.graph.linear import Linear
@@ -124,7 +124,7 @@ def _free_part(hidden: Stream, joint: ir.Node, axis: int) -> Hidden | None:
     return found[0] if len(found) == 1 else None
 
 
-def permute(hidden: Hidden, pivot: Linear, rows: RowSelection, rewrite: Rewrite) -> None:
+def permute(hidden: Hidden, pivot: Linear, rows: Selection, rewrite: Rewrite) -> None:
     """Plan to reorder the channels of ``hidden``; the weight of ``pivot`` is left to the caller.
 
     Args:

@@ -69,7 +69,7 @@ class Step:
         operator: Its type, in ONNX's own domain.
         inputs: What it reads.
         attributes: Its attributes.
-        sizes: The channels of each output, of a Split.
+        sizes: The channels of each output, of a Split or a Pad.
         like: A value of which the output has the type and the shape, if that is known.
     """
 
@@ -110,6 +110,12 @@ class Recorder:
     def split(self, value: Operand, sizes: Sequence[int]) -> tuple[Made, ...]:
         """Note a Split of the last axis of ``value`` into parts of ``sizes``."""
         return self._step(Step(self._before, "Split", (value,), sizes=tuple(sizes)))
+
+    def pad(self, value: Operand, rank: int, width: int, more: int) -> Made:
+        """Note a Pad of the last axis of ``value``, ``width`` wide, by ``more`` zeros."""
+        pads = (*(0,) * (2 * rank - 1), more)
+        step = Step(self._before, "Pad", (value,), {"pads": pads}, (width + more,))
+        return self._step(step)[0]
 
     def constant(self, tensor: ir.TensorProtocol, name: str) -> Held:
         """Note a new initializer, called ``name`` if that is free."""
@@ -161,6 +167,9 @@ def build(entries: Iterable[Entry], editor: Editor) -> dict[Operand, ir.Value]:
         if entry.operator == "Split" and entry.sizes:
             assert inputs[0] is not None
             outputs = editor.split(entry.before, inputs[0], entry.sizes)
+        elif isinstance(pads := entry.attributes.get("pads"), Sequence):
+            assert inputs[0] is not None
+            outputs = [editor.pad(entry.before, inputs[0], pads)]
         else:
             node = editor.node(entry.before, entry.operator, inputs, 1, **entry.attributes)
             outputs = node.outputs
@@ -224,15 +233,15 @@ def _stated(operand: Operand) -> int | None:
 def moved(steps: Sequence[Step]) -> tuple[int, int]:
     """The values that ``steps`` copy, and those that they pick by index, for one token.
 
-    Split, Slice and Concat copy each of their channels, and a sum of two computed values costs as
-    much. Adding a constant does not count: runtimes do it with the product in front, and it takes
-    the place of a sum that was there. Nor does what reshapes.
+    Split, Slice, Pad and Concat copy each of their channels, and a sum of two computed values costs
+    as much. Adding a constant does not count: runtimes do it with the product in front, and it
+    takes the place of a sum that was there. Nor does what reshapes.
     """
     known = widths(steps)
     copied = gathered = 0
     for step in steps:
         size = sum(known.get(output, 0) for output in step.outputs)
-        if step.operator in ("Split", "Slice", "Concat") or _is_sum(step):
+        if step.operator in ("Split", "Slice", "Pad", "Concat") or _is_sum(step):
             copied += size
         elif step.operator == "Gather":
             gathered += size

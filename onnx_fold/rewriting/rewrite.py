@@ -35,7 +35,7 @@ from onnx_fold.streams.stream import ConstantWriter
 
 _PICKS = frozenset(("Gather", "GatherND"))
 
-_MOVES = _PICKS | {"Split", "Slice", "Concat", "SequenceAt"}
+_MOVES = _PICKS | {"Split", "Slice", "Pad", "Concat", "SequenceAt"}
 """Operators that copy what they put out."""
 
 

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from onnx_fold.algebra.completion import Completion
 from onnx_fold.algebra.device import Device, Indices
 from onnx_fold.algebra.expression import Expression, FoldedTensor, Spool, cast, transpose
-from onnx_fold.algebra.selection import RowSelection
+from onnx_fold.algebra.selection import RowSelection, Selection
 from onnx_fold.graph.linear import Linear
 from onnx_fold.rewriting.permute import Hidden, hidden_beside, permute
 from onnx_fold.rewriting.rebase import weights_of
 from onnx_fold.rewriting.record import Held, Operand, Recorder
 from onnx_fold.rewriting.rewrite import Rewrite
 from onnx_fold.streams.stream import Stream
+
+SHARES = (0.98, 0.95, 0.92, 0.88, 0.85)
+"""Of the rows of a basis, what is kept where all of them are not accurate enough."""
 
 
 @dataclass(frozen=True)
@@ -27,11 +32,13 @@ class Rows:
         selection: Which rows these are, of its matrix or of the transposed one, and what the others
             are in terms of them.
         hidden: The value on its other side, if the order of its channels is free.
+        rank: The dimensions of what the layer reads, if their number is known.
     """
 
     layer: Linear
-    selection: RowSelection
+    selection: Selection
     hidden: Hidden | None
+    rank: int | None
 
     @property
     def name(self) -> str | None:
@@ -60,6 +67,13 @@ class Rows:
         places = at.integers(self.selection.places, f"{self.name}_order")
         return at("Gather", value, places, axis=-1)
 
+    def filled(self, value: Operand, at: Recorder) -> Operand:
+        """``[h₁, 0]``, as wide as the basis, for a ``value`` of the rows that are kept."""
+        kept, width = self.selection.kept, self.selection.matrix.shape[1]
+        if kept == width or self.rank is None:
+            return value
+        return at.pad(value, self.rank, kept, width - kept)
+
     def rest(self, at: Recorder, *, is_reader: bool = False) -> Held:
         """``B``, the other rows in terms of the basis; ``C`` of a reader."""
         matrix = transpose(self.selection.rest) if is_reader else self.selection.rest
@@ -73,6 +87,7 @@ class Selections:
         self._device = device
         self._spool = Spool()
         self._known: dict[tuple[object, ...], RowSelection] = {}
+        self._completed: dict[Selection, Completion] = {}
 
     def __call__(self, stream: Stream, layer: Linear) -> Rows:
         """The rows of a writer of ``stream``, or the columns of a reader."""
@@ -92,7 +107,24 @@ class Selections:
                 free=free,
                 is_last=not is_reader,
             )
-        return Rows(layer, self._known[key], hidden)
+        return Rows(layer, self._known[key], hidden, stream.shapes.rank(layer.x))
+
+    def in_part(self, rows: Rows, shares: Sequence[float] = SHARES) -> Iterator[Rows]:
+        """The same with only these shares of the rows of the basis, the largest share first.
+
+        Their number is a multiple of 8 where that of all is: processors like such widths.
+        """
+        if rows.rank is None:  # a Pad has to know it
+            return
+        whole, width = rows.selection, rows.selection.kept
+        assert isinstance(whole, RowSelection)
+        step = 8 if width % 8 == 0 else 1
+        kept = [math.ceil(width * share / step) * step for share in shares]
+        sizes = [size for size in dict.fromkeys(kept) if size < width]
+        if sizes:
+            known = self._completed.setdefault(whole, Completion(whole, width - min(sizes)))
+            for size in sizes:
+                yield replace(rows, selection=known.keeping(size))
 
 
 @dataclass(frozen=True)
