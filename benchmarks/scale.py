@@ -108,7 +108,7 @@ class ScaleResult:
 def fold_and_count(source: Path, target: Path) -> dict[str, Any]:
     """Fold ``source`` and write ``target``: seconds, operations, sizes."""
     started = time.perf_counter()
-    result = onnx_fold.fold(source, verify=False)
+    result = onnx_fold.fold(source, objective="size", verify=False)
     tensors = [
         value.const_value
         for value in result.model.graph.initializers.values()

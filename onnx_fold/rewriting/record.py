@@ -167,7 +167,9 @@ def build(entries: Iterable[Entry], editor: Editor) -> dict[Operand, ir.Value]:
         if entry.operator == "Split" and entry.sizes:
             assert inputs[0] is not None
             outputs = editor.split(entry.before, inputs[0], entry.sizes)
-        elif isinstance(pads := entry.attributes.get("pads"), Sequence):
+        elif entry.operator == "Pad":
+            pads = entry.attributes["pads"]
+            assert isinstance(pads, Sequence)
             assert inputs[0] is not None
             outputs = [editor.pad(entry.before, inputs[0], pads)]
         else:
@@ -241,16 +243,17 @@ def moved(steps: Sequence[Step]) -> tuple[int, int]:
     copied = gathered = 0
     for step in steps:
         size = sum(known.get(output, 0) for output in step.outputs)
-        if step.operator in ("Split", "Slice", "Pad", "Concat") or _is_sum(step):
+        if step.operator in ("Split", "Slice", "Pad", "Concat") or is_sum(step):
             copied += size
         elif step.operator == "Gather":
             gathered += size
     return copied, gathered
 
 
-def _is_sum(step: Step) -> bool:
+def is_sum(node: ir.Node | Step) -> bool:
     """Whether it adds values that are both computed."""
-    return step.operator == "Add" and not any(map(_is_constant, step.inputs))
+    name = node.operator if isinstance(node, Step) else operator(node)
+    return name in ("Add", "Sub") and not any(map(_is_constant, node.inputs))
 
 
 def _is_constant(operand: Operand | None) -> bool:

@@ -25,6 +25,7 @@ from onnx_fold.rewriting.record import (
     Recorder,
     Step,
     build,
+    is_sum,
     leading_to,
     makes_sizes,
     moved,
@@ -165,6 +166,10 @@ class Rewrite:
             maker = value.producer()
             if maker in gone and maker is not None and operator(maker) in _MOVES:
                 copied -= known.get(new, 0)
+        sums = sorted(
+            (known.get(step.outputs[0], 0) for step in steps if is_sum(step)), reverse=True
+        )
+        copied -= sum(sums[: sum(map(is_sum, gone))])  # those that go did the same
         come = [step for step in steps if not makes_sizes(step)]
         left = [node for node in gone if not _makes_constant(node) and not makes_sizes(node)]
         return Work(len(come) + self._sums_and_names() - len(left), copied, gathered)
