@@ -98,7 +98,7 @@ def folded(preset: str, dtype: str, cache: bool, seed: int) -> tuple[ir.Model, i
             seed=seed,
         )
         original = ir.from_proto(ir.to_proto(ir.load(path)))
-    result = onnx_fold.fold(original, verify=False)
+    result = onnx_fold.fold(original, objective="size", verify=False)
     assert result.report.folded
     return original, ir.from_proto(ir.to_proto(result.model))
 

@@ -88,12 +88,14 @@ def assert_no_fusion_is_lost(source: Path, folder: Path, **options: object) -> s
     folded = folder / "folded.onnx"
     result.save(folded)
     layers, kept = (len(find_linears(ir.load(path).graph)) for path in (source, folded))
+    # columns of an FFN's first layer put a Concat between its product and its bias
+    joined = sum(" columns of " in stream.folded.text for stream in result.report.folded)
     fused = set()
     for name, optimise in OPTIMISERS.items():
         before, after = fusions(source, optimise), operators(optimise(folded))
         fused |= {operator for operator, _ in before}
         for key, count in before.items():
-            allowed = layers - kept if key[1] else 0
+            allowed = layers - kept if key[1] else joined * (key[0] == "BiasGelu")
             assert count - after[key] <= allowed, (name, key)
     return fused
 

@@ -291,7 +291,7 @@ def exported(tmp_path_factory):
         ("tiny-mqa", "torchscript", {"kv_cache": True}),
         ("tiny-mha", "torchscript", {"kv_cache": False}),
         ("tiny-gqa", "torchscript", {"kv_cache": True, "dtype": "float16"}),
-        ("tiny-gqa", "dynamo", {"kv_cache": True, "dtype": "bfloat16"}),
+        ("tiny-mqa", "dynamo", {"kv_cache": True, "dtype": "bfloat16"}),
     ],
 )
 def test_a_fold_writes_what_the_original_writes(exported, preset, exporter, options):
