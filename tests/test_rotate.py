@@ -188,12 +188,15 @@ def test_sixteen_bits(dtype, tmp_path):
 
     shape = SkiplessConfig(norm="rms", hidden_size=128, head_dim=32, intermediate_size=448)
     path = export(shape, tmp_path / "m.onnx", dtype=dtype, kv_cache=True)
-    report = onnx_fold.fold(path, provider="cpu", **ROTATE).report
+    result = onnx_fold.fold(path, provider="cpu", **ROTATE)
+    report = result.report
     assert len(report.folded) == 5
     assert report.saving.weights == 5 * 3 * 128 * 128 // 8
     assert report.proof.proved == [each.name for each in report.folded]
     assert report.verification.ok
-    ratios = {each.name: each.ratio for each in report.verification.outputs}
+    # the processor's kernels keep float32 between operators of the original, where they can
+    parity = onnx_fold.verify(path, result.model, provider="cpu", emulate=True)
+    ratios = {each.name: each.ratio for each in parity.outputs}
     assert max(ratios.values()) <= 2.0, ratios
 
 
