@@ -7,6 +7,7 @@ import onnx_ir as ir
 import pytest
 from helpers import (
     assert_close,
+    assert_same_function,
     fold,
     folded,
     graph,
@@ -406,3 +407,18 @@ def test_scaled_rows_multiply_exactly():
     np.testing.assert_allclose(Multiplier().times(y, transpose(scaled)), y @ expected.T)
     rows = evaluate(scaled.take(Literal(np.array([2, 0])), 0))
     np.testing.assert_allclose(rows, expected[[2, 0]])
+
+
+def test_a_mean_without_its_axis_takes_off_something_else() -> None:
+    """``[3, 1, 16] - [3, 1]`` has other rows taken off each: its channels do not add up to zero."""
+    model = graph(
+        "(float[3, 1, 12] x) => (float[a, b, 8] z, float[c, d, 4] k) { h = Relu(x)"
+        " s = MatMul(h, W) m = ReduceMean<keepdims = 0>(s, last) d = Sub(s, m) p = Pow(d, two)"
+        " v = ReduceMean(p, last) e = Add(v, eps) r = Sqrt(e) n = Div(d, r)"
+        " q0 = MatMul(n, Q) z = Softmax(q0) k0 = MatMul(n, K) k = Softmax(k0) }",
+        W=normal(12, 16),
+        Q=normal(16, 8),
+        K=normal(16, 4, seed=3),
+        **{name: HELD[name] for name in ("two", "eps", "last")},
+    )
+    assert_same_function(model, fold(model, **ROTATE).model)

@@ -20,11 +20,12 @@ from onnx_ir.convenience import replace_all_uses_with
 from onnx_fold.algebra.expression import Diagonal, ImpliedTensor, Literal, Sum, evaluate, reshape
 from onnx_fold.graph.channels import ports
 from onnx_fold.graph.commute import Port
-from onnx_fold.graph.constants import FLOATS, Constant, axes_of, constant
+from onnx_fold.graph.constants import FLOATS, Constant, constant
 from onnx_fold.graph.edit import Editor
 from onnx_fold.graph.linear import Edge
 from onnx_fold.graph.operators import operator
 from onnx_fold.graph.shapes import Shapes
+from onnx_fold.streams.norms import is_centring
 from onnx_fold.streams.stream import Search, Stream
 
 
@@ -41,6 +42,11 @@ class Affine:
     index: int
     gain: Constant | None = None
     is_skip: bool = False
+
+    @property
+    def is_centring(self) -> bool:
+        """Whether it takes the mean of the channels off them."""
+        return self.gain is None and not self.is_skip
 
 
 def make_explicit(model: ir.Model, shapes: Shapes, editor: Editor) -> ExitStack:
@@ -101,12 +107,12 @@ def _is_mean_of(node: ir.Node, found: Mapping[ir.Node, Affine]) -> bool:
     """Whether ``node`` only makes the mean that centring takes off."""
     if operator(node) != "ReduceMean" or node.outputs[0].is_graph_output():
         return False
-    return all(user in found and is_centring(user) for user, _ in node.outputs[0].uses())
+    return all(user in found and found[user].is_centring for user, _ in node.outputs[0].uses())
 
 
 def as_affine(node: ir.Node, shapes: Shapes) -> Affine | None:
     """Read ``node`` as an affine operator, if it is one and keeps the shape of what it reads."""
-    if is_centring(node):
+    if is_centring(node, shapes):
         return Affine(0)
     found = _gain(node) or _dead_skip(node)
     if found is None:
@@ -115,16 +121,6 @@ def as_affine(node: ir.Node, shapes: Shapes) -> Affine | None:
     assert kept is not None
     assert other is not None
     return found if shapes.broadcasts_to(other, kept) else None
-
-
-def is_centring(node: ir.Node) -> bool:
-    """Whether ``node`` takes the mean of the channels, the last axis, off its input."""
-    if operator(node) != "Sub" or len(node.inputs) != 2 or node.inputs[1] is None:
-        return False
-    mean = node.inputs[1].producer()
-    if mean is None or operator(mean) != "ReduceMean" or mean.inputs[0] is not node.inputs[0]:
-        return False
-    return tuple(axes_of(mean) or ()) == (-1,) and mean.attributes.get_int("keepdims", 1) == 1
 
 
 def _gain(node: ir.Node) -> Affine | None:

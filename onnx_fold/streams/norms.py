@@ -31,7 +31,7 @@ from onnx_fold.graph.shapes import Shapes
 from onnx_fold.streams.activations import Activations
 from onnx_fold.streams.stream import Gain, Search, Stream, open_stream
 
-__all__ = ["find_norm_streams", "squares"]
+__all__ = ["find_norm_streams", "is_centring", "squares"]
 
 _NORMS = frozenset(
     ("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization")
@@ -140,8 +140,8 @@ def shifted(node: ir.Node, width: int, shapes: Shapes) -> int | None:
     return index if constant(node.inputs[1 - index]) is None else None
 
 
-def _is_centring(node: ir.Node, shapes: Shapes) -> bool:
-    """Whether ``node`` takes the mean of the channels off them."""
+def is_centring(node: ir.Node, shapes: Shapes) -> bool:
+    """Whether ``node`` takes the mean of the channels, the last axis, off them."""
     taken = node.inputs[1] if operator(node) == "Sub" and len(node.inputs) == 2 else None
     mean = None if taken is None else taken.producer()
     return (
@@ -149,6 +149,7 @@ def _is_centring(node: ir.Node, shapes: Shapes) -> bool:
         and operator(mean) == "ReduceMean"
         and mean.inputs[0] is node.inputs[0]
         and tuple(axes_of(mean, shapes.integers) or ()) == (-1,)
+        and mean.attributes.get_int("keepdims", 1) == 1
     )
 
 
@@ -221,11 +222,11 @@ def _find_gains(stream: Stream) -> None:
             if any(writer.is_table for writer in constants):
                 open_stream(stream, value, "has a table added behind a gain, by", node)
             stream.carried += constants
-        is_centring = is_last and _is_centring(node, shapes)
+        is_centred = is_last and is_centring(node, shapes)
         is_shift = is_last and shifted(node, stream.width, shapes) is not None
         if (
             operator(node) == "LayerNormalization"
-            or is_centring
+            or is_centred
             or (operands and not is_linear and not is_shift and _are_centred(operands, stream))
         ) and (gain is not None or not constants):
             stream.centred |= {each for each in node.outputs if each in stream.values}
@@ -251,7 +252,7 @@ def _shows_mean(node: ir.Node, is_mean: bool, shapes: Shapes) -> bool:
         return _is_norm(node)
     users = [user for output in node.outputs for user, _ in output.uses()]
     is_shown = any(output.is_graph_output() for output in node.outputs)
-    return is_shown or not all(_is_centring(user, shapes) for user in users)
+    return is_shown or not all(is_centring(user, shapes) for user in users)
 
 
 def _are_centred(values: Sequence[ir.Value], stream: Stream) -> bool:
