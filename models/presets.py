@@ -12,6 +12,19 @@ from typing import Final
 from onnx_fold.errors import UsageError
 from onnx_fold.models.config import SkiplessConfig
 
+_MISTRAL = SkiplessConfig(
+    vocab_size=32000,
+    hidden_size=4096,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=128,
+    intermediate_size=14336,
+    activation="sigmoid",
+    max_position_embeddings=32768,
+    init="gaussian",
+)
+
 PRESETS: Final[dict[str, SkiplessConfig]] = {
     "tiny-mha": SkiplessConfig(
         num_key_value_heads=4, ffn="mlp", activation="gelu", bias=True, positions="learned"
@@ -93,30 +106,8 @@ PRESETS: Final[dict[str, SkiplessConfig]] = {
         max_position_embeddings=2048,
         init="gaussian",
     ),
-    "mistral-7b": SkiplessConfig(
-        vocab_size=32000,
-        hidden_size=4096,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=128,
-        intermediate_size=14336,
-        activation="sigmoid",
-        max_position_embeddings=32768,
-        init="gaussian",
-    ),
-    "mistral-7b-norms": SkiplessConfig(
-        vocab_size=32000,
-        hidden_size=4096,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=128,
-        intermediate_size=14336,
-        max_position_embeddings=32768,
-        norm="rms",
-        init="gaussian",
-    ),
+    "mistral-7b": _MISTRAL,
+    "mistral-7b-norms": dataclasses.replace(_MISTRAL, norm="rms", activation="silu"),
     "pythia-6.9b": SkiplessConfig(
         vocab_size=50432,
         hidden_size=4096,

@@ -10,7 +10,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import onnx_ir as ir
 from rich.console import Group, RenderableType
@@ -45,7 +45,7 @@ from onnx_fold.streams.quantised import find_quantised
 from onnx_fold.streams.stream import find_streams
 from onnx_fold.trust import Folded, proved, within_limits
 
-OBJECTIVES = ("speed", "size")
+OBJECTIVES = get_args(Objective)
 """What folds are for: never slower, or as few weights as can be."""
 
 CHECKS = ("auto", "full", "sampled")

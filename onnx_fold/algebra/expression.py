@@ -531,15 +531,9 @@ class Sum(Expression):
 
 
 @dataclass(frozen=True, eq=False)
-class Times(Expression):
-    """``left · right``, element by element, of one type; they broadcast and have one rank."""
-
+class _Binary(Expression):
     left: Expression
     right: Expression
-
-    @property
-    def shape(self) -> Shape:
-        return np.broadcast_shapes(self.left.shape, self.right.shape)
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -548,6 +542,15 @@ class Times(Expression):
     @property
     def operands(self) -> tuple[Expression, ...]:
         return self.left, self.right
+
+
+@dataclass(frozen=True, eq=False)
+class Times(_Binary):
+    """``left · right``, element by element, of one type; they broadcast and have one rank."""
+
+    @property
+    def shape(self) -> Shape:
+        return np.broadcast_shapes(self.left.shape, self.right.shape)
 
     def compute(self, device: Device, *operands: Any) -> Any:
         left, right = operands
@@ -581,23 +584,12 @@ class Placed(_Unary):
 
 
 @dataclass(frozen=True, eq=False)
-class Product(Expression):
+class Product(_Binary):
     """``left @ right``, ``[..., n] @ [n, m]``, both of one type. Made by :func:`product`."""
-
-    left: Expression
-    right: Expression
 
     @property
     def shape(self) -> Shape:
         return (*self.left.shape[:-1], *self.right.shape[1:])
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        return self.left.dtype
-
-    @property
-    def operands(self) -> tuple[Expression, ...]:
-        return self.left, self.right
 
     def compute(self, device: Device, *operands: Any) -> Any:
         left, right = operands

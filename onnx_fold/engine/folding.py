@@ -7,6 +7,7 @@ then the one with the fewest operators, then the most accurate one.
 from __future__ import annotations
 
 import logging
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -37,12 +38,12 @@ from onnx_fold.graph.linear import Linear, compact
 from onnx_fold.graph.shapes import Shapes
 from onnx_fold.rewriting.affine import make_explicit
 from onnx_fold.rewriting.rebase import become_identity, rebase
-from onnx_fold.rewriting.rewrite import CannotRewriteError, Rewrite
+from onnx_fold.rewriting.rewrite import CannotRewriteError, Rewrite, Work
 from onnx_fold.streams.activations import Activations
 from onnx_fold.streams.branches import Branches, find_branches
 from onnx_fold.streams.joined import Joined, find_joined
 from onnx_fold.streams.norms import find_norm_streams
-from onnx_fold.streams.stream import Search, Stream, find_streams
+from onnx_fold.streams.stream import Stream, find_streams
 
 logger = logging.getLogger(__name__)
 
@@ -105,10 +106,25 @@ class Candidate:
         """Elements of initializers that it saves."""
         return self.rewrite.weights_removed()
 
-    @property
+    @cached_property
     def nodes(self) -> int:
         """Operators that it adds, less those that it removes."""
         return self.rewrite.nodes_change()
+
+    @cached_property
+    def work(self) -> Work:
+        """What it adds for one token."""
+        return self.rewrite.work()
+
+    @cached_property
+    def gain(self) -> tuple[int, int, int]:
+        """Sorts what gains most to the front; only what ties has to be evaluated to be compared.
+
+        Matrices count first: no operator is worth the few weights of a bias. Operators that compute
+        sizes, a few integers, do not count.
+        """
+        matrices = self.rewrite.weights_removed(min_rank=2)
+        return -matrices, self.work.nodes, -self.weights_removed
 
     def _growth(self) -> str:
         shared = self.rewrite.shared()
@@ -121,12 +137,12 @@ class Candidate:
 
     def slower_on(self, itemsize: float) -> dict[str, str]:
         """The providers on which it costs time, and where: in decode or in prefill."""
-        work, weights = self.rewrite.work(), self.weights_removed
+        work, weights = self.work, self.weights_removed
         lost = {name: each.loses(work, weights, itemsize) for name, each in TARGETS.items()}
         return {name: phase for name, phase in lost.items() if phase}
 
     def _price(self, slower_on: Mapping[str, str], target: str) -> str:
-        work = self.rewrite.work()
+        work = self.work
         values = work.copied + work.gathered
         return (
             f"it would be slower on {target}: {work.nodes:+} operators and"
@@ -343,6 +359,7 @@ def _fold_streams(
         left: list[tuple[int, StreamReport]] = []
         touched: set[ir.Node] = set()
         kept: dict[ir.Value, str] = {}
+        later = [each for each in passes if each not in phases[0]]
         for stream in _subjects(model, activations, shapes or Shapes(model), phases[0]):
             nodes = stream.nodes
             position = min(order.get(node, 0) for node in nodes)
@@ -353,7 +370,6 @@ def _fold_streams(
                 continue
             if nodes & touched:
                 continue  # a neighbour has just changed: look again in the next round
-            later = [each for each in passes if each not in phases[0]]
             report, rewrite = _choose(stream, report, phases[0], later, options, memo)
             if rewrite is not None and report.folded is not None:
                 changed = nodes | rewrite.nodes
@@ -399,13 +415,20 @@ def _subjects(
     Streams that only an orthogonal basis passes through are looked for if a pass asks for them, and
     are closed: their open parts are among those that any basis passes through, with the reasons.
     """
-    yield from list(find_branches(model.graph, shapes))
-    yield from list(find_joined(Search(model.graph, shapes)))
+    if _ask(passes, "of_branches"):
+        yield from list(find_branches(model.graph, shapes))
+    if _ask(passes, "of_joined"):
+        yield from list(find_joined(model.graph, shapes))
     if any(each.group == Group.ORTHOGONAL for each in passes):
         for stream in find_norm_streams(model, activations, shapes.without_facts()):
             if stream.is_closed and stream.written_by and stream.readers:
                 yield stream
     yield from find_streams(model, activations, shapes)
+
+
+def _ask(passes: Sequence[FoldPass], hook: str) -> bool:
+    """Whether one of ``passes`` has a say in the subjects that ``hook`` is called with."""
+    return any(getattr(type(each), hook) is not getattr(FoldPass, hook) for each in passes)
 
 
 def _norms_kept(report: StreamReport) -> str:
@@ -486,26 +509,17 @@ def _ranked(
 
 
 def _is_full(candidate: Candidate, stream: Subject) -> bool:
-    return -_gain(candidate)[0] >= stream.width**2
+    return -candidate.gain[0] >= stream.width**2
 
 
 def _ties(candidates: Sequence[Candidate]) -> Iterator[list[Candidate]]:
-    for _, group in groupby(sorted(candidates, key=_gain), key=_gain):
+    gain = operator.attrgetter("gain")
+    for _, group in groupby(sorted(candidates, key=gain), key=gain):
         yield list(group)
 
 
 def _operators(each: FoldPass) -> int:
     return each.operators
-
-
-def _gain(candidate: Candidate) -> tuple[int, int, int]:
-    """Sorts what gains most to the front; only what ties has to be evaluated to be compared.
-
-    Matrices count first: no operator is worth the few weights of a bias. Operators that compute
-    sizes, a few integers, do not count.
-    """
-    matrices = candidate.rewrite.weights_removed(min_rank=2)
-    return -matrices, candidate.rewrite.work().nodes, -candidate.weights_removed
 
 
 def _names(stream: Subject) -> set[str]:

@@ -55,16 +55,9 @@ def replacing(target: Path, obsolete: Sequence[str] = ()) -> Iterator[Path]:
         CannotWriteError: Anything that the operating system refused, inside the block or out, or
             another process is writing ``target``.
     """
-    try:
-        clean(target.parent)
-        with _own_folder(target) as folder:
-            try:
-                yield folder
-                _commit(folder, target, obsolete)
-            finally:
-                _settle(folder, target)
-    except OSError as error:
-        raise CannotWriteError(f"cannot write {target}: {error.strerror or error}") from error
+    with _workplace(target) as folder:
+        yield folder
+        _commit(folder, target, obsolete)
 
 
 @contextlib.contextmanager
@@ -81,20 +74,31 @@ def appearing(target: Path) -> Iterator[Path]:
         CannotWriteError: Anything that the operating system refused, inside the block or out, or
             another process is writing ``target``.
     """
+    with _workplace(target) as workplace:
+        folder = workplace / target.name
+        folder.mkdir()
+        yield folder
+        for root, _, names in os.walk(folder):
+            for path in (*(Path(root) / name for name in names), Path(root)):
+                _flush(path)
+        folder.rename(target)
+        _flush(target.parent)
+
+
+@contextlib.contextmanager
+def _workplace(target: Path) -> Iterator[Path]:
+    """A folder of one's own beside ``target``, which is settled whatever happens in the block.
+
+    Raises:
+        CannotWriteError: As :func:`replacing`.
+    """
     try:
         clean(target.parent)
-        with _own_folder(target) as workplace:
+        with _own_folder(target) as folder:
             try:
-                folder = workplace / target.name
-                folder.mkdir()
                 yield folder
-                for root, _, names in os.walk(folder):
-                    for path in (*(Path(root) / name for name in names), Path(root)):
-                        _flush(path)
-                folder.rename(target)
-                _flush(target.parent)
             finally:
-                _settle(workplace, target)
+                _settle(folder, target)
     except OSError as error:
         raise CannotWriteError(f"cannot write {target}: {error.strerror or error}") from error
 

@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from onnx_fold.algebra.expression import Expression, reshape, scale, transpose
 from onnx_fold.graph.constants import FLOATS, Constant, constant
-from onnx_fold.graph.operators import MICROSOFT, operator
+from onnx_fold.graph.operators import MICROSOFT, only_user, operator
 from onnx_fold.graph.shapes import Shapes
 
 Edge = tuple[ir.Node, int]
@@ -175,7 +175,7 @@ def _picked(node: ir.Node, index: int, shapes: Shapes | None) -> tuple[Edge, Con
     """The experts' weights, of which a Gather picks one for each row."""
     value = node.inputs[index]
     gather = value.producer() if value is not None else None
-    if value is None or gather is None or len(value.uses()) != 1 or value.is_graph_output():
+    if value is None or gather is None or only_user(value) is None:
         return None
     weight = _held(gather, 0) if operator(gather) in ("Gather", "GatherND") else None
     if weight is None or len(weight.shape) != 3:

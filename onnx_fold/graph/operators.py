@@ -16,6 +16,13 @@ def operator(node: ir.Node) -> str:
     return node.op_type if node.domain in STANDARD else f"{node.domain}::{node.op_type}"
 
 
+def only_user(value: ir.Value) -> ir.Node | None:
+    """The node that reads ``value``, if it does so once and nothing else needs it."""
+    if value.is_graph_output() or len(value.uses()) != 1:
+        return None
+    return next(iter(value.uses())).node
+
+
 def contrib(*names: str) -> frozenset[str]:
     """What :func:`operator` calls the operators of ONNX Runtime that have these names."""
     return frozenset(f"{MICROSOFT}::{name}" for name in names)

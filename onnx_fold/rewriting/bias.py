@@ -16,7 +16,7 @@ from onnx_fold.algebra.expression import FoldedTensor, Literal, Sum, product, re
 from onnx_fold.graph.channels import channels
 from onnx_fold.graph.constants import constant, scalar
 from onnx_fold.graph.linear import Linear
-from onnx_fold.graph.operators import contrib, operator
+from onnx_fold.graph.operators import contrib, only_user, operator
 from onnx_fold.rewriting.rewrite import CannotRewriteError, Rewrite
 from onnx_fold.streams.stream import ConstantWriter, Stream
 
@@ -173,7 +173,7 @@ def _add_bias(rewrite: Rewrite, reader: Linear, carried: Carried) -> None:
     shape = reader.vector_shape
     if shape is None:
         raise CannotRewriteError(f"a bias cannot be added behind {reader.label}")
-    if shape == (width,) and len(reader.y.uses()) == 1 and not reader.y.is_graph_output():
+    if shape == (width,) and only_user(reader.y) is not None:
         ((add, index),) = reader.y.uses()
         is_sum = operator(add) in _ADDS_BIAS and len(add.inputs) == 2
         held = constant(add.inputs[1 - index]) if is_sum else None

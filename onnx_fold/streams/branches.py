@@ -9,41 +9,24 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import onnx_ir as ir
 
 from onnx_fold.algebra.expression import scale
 from onnx_fold.graph.channels import Group, channels, ports
 from onnx_fold.graph.commute import OpensStreamError, Port
-from onnx_fold.graph.constants import FLOATS, Constant, constant
-from onnx_fold.graph.linear import Edge, label
-from onnx_fold.graph.operators import operator
+from onnx_fold.graph.constants import FLOATS, constant
+from onnx_fold.graph.linear import label
+from onnx_fold.graph.operators import only_user, operator
 from onnx_fold.graph.shapes import Shapes
 from onnx_fold.streams.maps import LinearMap, add, as_map, as_vector, identity
+from onnx_fold.streams.stream import Weight
 
-__all__ = ["Branches", "Weight", "find_branches"]
+__all__ = ["Branches", "find_branches"]
 
 _SUMS = ("Add", "Sub", "Sum")
 _LAYERS = ("Conv", "Gemm", "MatMul", "Einsum", "com.microsoft::FusedMatMul")
-
-
-@dataclass(frozen=True)
-class Weight:
-    """A constant on a path."""
-
-    node: ir.Node
-    index: int
-    weight: Constant
-
-    @property
-    def edge(self) -> Edge:
-        """The input that holds it."""
-        return self.node, self.index
-
-    @property
-    def label(self) -> str:
-        """The name a person knows it by."""
-        return label(self.node, self.weight)
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +56,12 @@ class Branches:
         later: Values that are computed in ``result`` already, where only the layout changes between
             that and them, and what their readers read instead.
         between: The values between ``result`` and them.
+        is_closed: Whether it can be changed.
+        group: The changes of basis that pass through it.
     """
+
+    is_closed: ClassVar[bool] = True
+    group: ClassVar[Group] = Group.GENERAL
 
     source: ir.Value
     result: ir.Value
@@ -92,16 +80,6 @@ class Branches:
             for index, value in enumerate(node.inputs)
             if (held := constant(value)) is not None and held.dtype in FLOATS
         ]
-
-    @property
-    def group(self) -> Group:
-        """The changes of basis that pass through it."""
-        return Group.GENERAL
-
-    @property
-    def is_closed(self) -> bool:
-        """Whether it can be changed."""
-        return True
 
     @property
     def width(self) -> int:
@@ -153,16 +131,9 @@ def find_branches(graph: ir.Graph, shapes: Shapes) -> Iterator[Branches]:
 def _begins(node: ir.Node) -> bool:
     """Whether ``node`` is a sum that is no operand of another, or may meet a BatchNorm."""
     if operator(node) in _SUMS:
-        user = _only_user(node.outputs[0])
+        user = only_user(node.outputs[0])
         return user is None or operator(user) not in _SUMS
     return operator(node) in ("BatchNormalization", *_LAYERS)
-
-
-def _only_user(value: ir.Value) -> ir.Node | None:
-    """The node that reads ``value``, if nothing else does."""
-    if value.is_graph_output() or len(value.uses()) != 1:
-        return None
-    return next(iter(value.uses())).node
 
 
 def _branches(node: ir.Node, axis: int, graph: ir.Graph, shapes: Shapes) -> Branches | None:
@@ -251,7 +222,7 @@ def _behind_layout(node: ir.Node, axis: int, graph: ir.Graph, shapes: Shapes) ->
 
 def _put_back(found: Branches, norm: ir.Node) -> Branches:
     """``found``, without a Reshape behind ``norm`` that only undoes the one in front of it."""
-    user, behind = _only_user(norm.outputs[0]), found.between[1:]
+    user, behind = only_user(norm.outputs[0]), found.between[1:]
     if user is None or operator(user) != "Reshape" or not behind:
         return found
     shape = user.inputs[1].producer() if user.inputs[1] is not None else None
@@ -261,7 +232,7 @@ def _put_back(found: Branches, norm: ir.Node) -> Branches:
     if not same and (dims is None or None in dims or dims != found.shapes(found.result)):
         return found
     gone = [node for value in behind if (node := value.producer()) is not None]
-    if same and shape is not None and _only_user(shape.outputs[0]) is user:
+    if same and shape is not None and only_user(shape.outputs[0]) is user:
         gone.append(shape)
     found.inside += [*gone, user]
     found.later = {user.outputs[0]: found.result}
@@ -286,7 +257,7 @@ def _operands(root: ir.Node) -> tuple[list[tuple[float, ir.Value]], list[ir.Node
             own = -sign if operator(node) == "Sub" and index == 1 else sign
             producer = value.producer()
             inner = producer is not None and operator(producer) in _SUMS
-            if inner and producer is not None and _only_user(value) is node:
+            if inner and producer is not None and only_user(value) is node:
                 stack.append((own, producer))
             else:
                 operands.append((own, value))
@@ -347,7 +318,7 @@ def _flattened(node: ir.Node, axis: int, shapes: Shapes) -> _Path | None:
     if value is None or not isinstance(width, int) or shapes.dim(value, -1) != width:
         return None
     total = identity(axis, width)
-    while (front := value.producer()) is not None and _only_user(value) is not None:
+    while (front := value.producer()) is not None and only_user(value) is not None:
         nodes.insert(0, front)
         if operator(front) == "Reshape":
             x = front.inputs[0]
@@ -379,7 +350,7 @@ def _common(paths: Sequence[Sequence[_Path]]) -> dict[int, _Path]:
 
 def _extended(found: Branches, axis: int, graph: ir.Graph) -> Branches:
     """``found`` and the gains, numbers, biases and BatchNorms right behind its sum."""
-    while (node := _only_user(found.result)) is not None and node.graph is graph:
+    while (node := only_user(found.result)) is not None and node.graph is graph:
         step = as_map(node, axis, found.shapes)
         if step is None or not step[1].is_gain or step[0] is not found.result:
             break

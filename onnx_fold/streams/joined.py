@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import onnx_ir as ir
 
 from onnx_fold.graph.channels import Group
 from onnx_fold.graph.constants import FLOATS
-from onnx_fold.graph.linear import Linear, label
-from onnx_fold.graph.operators import operator
+from onnx_fold.graph.linear import Linear, as_linear, label
+from onnx_fold.graph.operators import only_user, operator
+from onnx_fold.graph.shapes import Shapes
 from onnx_fold.streams.stream import ConstantWriter, Search, Stream
 
 __all__ = ["Joined", "find_joined"]
@@ -43,7 +45,12 @@ class Joined:
         reader: The layer, of one position.
         parts: The operands, in order.
         search: What found it.
+        is_closed: Whether it can be changed.
+        group: The changes of basis that pass through it.
     """
+
+    is_closed: ClassVar[bool] = True
+    group: ClassVar[Group] = Group.GENERAL
 
     concat: ir.Node
     reader: Linear
@@ -54,16 +61,6 @@ class Joined:
     def streams(self) -> list[Stream]:
         """Those of its streams that are closed but for the Concat."""
         return [part.stream for part in self.parts if part.stream is not None]
-
-    @property
-    def group(self) -> Group:
-        """The changes of basis that pass through it."""
-        return Group.GENERAL
-
-    @property
-    def is_closed(self) -> bool:
-        """Whether it can be changed."""
-        return True
 
     @property
     def width(self) -> int:
@@ -100,24 +97,33 @@ class Joined:
         return [*inside, self.concat.outputs[0], self.reader.y]
 
 
-def find_joined(search: Search) -> Iterator[Joined]:
+def find_joined(graph: ir.Graph, shapes: Shapes) -> Iterator[Joined]:
     """The Concats of channels of the main graph that one layer reads and nothing else."""
-    for reader in list(search.linears.values()):
-        concat = reader.x.producer()
-        if concat is None or operator(concat) != "Concat" or len(reader.x.uses()) != 1:
-            continue
-        if reader.x.is_graph_output() or not _is_one_matrix(reader):
-            continue
-        axis = reader.x_axis
-        rank = search.shapes.rank(reader.x)
+    pairs = [(node, as_linear(user, shapes)) for node, user in _read_once(graph)]
+    readers = {node: reader for node, reader in pairs if reader and _is_one_matrix(reader)}
+    if not readers:
+        return  # streams are not looked for
+    search = Search(graph, shapes)
+    for concat, reader in readers.items():
+        axis, rank = reader.x_axis, shapes.rank(reader.x)
         own = concat.attributes.get_int("axis", 0)
-        if axis is None or rank is None or (own if own < 0 else own - rank) != axis:
+        if reader.x is not concat.outputs[0] or axis is None or rank is None:
+            continue
+        if (own if own < 0 else own - rank) != axis:
             continue
         parts = list(_parts(concat, axis, search))
         if sum(len(part.rows) for part in parts) != reader.in_features:
             continue
         if any(part.stream is not None for part in parts):
             yield Joined(concat, reader, parts, search)
+
+
+def _read_once(graph: ir.Graph) -> Iterator[tuple[ir.Node, ir.Node]]:
+    """The Concats of ``graph`` that one of its nodes reads once, and that node."""
+    for node in graph:
+        user = only_user(node.outputs[0]) if operator(node) == "Concat" else None
+        if user is not None and user.graph is graph:
+            yield node, user
 
 
 def _is_one_matrix(reader: Linear) -> bool:

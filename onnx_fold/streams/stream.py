@@ -25,32 +25,41 @@ from onnx_fold.streams.quantised import is_quantised
 
 
 @dataclass(frozen=True)
-class ConstantWriter:
-    """A constant that enters the stream: a bias, an embedding or position table, a class token.
+class Weight:
+    """A constant that an operator reads.
 
     Attributes:
-        node: The operator that brings it in.
+        node: The operator.
         index: Which input of ``node`` it is.
         weight: What it holds.
-        axis: Its channel axis, from the end.
-        width: Width of the stream; the constant may be broadcast to it.
     """
 
     node: ir.Node
     index: int
     weight: Constant
-    axis: int
-    width: int
 
     @property
     def edge(self) -> Edge:
-        """The input that holds the constant."""
+        """The input that holds it."""
         return self.node, self.index
 
     @property
     def label(self) -> str:
         """The name a person knows it by."""
         return label(self.node, self.weight)
+
+
+@dataclass(frozen=True)
+class ConstantWriter(Weight):
+    """A constant that enters the stream: a bias, an embedding or position table, a class token.
+
+    Attributes:
+        axis: Its channel axis, from the end.
+        width: Width of the stream; the constant may be broadcast to it.
+    """
+
+    axis: int
+    width: int
 
     @property
     def is_table(self) -> bool:
