@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -93,14 +94,37 @@ class Model:
     options: dict[str, Any]
 
 
-def declare_torchvision() -> None:
-    """The operators that torchvision registers, where its build does not fit torch's."""
-    try:
-        import torchvision  # noqa: F401
-    except (RuntimeError, ImportError):
-        library = torch.library.Library("torchvision", "DEF")
-        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        globals()["_kept"] = library
+_TORCHVISION = """
+    nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor
+    qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor
+    roi_align(Tensor input, Tensor rois, float spatial_scale, int pooled_height, int pooled_width,
+        int sampling_ratio, bool aligned) -> Tensor
+    roi_pool(Tensor input, Tensor rois, float spatial_scale, int pooled_height, int pooled_width)
+        -> (Tensor, Tensor)
+    ps_roi_align(Tensor input, Tensor rois, float spatial_scale, int pooled_height,
+        int pooled_width, int sampling_ratio) -> (Tensor, Tensor)
+    ps_roi_pool(Tensor input, Tensor rois, float spatial_scale, int pooled_height,
+        int pooled_width) -> (Tensor, Tensor)
+    deform_conv2d(Tensor input, Tensor weight, Tensor offset, Tensor mask, Tensor bias,
+        int stride_h, int stride_w, int pad_h, int pad_w, int dilation_h, int dilation_w,
+        int groups, int offset_groups, bool use_mask) -> Tensor
+    _roi_align_backward(Tensor grad) -> Tensor
+    _roi_pool_backward(Tensor grad) -> Tensor
+    _ps_roi_align_backward(Tensor grad) -> Tensor
+    _ps_roi_pool_backward(Tensor grad) -> Tensor
+    _deform_conv2d_backward(Tensor grad) -> Tensor
+"""
+
+
+def declare_torchvision() -> torch.library.Library:
+    """Declare the operators that timm never runs, for a torchvision whose build is not torch's.
+
+    They stay declared while the result is kept.
+    """
+    library = torch.library.Library("torchvision", "DEF")
+    for schema in re.findall(r"\S[^>]*-> (?:Tensor|\(.*?\))", _TORCHVISION):
+        library.define(" ".join(schema.split()))
+    return library
 
 
 def models() -> Iterator[Model]:
@@ -295,9 +319,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="*", default=[], help="names, or parts of them")
     parser.add_argument("--repeats", type=int, default=40, help="pairs of runs of each model")
+    parser.add_argument(
+        "--declare-torchvision",
+        action="store_true",
+        help="where torchvision's build does not fit torch's, and cannot be imported",
+    )
     parser.add_argument("--output", type=Path, default=Path("docs/zoo.json"))
     arguments = parser.parse_args()
-    declare_torchvision()
+    if arguments.declare_torchvision:
+        _kept = declare_torchvision()
     known = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
     rows: dict[str, Any] = known.get("rows", {})
     for model in models():
