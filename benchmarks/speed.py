@@ -118,8 +118,10 @@ def start(case: Case, provider: str, device: str) -> dict[str, Any]:
 
 
 def export_model(case: Case) -> dict[str, Any]:
-    """Write the model."""
-    if case.preset == TRAINED:
+    """Write the model, unless it is there."""
+    if case.source.exists():
+        pass
+    elif case.preset == TRAINED:
         data = resources.files("onnx_fold.models") / f"{TRAINED}.onnx"
         case.source.write_bytes(data.read_bytes())
     else:
@@ -181,19 +183,17 @@ def plan(case: Case, given: argparse.Namespace) -> Iterator[tuple[str, tuple[Any
     yield "placement", (given.provider,)
     yield "verify", (given.provider,)
     lengths = lengths_of(case.preset, given)
-    for length in lengths:
-        for rows in given.batch:
-            options = {
-                "provider": given.provider,
-                "batch": rows,
-                "prefill": length,
-                "tokens": given.tokens,
-                "repeats": given.repeats,
-                "seconds": given.seconds,
-            }
-            yield "bench", (options,)
-            if given.provider == "cuda" and length == min(lengths):
-                yield "bench", ({**options, "cuda_graph": True},)
+    options = {
+        "provider": given.provider,
+        "batch": given.batch,
+        "prefill": lengths,
+        "tokens": given.tokens,
+        "repeats": given.repeats,
+        "seconds": given.seconds,
+    }
+    yield "bench", (options,)
+    if given.provider == "cuda":
+        yield "bench", ({**options, "prefill": [min(lengths)], "cuda_graph": True},)
 
 
 def lengths_of(preset: str, given: argparse.Namespace) -> list[int]:
@@ -299,16 +299,19 @@ def check(given: argparse.Namespace) -> dict[str, Any]:
     kept = others(given)
     worker = Worker()
     try:
-        with tempfile.TemporaryDirectory(dir=given.folder) as folder:
-            trained = Case(TRAINED, None, "float32", Path(folder))
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(given.folder or temporary)
+            trained = Case(TRAINED, None, "float32", folder)
             plans = [(trained, [("start", (given.provider, given.device))])]
-            plans += [(case, [*plan(case, given)]) for case in cases(given, Path(folder))]
+            plans += [(case, [*plan(case, given)]) for case in cases(given, folder)]
             for case, steps in plans:
-                for result in run_case(case, steps, given, worker, deadline):
+                chosen = [each for each in steps if each[0] in given.steps]
+                for result in run_case(case, chosen, given, worker, deadline):
                     data["results"].append(result)
                     save(given.output, {**data, "results": [*data["results"], *kept]})
-                case.remove()
-                if "error" in data["results"][0]:
+                if given.folder is None:
+                    case.remove()
+                if any("error" in each for each in data["results"] if each["step"] == "start"):
                     break
     finally:
         worker.stop()
@@ -369,7 +372,7 @@ def attempt(
 
 
 def others(given: argparse.Namespace) -> list[dict[str, Any]]:
-    """What the file has of models that are not measured now."""
+    """What the file has of models, and of steps, that are not measured now."""
     if not given.output.exists():
         return []
     results = json.loads(given.output.read_text(encoding="utf-8"))["results"]
@@ -377,7 +380,8 @@ def others(given: argparse.Namespace) -> list[dict[str, Any]]:
     return [
         each
         for each in results
-        if each["step"] != "start" and (each["preset"], each["layers"], each["dtype"]) not in now
+        if each["step"] not in given.steps
+        or (each["step"] != "start" and (each["preset"], each["layers"], each["dtype"]) not in now)
     ]
 
 
@@ -415,7 +419,8 @@ def describe(result: Mapping[str, Any]) -> str:
     """A line for the terminal and for the list of what did not work."""
     asked = result.get("asked", {})
     which = [result["preset"], result["dtype"], result["step"]]
-    which += [f"{name} {asked[name]}" for name in ("batch", "prefill") if name in asked]
+    for name in (name for name in ("batch", "prefill") if name in asked):
+        which += [f"{name} {' '.join(map(str, asked[name]))}"]
     which += ["CUDA graph"] if asked.get("cuda_graph") else []
     for kind in ("error", "skipped"):
         if kind in result:
@@ -530,7 +535,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10, help="for one phase, at most")
     parser.add_argument("--minutes", type=float, default=25, help="for everything")
     parser.add_argument("--step-minutes", type=float, default=5, help="for one step, at most")
-    parser.add_argument("--folder", help="where the models of the moment are kept")
+    parser.add_argument("--folder", help="where models stay; those that are there are not written")
+    parser.add_argument("--steps", nargs="+", choices=STEPS, metavar="STEP", help="[all]")
     parser.add_argument("--output", type=Path, help="JSON file [docs/speed-PROVIDER.json]")
     parser.add_argument("--render", action="store_true", help="only write the page anew")
     parser.add_argument("--device", help="where models are folded, as torch calls it")
@@ -539,6 +545,7 @@ def main() -> None:
         if getattr(given, name) is None:
             setattr(given, name, by_provider[given.provider])
     given.presets = given.presets or KNOWN
+    given.steps = given.steps or [*STEPS]
     given.device = given.device or given.provider
     given.output = given.output or ROOT / "docs" / f"speed-{given.provider}.json"
     if given.render:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "speed.py"
-OPTIONS = {"provider": "cpu", "batch": 1, "prefill": 8, "tokens": 2, "repeats": 2}
+OPTIONS = {"provider": "cpu", "batch": [1], "prefill": [8], "tokens": 2, "repeats": 2}
 
 
 @pytest.fixture
@@ -41,6 +41,7 @@ def given() -> argparse.Namespace:
         minutes=5,
         step_minutes=1,
         folder=None,
+        steps=["export", "fold", "placement", "verify", "bench"],
         output=None,
     )
 
@@ -59,12 +60,12 @@ def test_the_check_runs(tmp_path: Path) -> None:
     assert code == 0, data
     assert data["environment"]["provider"] == data["options"]["provider"] == "cpu"
     steps = [each["step"] for each in data["results"]]
-    assert steps == ["start", "export", "fold", "placement", "verify", "bench", "bench"]
-    _, _, folded, placed, verified, *timed = (each["result"] for each in data["results"])
+    assert steps == ["start", "export", "fold", "placement", "verify", "bench"]
+    _, _, folded, placed, verified, timed = (each["result"] for each in data["results"])
     assert folded["weights_removed"] == 8 * 160**2 + 55360
     assert placed["folded"]["CPUExecutionProvider"]["MatMul"] > 0
     assert verified["ok"]
-    assert [report["phases"][0]["batch"] for report in timed] == [1, 2]
+    assert [phase["batch"] for phase in timed["phases"]] == [1, 1, 2, 2]
     page = output.with_suffix(".md").read_text(encoding="utf-8")
     assert "| char-gqa | all | float32 | 1.2 M | 22% |" in page
     assert "| char-gqa | all | float32 | decode | 2 | 1 | 8 |" in page
@@ -87,7 +88,7 @@ def test_without_time_everything_is_skipped_and_said(tmp_path: Path) -> None:
     assert all(each["skipped"] == "no time was left" for each in data["results"][:2])
     assert all(each["skipped"] == "there is no export" for each in data["results"][2:])
     page = output.with_suffix(".md").read_text(encoding="utf-8")
-    assert "- tiny-gqa, float16, bench, batch 1, prefill 128: skipped: there is no export" in page
+    assert "- tiny-gqa, float16, bench, batch 1 4, prefill 128: skipped: there is no export" in page
 
 
 def test_a_preset_goes_through_the_steps(speed: ModuleType, tmp_path: Path) -> None:
@@ -135,12 +136,8 @@ def test_the_plan_times_cuda_graphs_and_one_fold_on_the_processor(
     assert steps[:2] == [("export", ()), ("fold", ("cuda", "cuda"))]
     timed = [arguments[0] for step, arguments in steps if step == "bench"]
     assert [(each["prefill"], each["batch"], "cuda_graph" in each) for each in timed] == [
-        (128, 1, False),
-        (128, 1, True),
-        (128, 8, False),
-        (128, 8, True),
-        (2048, 1, False),
-        (2048, 8, False),
+        ([128, 2048], [1, 8], False),
+        ([128], [1, 8], True),
     ]
 
 
@@ -209,6 +206,18 @@ def test_a_check_can_be_made_in_parts(tmp_path: Path) -> None:
     found = [each["preset"] for each in data["results"] if each["step"] == "export"]
     assert found == ["tiny-mha", "small-gqa", "char-gqa"]
     assert [each["step"] for each in data["results"]].count("start") == 1
+
+
+def test_models_stay_in_a_folder_for_the_steps_that_follow(tmp_path: Path) -> None:
+    output, folder = tmp_path / "speed.json", tmp_path / "models"
+    folder.mkdir()
+    common = ["--presets", "char-gqa", "--folder", str(folder), "--steps"]
+    run(output, *common, "export", "fold")
+    written = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    code, data = run(output, *common, "export", "placement")
+    assert code == 0, data
+    assert [each["step"] for each in data["results"]] == ["export", "placement", "fold"]
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == written
 
 
 def test_prompts_leave_room_in_a_table_of_positions(
