@@ -67,9 +67,10 @@ HEAD = """# How fast folded models are on {title}
 `--target {provider}`), verifies them and times them in pairs with `onnx-fold bench`: a prefill, and
 a loop of decode steps from a cache of that length, which stays on the device.
 [{name}.json]({name}.json) has the whole reports. Times are medians; in brackets is the 95 %
-interval of the speed-up. *bytes* is the ratio of the bytes of all weights; *read* that of the bytes
-that a token reads, without the table of the embedding: about what decode at batch 1 can gain. A
-product that goes also takes its overhead along, so it may be more.
+interval of the speed-up, from so many *pairs* of two loads. *bytes* is the ratio of the bytes of
+all weights; *read* that of the bytes that a token reads, without the table of the embedding: about
+what decode at batch 1 can gain. A product that goes also takes its overhead along, so it may be
+more. Where no time of a fold is given, other work was done beside it.
 
 """
 
@@ -454,7 +455,10 @@ def machine(found: Mapping[str, Any]) -> str:
 
 
 def folds(results: Sequence[Mapping[str, Any]]) -> str:
-    """A table of what was folded, with its time, and the errors at the worst output."""
+    """A table of what was folded, with its time, and the errors at the worst output.
+
+    ``seconds`` are None where other work was done beside the fold.
+    """
     lines = [
         "| shape | blocks | type | weights | removed | fold | on the CPU | difference |"
         " error before | after |",
@@ -467,11 +471,14 @@ def folds(results: Sequence[Mapping[str, Any]]) -> str:
     for (preset, layers, dtype), done in models.items():
         if (fold := done.get("fold")) is None:
             continue
-        on_cpu = f"{done['fold on cpu']['seconds']:.1f} s" if done.get("fold on cpu") else ""
+        alone, on_cpu = (
+            f"{each['seconds']:.1f} s" if each and each["seconds"] is not None else ""
+            for each in (fold, done.get("fold on cpu"))
+        )
         outputs = (done.get("verify") or {}).get("outputs", [])
         lines.append(
             f"| {preset} | {layers or 'all'} | {dtype} | {fold['before']['weights'] / 1e6:.1f} M |"
-            f" {fold['weights_removed_share']:.0%} | {fold['seconds']:.1f} s |"
+            f" {fold['weights_removed_share']:.0%} | {alone} |"
             f" {on_cpu} | {worst(outputs, 'relative_error')} |"
             f" {worst(outputs, 'error_original')} | {worst(outputs, 'error_folded')} |"
         )
@@ -497,7 +504,7 @@ def speeds(results: Sequence[Mapping[str, Any]]) -> str:
         "batch",
         "tokens",
     ]
-    heads += ["past", "original", "folded", "speed-up", "bytes", "read"]
+    heads += ["past", "original", "folded", "speed-up", "pairs", "bytes", "read"]
     lines = [heads, ["---"] * len(heads)]
     for each in timed:
         report = each["result"]
@@ -513,6 +520,7 @@ def speeds(results: Sequence[Mapping[str, Any]]) -> str:
                     *(str(phase[name]) for name in ("batch", "seq", "past")),
                     *(f"{time:.{decimals(time)}f} ms" for time in times),
                     f"{phase['speedup']:.2f}x ({phase['low']:.2f}-{phase['high']:.2f})",
+                    str(phase["pairs"]),
                     *(f"{ratio:.2f}x" if is_decode else "" for ratio in ratios),
                 ]
             )
