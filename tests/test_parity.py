@@ -539,3 +539,37 @@ def test_fold_passes_shapes_and_inputs_on_to_the_check():
 def test_a_report_is_true_if_the_models_are_the_same_function():
     assert verify(chain(), chain(folded=True))
     assert not verify(chain(), chain(folded=True, noise=1e-2))
+
+
+@pytest.mark.parametrize("dtype", ["float", "float16"])
+def test_constants_that_an_optimizer_made_initializers_are_no_rounded_weights(dtype):
+    """Half a unit more in an exponent of 3 makes NaN of what is negative."""
+    d, kind = 16, ir.DataType[dtype.upper()].numpy()
+    rng = np.random.default_rng(0)
+    p, m, o = (rng.standard_normal((d, d)) / 4 for _ in range(3))
+    ends = f"({dtype}[batch, seq, {d}] x) => ({dtype}[batch, seq, {d}] z) {{"
+    tail = "c = Pow(h, three)  y = MatMul(c, o)  t = Tanh(y)  z = MatMul(t, o) }"
+    number = "three = Constant<value_float = 3.0>()" if dtype == "float" else ""
+    if not number:
+        number = "f = Constant<value_float = 3.0>()  three = Cast<to = 10>(f)"
+    original = model(
+        f"m {ends} {number}  g = MatMul(x, p)  h = MatMul(g, m)  {tail}",
+        p=p.astype(kind),
+        m=m.astype(kind),
+        o=o.astype(kind),
+    )
+    product = p.astype(kind).astype(np.float64) @ m.astype(kind).astype(np.float64)
+
+    def folded(scale: float) -> ir.Model:
+        return model(
+            f"m {ends} h = MatMul(x, pm)  {tail}",
+            pm=(scale * product).astype(kind),
+            o=o.astype(kind),
+            three=np.array(3.0, kind),
+        )
+
+    right = verify(original, folded(1.0))
+    assert right.ok, right.reason
+    assert right.stored is not None
+    assert right.stored.values > 1
+    assert not verify(original, folded(1.03)).ok
