@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
+import onnx
 import onnx_ir as ir
 from rich.console import Group, RenderableType
 
@@ -31,7 +32,7 @@ from onnx_fold.files.load import ModelSource, blames_models, external_tensors, l
 from onnx_fold.files.order import put_back
 from onnx_fold.files.output import clean, left_over, replacing
 from onnx_fold.files.targets import check_format, check_place, check_target
-from onnx_fold.files.write import data_of, evaluate, obsolete_data, saving
+from onnx_fold.files.write import data_of, evaluate, obsolete_data, read_in, saving
 from onnx_fold.graph.inline import inline
 from onnx_fold.graph.linear import find_linears, label
 from onnx_fold.graph.widen import precision
@@ -67,6 +68,13 @@ class FoldResult:
     report: FoldReport
     original: ir.Model
     source: Path | None = None
+
+    @property
+    def proto(self) -> onnx.ModelProto:
+        """The result as one message that holds its weights; one over 2 GiB has to be saved."""
+        copy = self.model.clone()
+        read_in(copy)
+        return ir.to_proto(copy)
 
     def __repr__(self) -> str:
         return f"<FoldResult: {self.report!r}>"

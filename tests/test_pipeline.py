@@ -7,6 +7,7 @@ from helpers import assert_same_function, chain, fold, normal, operators, proto,
 
 import onnx_fold
 from onnx_fold.errors import InvalidModelError, UsageError
+from onnx_fold.models.export import export
 from onnx_fold.passes import PASSES, AbsorbPass, MergePass
 
 
@@ -139,3 +140,21 @@ def test_the_attention_operator_of_opset_23():
     assert result.report.saving.weights == 2 * 16**2 + 16  # O · Q, P · M, and the bias of P
     (layer,) = onnx_fold.inspect(program).attention
     assert (layer.kind, layer.num_heads, layer.num_kv_heads, layer.head_dim) == ("GQA", 4, 2, 4)
+
+
+def test_maps_are_refused_in_words(tmp_path):
+    text = """<ir_version: 8, opset_import: ["": 17, "ai.onnx.ml": 3]>
+    m (float[n, 4] x) => (seq(map(int64, float)) y) {
+      y = ai.onnx.ml.ZipMap<classlabels_int64s = [0, 1, 2, 3]>(x)
+    }"""
+    with pytest.raises(InvalidModelError, match="map type, which onnx_ir cannot read; leave Zip"):
+        onnx_fold.fold(onnx.parser.parse_model(text))
+
+
+def test_the_result_as_one_message(tmp_path):
+    path = export("tiny-gqa", tmp_path / "m.onnx")
+    result = onnx_fold.fold(path, objective="size")
+    onnx.checker.check_model(result.proto, full_check=True)
+    assert onnx_fold.verify(path, result.proto)
+    held = sum(len(each.raw_data) for each in result.proto.graph.initializer)
+    assert held >= 4 * result.report.saving.after.weights

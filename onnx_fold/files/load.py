@@ -106,10 +106,22 @@ def _from_proto(proto: onnx.ModelProto, name: str) -> ir.Model:
         raise InvalidModelError(f"{name} is not an ONNX model: it holds no graph")
     for what in _unknown_parts(proto):
         raise InvalidModelError(f"{name} holds {what}, which onnx-fold would lose")
+    if _holds_maps(proto.graph):
+        raise InvalidModelError(
+            f"{name} has inputs or outputs of a map type, which onnx_ir cannot read; leave ZipMap"
+            " out when it is exported"
+        )
     try:
         return ir.from_proto(proto)
     except Exception as error:
         raise InvalidModelError(f"{name} is not a valid ONNX model: {sentence(error)}") from error
+
+
+def _holds_maps(graph: onnx.GraphProto) -> bool:
+    """Whether a value is a map, or a sequence of them, as classifiers of scikit-learn give it."""
+    types = [value.type for value in (*graph.input, *graph.output, *graph.value_info)]
+    kinds = [t.sequence_type.elem_type if t.HasField("sequence_type") else t for t in types]
+    return any(kind.HasField("map_type") for kind in kinds)
 
 
 def why_not_a_file(path: Path) -> str:
