@@ -49,19 +49,13 @@ class InterpolatePass(FoldPass):
         plain = [reader for reader in stream.readers if reader.is_plain and reader.bias is None]
         wide = [reader for reader in plain if reader.out_features > stream.width]
         free = [reader for reader in wide if hidden_beside(stream, reader) is not None]
-        if not free and not tall:  # the columns have to be put back in order: a last resort
-            free = [reader for reader in wide if role(reader.y) is None and _pays(reader)]
+        if not free and not tall:
+            # A last resort: a Gather puts them in order, at an index of 8 bytes for each value.
+            pays = (each for each in wide if each.in_features**2 > 4 * each.out_features)
+            free = [each for each in pays if role(each.y) is None]
         if free:
             reader = max(free, key=lambda layer: layer.out_features)
             yield _columns_of(stream, reader, self._select(stream, reader))
-
-
-def _pays(reader: Linear) -> bool:
-    """Whether putting the columns in order moves less, for one token, than the weights saved.
-
-    A Gather reads as many indices of 8 bytes as values, and writes the values.
-    """
-    return reader.in_features**2 > 4 * reader.out_features
 
 
 def _rows_of(stream: Stream, writer: Linear, rows: Rows) -> Iterator[Proposal]:

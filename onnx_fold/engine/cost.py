@@ -97,8 +97,17 @@ class Target:
         """
         if work.nodes > 0 and weights * itemsize < work.nodes * self.bytes_per_node:
             return "decode"
-        moved = work.copied * self.macs_per_copied + work.gathered * self.macs_per_gathered
-        return "prefill" if weights < moved else ""
+        return "prefill" if weights < self._moved(work) else ""
+
+    def saved(self, work: Work, weights: int, itemsize: float) -> float:
+        """Weight bytes that decode reads in the time that it saves; below 0 if prefill loses."""
+        if weights < self._moved(work):
+            return -1.0
+        return weights * itemsize - work.nodes * self.bytes_per_node
+
+    def _moved(self, work: Work) -> int:
+        """Multiplications done in the time in which values are copied and gathered."""
+        return work.copied * self.macs_per_copied + work.gathered * self.macs_per_gathered
 
 
 TARGETS = {

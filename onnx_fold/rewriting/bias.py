@@ -47,18 +47,22 @@ def carry_biases(stream: Stream, writer: Linear, rewrite: Rewrite) -> None:
             _add_bias(rewrite, reader, carried)
 
 
-def carry_behind_gains(stream: Stream, rewrite: Rewrite) -> None:
-    """Plan to take what is added behind the gains of ``stream`` out of it: ``b R`` is added then.
+def take_gains(stream: Stream, rewrite: Rewrite) -> None:
+    """Plan to let the gains of ``stream`` be ones, and what is added behind them zeros.
+
+    The gains are in the layers behind, ``G R``, and ``b R`` is added behind these. The operators
+    stay, and with them the pattern that ONNX Runtime fuses into one norm.
 
     Raises:
         CannotRewriteError: It differs from position to position where a reader reads it.
     """
-    zeros: dict[ir.Value, FoldedTensor] = {}
-    for each in stream.carried:
-        held = each.weight
-        if held.value not in zeros:
-            zeros[held.value] = FoldedTensor(Literal(np.zeros(held.shape)), held.dtype)
-        rewrite.stored[each.edge] = zeros[held.value]
+    for ends, number in ((stream.gains.values(), 1.0), (stream.carried, 0.0)):
+        filled: dict[ir.Value, FoldedTensor] = {}
+        for each in ends:
+            held = each.weight
+            if held.value not in filled:
+                filled[held.value] = FoldedTensor(Literal(np.full(held.shape, number)), held.dtype)
+            rewrite.stored[each.edge] = filled[held.value]
     arriving = _carry(stream, stream.carried) if stream.carried else {}
     for reader in stream.readers if stream.carried else ():
         if reader.x not in stream.gains:

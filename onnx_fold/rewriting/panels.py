@@ -1,12 +1,15 @@
 """A layer cut into panels of columns, each of which reads a part of what the layer reads.
 
-What the other parts would be multiplied by is zero, and is not stored.
+What the other parts would be multiplied by is zero, and is not stored. An orthogonal basis can make
+any ``d`` columns of the readers of a stream, or ``d`` rows of a writer, such a triangle.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 
@@ -16,13 +19,25 @@ from onnx_fold.algebra.expression import (
     Expression,
     FoldedTensor,
     Literal,
+    Sum,
     broadcast,
     cast,
+    product,
+    scale,
+    take,
+    transpose,
 )
+from onnx_fold.base.tables import counted
 from onnx_fold.graph.constants import constant
-from onnx_fold.graph.linear import Linear
+from onnx_fold.graph.linear import Linear, compact
+from onnx_fold.rewriting.rebase import behind_gain, weights_of
 from onnx_fold.rewriting.record import Operand, Present
-from onnx_fold.rewriting.rewrite import Rewrite
+from onnx_fold.rewriting.rewrite import Rewrite, Work
+from onnx_fold.streams.heads import head_layout
+from onnx_fold.streams.stream import Stream
+
+PANELS = (4, 2, 1)
+"""Into how many panels a triangle is cut; each further one saves less and costs as much."""
 
 
 @dataclass(frozen=True)
@@ -100,3 +115,127 @@ def rebuilt(panels: Panels, tensors: Sequence[FoldedTensor]) -> Expression:
         parts = [each for each in (above, stored, below) if each.shape[0]]
         columns.append(stored if len(parts) == 1 else Concatenate(tuple(parts), 0))
     return columns[0] if len(columns) == 1 else Concatenate(tuple(columns), 1)
+
+
+@dataclass(frozen=True, eq=False)
+class Triangle:
+    """The layers that become triangular: readers side by side, or one writer.
+
+    Attributes:
+        stream: The stream.
+        panels: How they are cut.
+        is_writer: Whether it is a writer.
+    """
+
+    stream: Stream
+    panels: tuple[Panels, ...]
+    is_writer: bool = False
+
+    @property
+    def weights(self) -> int:
+        """Weights that are not stored."""
+        return sum(each.weights for each in self.panels)
+
+    @property
+    def work(self) -> Work:
+        """What the operators that come do, less the ones that go."""
+        nodes = sum(each.nodes for each in self.panels)
+        return Work(nodes, copied=sum(each.copied for each in self.panels))
+
+    @property
+    def text(self) -> str:
+        """What becomes triangular, and what is rotated."""
+        names = [each.layer.label for each in self.panels]
+        others = [name for name in self.stream.labels if name not in names]
+        count = sum(len(each.parts) for each in self.panels)
+        return f"triangle of {compact(names)} ({counted(count, 'panel')}) into {compact(others)}"
+
+    @cached_property
+    def matrix(self) -> Expression:
+        """What is ``T R``: the columns of the readers, or the rows of the writer, ``[d, n]``."""
+        width = self.stream.width
+        found = tuple(self.before(each) for each in self.panels)
+        if self.is_writer:
+            return transpose(take(found[0], slice(width), 0))
+        return found[0] if len(found) == 1 else Concatenate(found, 1)
+
+    def stored(self, panels: Panels, factor: Expression) -> list[FoldedTensor]:
+        """What each panel stores: rows and columns of ``Tᵀ G R``, or of ``W T``."""
+        dtype = panels.layer.weight.dtype
+        matrix = self.before(panels)
+        return [FoldedTensor(self._panel(matrix, factor, part), dtype) for part in panels.parts]
+
+    def before(self, panels: Panels) -> Expression:
+        """``G R``, or ``W``."""
+        if self.is_writer:
+            return weights_of(panels.layer)
+        return behind_gain(self.stream, panels.layer)
+
+    def _panel(
+        self, matrix: Expression, factor: Expression, part: tuple[int, int, int, int]
+    ) -> Expression:
+        first, last, start, end = part
+        if self.is_writer:
+            rows = take(matrix, slice(start, end), 0) if start else matrix
+            return product(rows, self._channels(factor, slice(first, last)))
+        whole = end == factor.shape[0]
+        channels = factor if whole else self._channels(factor, slice(end))
+        columns = take(matrix, slice(first, last), 1)
+        return product(cast(transpose(channels), matrix.dtype), columns)
+
+    def _channels(self, factor: Expression, channels: slice) -> Expression:
+        """Columns of ``T``; less the last where a multiple of the ones is left below the triangle.
+
+        Where the channels add up to zero (behind a LayerNorm, or in front of it) that is the same.
+        """
+        columns = take(factor, channels, 1)
+        if not self.stream.keeps_ones:
+            return columns
+        return Sum((columns, scale(take(factor, slice(-1, None), 1), -1.0)))
+
+
+def triangles(stream: Stream) -> Iterator[Triangle]:
+    """All readers side by side, the narrow ones first; each of them alone; each tall writer."""
+    width = stream.width
+    readers = [each for each in stream.readers if can_be_cut(each) and _is_free(stream, each)]
+    readers.sort(key=lambda layer: layer.out_features)
+    sequences = {tuple(readers), *((reader,) for reader in readers)} - {()}
+    for count in PANELS:
+        for sequence in sorted(sequences, key=len):
+            panels, offset = [], 0
+            for reader in sequence:
+                if offset < width:
+                    panels.append(_columns_of(stream, reader, offset, count))
+                offset += reader.out_features
+            yield Triangle(stream, tuple(panels))
+        for writer in filter(can_be_cut, stream.writers):
+            if writer.in_features >= width and (stream.ignores_ones or not stream.keeps_ones):
+                yield Triangle(stream, (_rows_of(stream, writer, count),), is_writer=True)
+
+
+def _is_free(stream: Stream, reader: Linear) -> bool:
+    """Whether a multiple of the ones may be added to a column of ``reader``, if it has to be."""
+    return not stream.keeps_ones or reader.x in stream.centred
+
+
+def _columns_of(stream: Stream, reader: Linear, offset: int, count: int) -> Panels:
+    """Panels of a reader whose first column is number ``offset`` of the triangle.
+
+    They end where an equal share of the ``d`` columns does, or with the head behind it.
+    """
+    width, size = stream.width, reader.out_features
+    layout = head_layout(reader.y, size, stream.shapes)
+    unit = 1 if layout is None else layout.head_dim
+    cuts = {-(-(share * width // count - offset) // unit) * unit for share in range(1, count)}
+    inside = sorted(cut for cut in cuts if 0 < cut < size and cut + offset < width)
+    ends = [*inside, size]
+    parts = zip([0, *inside], ends, strict=True)
+    return Panels(reader, tuple((a, b, 0, min(width, offset + b)) for a, b in parts))
+
+
+def _rows_of(stream: Stream, writer: Linear, count: int) -> Panels:
+    """Panels of a writer, the first ``d`` rows of which are the triangle."""
+    width = stream.width
+    cuts = sorted({share * width // count for share in range(count + 1)})
+    parts = tuple((a, b, a, writer.in_features) for a, b in pairwise(cuts))
+    return Panels(writer, parts)

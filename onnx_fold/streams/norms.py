@@ -31,7 +31,7 @@ from onnx_fold.graph.shapes import Shapes
 from onnx_fold.streams.activations import Activations
 from onnx_fold.streams.stream import Gain, Search, Stream, open_stream
 
-__all__ = ["find_norm_streams", "is_centring", "squares"]
+__all__ = ["find_norm_streams", "is_centring", "is_residual", "squares"]
 
 _NORMS = frozenset(
     ("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization")
@@ -159,6 +159,23 @@ def squares(stream: Stream) -> Iterator[ir.Value]:
         for node in dict.fromkeys(user for user, _ in value.uses()):
             if looks_at_length(node, stream.shapes) and operator(node) not in _SUMS_OF_SQUARES:
                 yield node.outputs[0]
+
+
+def is_residual(stream: Stream) -> bool:
+    """Whether more than one writer depends on the stream: it runs through blocks, not beside them.
+
+    All of their weights would have to be rotated for what one block can save.
+    """
+    order = stream.search.position
+    last = max((order(writer.node) for writer in stream.writers), default=-1)
+    queue = [reader.node for reader in stream.readers if order(reader.node) < last]
+    seen = set(queue)
+    while queue:
+        users = (user for value in queue.pop().outputs for user, _ in value.uses())
+        new = {user for user in users if order(user) <= last} - seen
+        seen |= new
+        queue.extend(new)
+    return sum(writer.node in seen for writer in stream.writers) > 1
 
 
 def _is_over_channels(node: ir.Node, shapes: Shapes) -> bool:
