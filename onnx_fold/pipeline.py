@@ -42,8 +42,8 @@ from onnx_fold.runtime.calibrate import record
 from onnx_fold.runtime.sessions import onnxruntime, resolve_provider
 from onnx_fold.strategies import OwnPass, passes_of
 from onnx_fold.streams.activations import Activations
-from onnx_fold.streams.quantised import find_quantised
 from onnx_fold.streams.stream import find_streams
+from onnx_fold.streams.untouched import find_given, find_quantised
 from onnx_fold.trust import Folded, proved, within_limits
 
 OBJECTIVES = get_args(Objective)
@@ -299,9 +299,9 @@ def _plan(
     if not any(stream.folded for stream in streams):
         model = original.clone()
         put_back(model)
-    quantised = find_quantised(original.graph)
+    quantised, given = find_quantised(original.graph), find_given(original.graph)
     saving = Saving(before, cost(model))
-    return Folded(model, FoldReport(saving, streams, quantised, taken_back=taken_back))
+    return Folded(model, FoldReport(saving, streams, quantised, given, taken_back=taken_back))
 
 
 @dataclass(frozen=True)

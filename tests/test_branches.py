@@ -496,3 +496,24 @@ def test_without_the_pass_its_subjects_are_not_reported() -> None:
     source = lora("a = MatMul(x, A) b = MatMul(a, B) c = Mul(b, s)")
     streams = fold(source, only=["select"]).report.streams
     assert all("x" not in stream.writers for stream in streams)
+
+
+def test_adapters_that_are_graph_inputs_stay_with_that_reason() -> None:
+    source = graph(
+        "(float[b, n, 16] x, float[16, 4] down, float[4, 16] up) => (float[b, n, 16] z) {"
+        " w = MatMul(x, base) a = MatMul(x, down) view = Identity(up) c = MatMul(a, view)"
+        " y = Add(w, c) g = Sigmoid(y) z = MatMul(g, out) }",
+        base=normal(16, 16),
+        out=normal(16, 16, seed=1),
+    )
+    reasons = refused(source)
+    assert "'x' is read by MatMul -> a, whose weight is a graph input" in reasons
+    report = fold(source).report
+    assert report.given == report.to_dict()["given"] == ["MatMul -> a", "MatMul -> c"]
+    shown = "Left alone because their weights are graph inputs: 2 layers (MatMul -> a, MatMul -> c)"
+    assert shown in " ".join(str(report).split())
+
+
+def test_an_input_that_a_constant_multiplies_is_no_weight() -> None:
+    source = graph("(float[16, 8] x) => (float[16, 8] z) { z = MatMul(W, x) }", W=normal(16, 16))
+    assert fold(source).report.given == []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -34,6 +34,7 @@ class FoldReport(Shown):
         saving: Cost before and after.
         streams: All streams, in graph order.
         quantised: Layers that were left alone because their weights are quantised.
+        given: The same because their weights are graph inputs, as those of adapters can be.
         proof: That each fold is right, if it was asked for.
         verification: The parity check of the result, if it was asked for.
         taken_back: Folds that did not pass, by their names, and why.
@@ -48,6 +49,7 @@ class FoldReport(Shown):
     saving: Saving
     streams: list[StreamReport]
     quantised: list[str] = field(default_factory=list)
+    given: list[str] = field(default_factory=list)
     proof: Proof | None = None
     verification: ParityReport | None = None
     taken_back: Mapping[str, str] = field(default_factory=dict)
@@ -94,6 +96,7 @@ class FoldReport(Shown):
             **saving_dict(self.saving),
             "streams": [stream.to_dict() for stream in self.streams],
             "quantised": self.quantised,
+            "given": self.given,
             "proof": self.proof.to_dict() if self.proof else None,
             "taken_back": dict(self.taken_back),
             "verification": None if self.verification is None else self.verification.to_dict(),
@@ -109,8 +112,7 @@ class FoldReport(Shown):
             parts.append(folds_table(self.folded, title, is_long=self.is_long))
         if self.left_alone:
             parts.append(reasons_table(self.left_alone, is_long=self.is_long))
-        if self.quantised:
-            parts.append(quantised_text(self.quantised))
+        parts += [Text(text) for text in untouched_texts(self)]
         if self.slower_on:
             parts.append(slower_text(self.slower_on))
         if self.endings:
@@ -194,12 +196,14 @@ def taken_back_table(folds: Mapping[str, str]) -> Table:
     return table
 
 
-def quantised_text(layers: Sequence[str]) -> Text:
-    """The layers that hold integers; a folded weight would have to be quantised anew."""
-    more = len(layers) - MAX_REASONS
-    shown = [*layers[:MAX_REASONS], *([f"{more} more"] if more > 0 else [])]
-    count = counted(len(layers), "layer")
-    return Text(f"Left alone because their weights are quantised: {count} ({', '.join(shown)}).")
+def untouched_texts(report: FoldReport) -> Iterator[str]:
+    """The layers that hold integers, and those whose weights are given at run time."""
+    for what, layers in (("quantised", report.quantised), ("graph inputs", report.given)):
+        if layers:
+            more = len(layers) - MAX_REASONS
+            shown = [*layers[:MAX_REASONS], *([f"{more} more"] if more > 0 else [])]
+            count = counted(len(layers), "layer")
+            yield f"Left alone because their weights are {what}: {count} ({', '.join(shown)})."
 
 
 def slower_text(folds: Mapping[str, Sequence[CandidateReport]]) -> Text:

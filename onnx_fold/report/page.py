@@ -29,7 +29,7 @@ from onnx_fold.report.alike import Repeat, alike, reasons_of, repeats
 from onnx_fold.report.attention import Attention
 from onnx_fold.report.blocks import WIDTH, Drawing, draw, scale_of
 from onnx_fold.report.dots import parity_plot, speed_plot
-from onnx_fold.report.fold import FoldReport, endings_text, quantised_text, slower_text
+from onnx_fold.report.fold import FoldReport, endings_text, slower_text, untouched_texts
 from onnx_fold.runtime.environment import environment
 from onnx_fold.speed.timing import BenchReport, decimals
 
@@ -283,8 +283,7 @@ def _drawings(report: FoldReport, blocks: Iterator[Repeat]) -> tuple[list[Drawin
 
 
 def _remarks(report: FoldReport) -> Iterator[str]:
-    if report.quantised:
-        yield str(quantised_text(report.quantised))
+    yield from untouched_texts(report)
     if report.slower_on:
         yield str(slower_text(report.slower_on))
     if report.endings:

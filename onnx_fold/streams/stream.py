@@ -21,7 +21,7 @@ from onnx_fold.graph.linear import Edge, Linear, described, find_linears, label
 from onnx_fold.graph.operators import contrib, operator
 from onnx_fold.graph.shapes import Shapes
 from onnx_fold.streams.activations import Activations
-from onnx_fold.streams.quantised import is_quantised
+from onnx_fold.streams.untouched import is_given, is_quantised
 
 
 @dataclass(frozen=True)
@@ -421,6 +421,8 @@ def _obstacle(node: ir.Node) -> str:
     """What keeps ``node`` from being a linear layer or an operator inside the stream, if known."""
     if is_quantised(node):
         return ", whose weight is quantised"
+    if is_given(node):
+        return ", whose weight is a graph input"
     for value in node.inputs:
         if value is not None and value.is_initializer() and value.is_graph_input():
             return f", which reads '{value.name}', an initializer that a caller can override"

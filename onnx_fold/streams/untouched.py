@@ -1,7 +1,8 @@
-"""Layers whose weights are stored as integers: left alone, a folded one would be rounded anew.
+"""Layers that are left alone: quantised ones, and those whose weight comes at run time.
 
 A weight is quantised if its operator takes integers (MatMulNBits, MatMulInteger, QLinearMatMul), or
-if it reaches an ordinary operator through a DequantizeLinear.
+if it reaches an ordinary operator through a DequantizeLinear; a folded one would be rounded anew. A
+weight that is a graph input, as adapters are that a server changes from call to call, is not known.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ _OPERATORS = frozenset(("ConvInteger", "MatMulInteger", "QLinearConv", "QLinearM
 )
 _DEQUANTIZE = frozenset(("DequantizeLinear",)) | contrib("DequantizeLinear")
 _VIEWS = frozenset(("Cast", "Identity", "Reshape", "Transpose"))
+_PRODUCTS = frozenset(("Gemm", "MatMul")) | contrib("FusedMatMul")
 _MIN_RANK = 2  # of a weight; vectors are biases
 
 
@@ -32,15 +34,36 @@ def find_quantised(graph: ir.Graph) -> list[str]:
     return [described(node) for node in graph if _is_layer(node)]
 
 
+def is_given(node: ir.Node) -> bool:
+    """Whether ``node`` multiplies by a matrix that is a graph input."""
+    if operator(node) not in _PRODUCTS or constant(node.inputs[0]) is not None:
+        return False
+    value = _source(node.inputs[1])
+    shape = None if value is None or not value.is_graph_input() else value.shape
+    return shape is not None and len(shape) == _MIN_RANK and shape.is_static()
+
+
+def find_given(graph: ir.Graph) -> list[str]:
+    """Names of the layers of ``graph`` whose weights are graph inputs, in graph order."""
+    return [described(node) for node in graph if is_given(node)]
+
+
 def _is_layer(node: ir.Node) -> bool:
     return operator(node) not in _VIEWS and is_quantised(node)
 
 
-def _is_dequantised(value: ir.Value | None) -> bool:
+def _source(value: ir.Value | None) -> ir.Value | None:
+    """What ``value`` is a view of."""
     node = value.producer() if value is not None else None
     while node is not None and operator(node) in _VIEWS:
         value = node.inputs[0]
         node = value.producer() if value is not None else None
+    return value
+
+
+def _is_dequantised(value: ir.Value | None) -> bool:
+    source = _source(value)
+    node = source.producer() if source is not None else None
     if node is None or operator(node) not in _DEQUANTIZE:
         return False
     stored = constant(node.inputs[0])
