@@ -1,7 +1,8 @@
-"""What the site does to the pages: links that lead out of this folder, and roles in docstrings.
+"""What the site does to the pages, so that it needs nothing but its own files.
 
 README.md is the first page, and CONTRIBUTING.md and its like are pages too. A source file that a
-page links to becomes a page as well, so that the site needs nothing but its own files.
+page links to becomes a page as well. A flowchart becomes a table, and the help of the command line
+a page.
 """
 
 from __future__ import annotations
@@ -11,9 +12,12 @@ import re
 from itertools import pairwise
 from pathlib import Path
 
+from click.testing import CliRunner
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
+
+from onnx_fold.cli import cli
 
 ROOT = Path(__file__).parents[1]
 PAGES = {
@@ -25,6 +29,7 @@ PAGES = {
 """Pages of the site that lie at the top of the repository."""
 
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:|[#/])([^)#\s]+)")
+COMMANDS = "<!-- commands -->"
 MERMAID = re.compile(r"```mermaid\n(.*?)```", re.DOTALL)
 FENCE = re.compile(r"(^ *```.*?^ *```)", re.DOTALL | re.MULTILINE)
 
@@ -37,7 +42,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for file in list(files.documentation_pages()):
         for path in sorted(_linked(file)):
             name = _page_of(path)
-            if name.startswith("source/") and files.get_file_from_path(name) is None:
+            if (ROOT / path).is_file() and files.get_file_from_path(name) is None:
                 files.append(File.generated(config, name, content=_source(path)))
     return files
 
@@ -54,6 +59,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         known = path in PAGES or path.startswith("docs/") or (ROOT / path).is_file()
         return posixpath.relpath(_page_of(path), folder) if known else match[1]
 
+    if COMMANDS in markdown:
+        markdown = markdown.replace(COMMANDS, _commands())
     pieces = FENCE.split(MERMAID.sub(lambda drawing: _table(drawing[1]), markdown))
     pieces[::2] = [LINK.sub(link, text) for text in pieces[::2]]
     return "".join(pieces)
@@ -74,6 +81,19 @@ def _table(flowchart: str) -> str:
             below[upper] += [titles[lower]] if titles[lower] not in below[upper] else []
     rows = [f"| **{title}** | {what} | {', '.join(below[name])} |" for name, title, what in nodes]
     return "\n".join(["| storey | what it holds | rests on |", "|---|---|---|", *rows])
+
+
+def _commands() -> str:
+    """The help of each command."""
+
+    def text(*arguments: str) -> str:
+        result = CliRunner().invoke(
+            cli, [*arguments, "--help"], prog_name="onnx-fold", terminal_width=80
+        )
+        title = " ".join(("onnx-fold", *arguments))
+        return f"## {title}\n\n```text\n{result.output}```\n"
+
+    return "\n".join([text(), *map(text, cli.commands)])
 
 
 def _linked(file: File) -> set[str]:
@@ -97,6 +117,6 @@ def _page_of(path: str) -> str:
 
 
 def _source(path: str) -> str:
-    """A source file as a page; one that is not there as nothing, so that links to it fail."""
+    """A source file as a page."""
     language = Path(path).suffix.removeprefix(".")
     return f"# {path}\n\n````{language}\n{(ROOT / path).read_text()}\n````\n"
