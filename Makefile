@@ -25,7 +25,7 @@ lint: $(VENV)/.dev
 	cd build/types && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml --strict -p onnx_fold
 
 docs: $(VENV)/.docs
-	$(BIN)/python -m mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 speed: $(VENV)/.bench
 	$(BIN)/python benchmarks/speed.py --provider $(RUNTIME)
