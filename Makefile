@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 RUNTIME := $(shell nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test fuzz lint docs speed dist check clean
+.PHONY: demo test fuzz lint docs speed zoo dist check clean
 
 demo: $(VENV)/.user
 	$(BIN)/onnx-fold demo
@@ -29,6 +29,9 @@ docs: $(VENV)/.docs
 
 speed: $(VENV)/.bench
 	$(BIN)/python benchmarks/speed.py --provider $(RUNTIME)
+
+zoo: $(VENV)/.zoo
+	$(BIN)/python benchmarks/zoo.py
 
 dist: $(VENV)/.dev
 	rm -rf dist
@@ -54,6 +57,10 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/.bench: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) -e '.[$(RUNTIME),torch,bench]'
+	touch $@ $(VENV)/.user
+
+$(VENV)/.zoo: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) -e '.[cpu,torch,zoo]'
 	touch $@ $(VENV)/.user
 
 $(VENV)/.docs: pyproject.toml constraints.txt | $(VENV)/bin/python

@@ -11,6 +11,7 @@ itself the last columns are that model, exported.
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.metadata
 import json
 import re
@@ -116,11 +117,17 @@ _TORCHVISION = """
 """
 
 
-def declare_torchvision() -> torch.library.Library:
-    """Declare the operators that timm never runs, for a torchvision whose build is not torch's.
+def declare_torchvision() -> torch.library.Library | None:
+    """Declare the operators that timm never runs, where torchvision's build is not torch's.
 
-    They stay declared while the result is kept.
+    They stay declared while the result is kept; None where torchvision can be imported as it is.
     """
+    try:
+        importlib.import_module("torchvision")
+    except RuntimeError:  # it looks up operators that its library should have declared
+        pass
+    else:
+        return None
     library = torch.library.Library("torchvision", "DEF")
     for schema in re.findall(r"\S[^>]*-> (?:Tensor|\(.*?\))", _TORCHVISION):
         library.define(" ".join(schema.split()))
@@ -319,15 +326,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="*", default=[], help="names, or parts of them")
     parser.add_argument("--repeats", type=int, default=40, help="pairs of runs of each model")
-    parser.add_argument(
-        "--declare-torchvision",
-        action="store_true",
-        help="where torchvision's build does not fit torch's, and cannot be imported",
-    )
     parser.add_argument("--output", type=Path, default=Path("docs/zoo.json"))
     arguments = parser.parse_args()
-    if arguments.declare_torchvision:
-        _kept = declare_torchvision()
+    _kept = declare_torchvision()
     known = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
     rows: dict[str, Any] = known.get("rows", {})
     for model in models():
