@@ -26,6 +26,7 @@ from onnx_fold.check.parity import verify as parity_check
 from onnx_fold.check.sampled import fits_in_memory, verify_sampled
 from onnx_fold.engine.cost import TARGETS, Saving, cost
 from onnx_fold.engine.folding import PIVOTS, FoldPass, Options, fold_streams
+from onnx_fold.engine.protect import protected_names
 from onnx_fold.errors import MissingExtraError, UsageError, WeightError
 from onnx_fold.files.load import ModelSource, blames_models, external_tensors, load
 from onnx_fold.files.order import put_back
@@ -33,7 +34,6 @@ from onnx_fold.files.output import clean, left_over, replacing
 from onnx_fold.files.targets import check_format, check_place, check_target
 from onnx_fold.files.write import data_of, evaluate, obsolete_data, saving
 from onnx_fold.graph.inline import inline
-from onnx_fold.graph.linear import find_linears, label
 from onnx_fold.graph.widen import precision
 from onnx_fold.report.attention import Attention, find_attention
 from onnx_fold.report.fold import CheckFailedError, FoldReport
@@ -184,7 +184,8 @@ def fold(
         skip: Names of passes not to run.
         passes: Passes of your own beside the built-in ones: :class:`onnx_fold.engine.FoldPass`
             classes, instances, or ``"module:Class"``.
-        protect: Names of initializers, nodes or values whose streams are left alone.
+        protect: Initializers, nodes, values or layers whose streams are left alone, by their names,
+            or patterns of names such as ``"layers.0.*"``, see :mod:`onnx_fold.engine.protect`.
         tolerance: Largest predicted relative error of one fold. It only tightens: the default of
             the storage type, :data:`onnx_fold.algebra.basis.TOLERANCES`, and
             :func:`onnx_fold.algebra.basis.max_ratio` times the error of the original hold in any
@@ -239,19 +240,18 @@ def fold(
         onnxruntime()  # say at once that it is missing, not after the work
     options = Options(
         pivot=pivot,
-        protect=frozenset(several(protect)),
         tolerance=tolerance,
         force=force,
         device=find_device(device),
         target=_target_of(objective, target, provider),
     )
     _check_options(options, strategy)
-    chosen = passes_of(options, strategy, several(only), several(skip), several(passes))
     progress("reading", 0, 0)
     original = load(model)
     if destination is not None and not in_place:
         check_target(destination, _inputs(source, original, calibrate))
-    _check_names(original, options.protect)
+    options = replace(options, protect=protected_names(several(protect), original))
+    chosen = passes_of(options, strategy, several(only), several(skip), several(passes))
     seen = None if calibrate is None else record(original, calibrate, provider)
     plan = partial(_plan, original, chosen, options, seen)
     sizes = None if shapes is None else list(several(shapes))
@@ -397,19 +397,6 @@ def _inputs(*sources: Path | ir.Model | str | os.PathLike[str] | object) -> Iter
             yield from (Path(tensor.path) for tensor in external_tensors(source))
         elif isinstance(source, str | os.PathLike):
             yield Path(source)
-
-
-def known_names(model: ir.Model) -> set[str | None]:
-    """What can be protected: initializers, nodes, values, and layers as reports call them."""
-    graph = model.graph
-    known = {value.name for node in graph for value in (*node.inputs, *node.outputs) if value}
-    known |= {node.name for node in graph} | {label(node) for node in graph}
-    return known | {linear.label for linear in find_linears(graph)} | set(graph.initializers)
-
-
-def _check_names(model: ir.Model, protect: Iterable[str]) -> None:
-    if unknown := sorted(set(protect) - known_names(model)):
-        raise UsageError(f"nothing in the model is called '{unknown[0]}'")
 
 
 def _check_options(options: Options, strategy: str | None) -> None:
