@@ -97,8 +97,8 @@ def _planning(command: Callable[..., None]) -> Callable[..., None]:
                 "--protect",
                 multiple=True,
                 metavar="NAME",
-                help="Leave alone what touches this initializer, node, value or layer; layers.0.* is all"
-                " of a module.",
+                help="Leave alone what touches this initializer, node, value or layer;"
+                " layers.0.* is all of a module.",
             ),
             click.option(
                 "--tolerance",
