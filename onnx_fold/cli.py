@@ -197,6 +197,19 @@ def _parse_shape(context: click.Context, option: click.Parameter, values: tuple[
     return shapes or None
 
 
+def _parse_names(
+    context: click.Context, option: click.Parameter, values: tuple[str, ...]
+) -> dict[str, str]:
+    pairs = [value.split("=") for value in values]
+    for value, pair in zip(values, pairs, strict=True):
+        if len(pair) != 2 or not all(pair):
+            raise click.BadParameter(f"{value!r} is not like name=name")
+    names = dict(pairs)
+    if len(names) < len(pairs):
+        raise click.BadParameter("a name of ORIGINAL is mapped twice")
+    return names
+
+
 def _running(command: Callable[..., None]) -> Callable[..., None]:
     """The options that decide on which inputs models are compared."""
     shape = click.option(
@@ -383,6 +396,32 @@ def inspect(model: Path, show_all: bool, as_json: bool, html: Path | None, **opt
     "--tolerance",
     type=float,
     help="Relative error that no output may exceed, however large the original's own is.",
+)
+@click.option(
+    "--atol",
+    type=float,
+    help="Judge by NumPy's allclose instead: |a - b| <= atol + rtol |a| of every element.",
+)
+@click.option("--rtol", type=float, help="See --atol; what is not given of the two is 0.")
+@click.option(
+    "--any-float",
+    is_flag=True,
+    help="The float types may differ, as of a model and its float16 version: then the tolerance of"
+    " the coarser one decides.",
+)
+@click.option(
+    "--map",
+    multiple=True,
+    callback=_parse_names,
+    metavar="NAME=NAME",
+    help="What an input, output or inner value of ORIGINAL is called in FOLDED; may be given"
+    " several times.",
+)
+@click.option(
+    "--at",
+    multiple=True,
+    metavar="NAME",
+    help="Compare this inner value, too, which both models have; may be given several times.",
 )
 @click.option("--greedy", type=int, metavar="N", help="Let both models write N tokens, too.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")

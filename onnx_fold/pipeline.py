@@ -20,7 +20,7 @@ from onnx_fold.algebra.device import Array, find_device
 from onnx_fold.base.arguments import DeviceName, Objective, Pivot, Provider, TargetName, several
 from onnx_fold.base.progress import Report, ignore
 from onnx_fold.base.schema import SCHEMA_VERSION
-from onnx_fold.base.tables import Shown, new_table
+from onnx_fold.base.tables import ORIGINAL_AND_FOLDED, Shown, new_table
 from onnx_fold.check.parity import ParityReport
 from onnx_fold.check.parity import verify as parity_check
 from onnx_fold.check.sampled import fits_in_memory, verify_sampled
@@ -359,7 +359,8 @@ class _Finish:
         after = load(folded)
         fits = self.mode != "auto" or fits_in_memory(result.original, after)
         if self.mode == "full" or (self.mode == "auto" and fits):
-            return parity_check(result.source or result.original, folded, **self.how)
+            report = parity_check(result.source or result.original, folded, **self.how)
+            return replace(report, names=ORIGINAL_AND_FOLDED)
         before = inline(result.original)
         how = {name: self.how[name] for name in ("provider", "max_ratio")}
         report = verify_sampled(before, after, result.report.folded, **how)

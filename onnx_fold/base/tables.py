@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, RenderableType
@@ -10,6 +12,23 @@ from rich.table import Table
 
 WIDTH = 120
 """Columns of a table that no terminal bounds."""
+
+
+ORIGINAL_AND_FOLDED = ("original", "folded")
+"""What the columns of two models are called where their files have no short names."""
+
+SHORT = 16
+"""Characters that the name of a column may have."""
+
+
+def headings(original: object, folded: object) -> tuple[str, str]:
+    """What the columns of two models are called: their files, where short names tell them apart."""
+    if not all(isinstance(each, str | os.PathLike) for each in (original, folded)):
+        return ORIGINAL_AND_FOLDED
+    paths = [Path(os.fspath(each)) for each in (original, folded)]  # type: ignore[call-overload]
+    names = paths[0].name, paths[1].name
+    is_short = max(map(len, names)) <= SHORT
+    return names if is_short and names[0] != names[1] else ORIGINAL_AND_FOLDED
 
 
 class Shown:
