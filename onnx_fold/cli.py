@@ -379,8 +379,8 @@ def inspect(model: Path, show_all: bool, as_json: bool, html: Path | None, **opt
     import onnx_fold
 
     _check_page(html, (), model, options["calibrate"])
-    with _status(f"inspecting {model}"):
-        report = onnx_fold.inspect(model, **options)
+    with _progress() as progress:
+        report = onnx_fold.inspect(model, progress=progress, **options)
         report = replace(report, plan=replace(report.plan, is_long=show_all))
     _show(report, as_json)
     _write_page(html, report, model)
@@ -448,8 +448,8 @@ def verify(
         from onnx_fold.files.targets import check_target, inputs_of
 
         check_target(junit, inputs_of(original, folded, options["inputs"]))
-    with _status("running both models"):
-        report = onnx_fold.verify(original, folded, **options)
+    with _progress() as progress:
+        report = onnx_fold.verify(original, folded, progress=progress, **options)
     _show(report, as_json)
     if junit is not None:
         from onnx_fold.report.junit import write_junit
@@ -507,8 +507,10 @@ def bench(
         check_target(plot, inputs_of(original, folded))
         drawing.check(plot)
     _check_page(html, (plot,), original, folded)
-    with _status("timing both models") as tell:
-        report = onnx_fold.bench(original, folded, progress=tell, **options)
+    with _progress() as progress:
+        report = onnx_fold.bench(
+            original, folded, progress=lambda what: progress(f"timing: {what}", 0, 0), **options
+        )
     _show(report, as_json)
     if plot is not None:
         drawing.plot(report, plot)
@@ -652,14 +654,7 @@ def _errors(quiet: bool = False) -> Console:
 
 
 @contextlib.contextmanager
-def _status(text: str) -> Iterator[Callable[[str], None]]:
-    """A spinner on standard error, where that is a terminal; yields what adds to its text."""
-    with _errors().status(text) as status:
-        yield lambda more: status.update(f"{text}: {more}")
-
-
-@contextlib.contextmanager
-def _progress(quiet: bool) -> Iterator[Report]:
+def _progress(quiet: bool = False) -> Iterator[Report]:
     """What a long command is at, on standard error."""
     from onnx_fold.base.progress import shown
 

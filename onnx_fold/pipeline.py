@@ -252,15 +252,16 @@ def fold(
         check_target(destination, _inputs(source, original, calibrate))
     options = replace(options, protect=protected_names(several(protect), original))
     chosen = passes_of(options, strategy, several(only), several(skip), several(passes))
+    if calibrate is not None:
+        progress("running the inputs to calibrate with", 0, 0)
     seen = None if calibrate is None else record(original, calibrate, provider)
-    plan = partial(_plan, original, chosen, options, seen)
+    plan = partial(_plan, original, chosen, options, seen, progress)
     sizes = None if shapes is None else list(several(shapes))
     most = max_ratio(precision(original), for_size=options.target is None or force)
     how = {"provider": provider, "shapes": sizes, "inputs": inputs, "max_ratio": most}
     place = source, destination, in_place, mode, how, shard_size, executor, delete_old_data
     finish = _Finish(*place, progress)
     if not mode:
-        progress("folding", 0, 0)
         return finish(original, plan({}))
     prove = partial(proved, plan, original, progress, strict=strict or force)
     folded = prove()
@@ -280,6 +281,7 @@ def _plan(
     passes: Sequence[FoldPass],
     options: Options,
     seen: Activations | None,
+    progress: Report,
     taken_back: Mapping[str, str],
 ) -> Folded:
     """Fold a copy of ``original``."""
@@ -287,7 +289,7 @@ def _plan(
     seen = None if seen is None else replace(seen, rows=dict(seen.rows))
     before = cost(original)
     model = inline(original).clone()
-    streams = fold_streams(model, passes, options, seen)
+    streams = fold_streams(model, passes, options, seen, progress)
     if not any(stream.folded for stream in streams):
         model = original.clone()
         put_back(model)
@@ -347,7 +349,6 @@ class _Finish:
         """
         if not self.mode or not result.report.folded:
             return result
-        self.progress("verifying", 0, 0)
         parity = self._parity(result, folded)
         report = replace(result.report, verification=parity)
         if not parity.ok:
@@ -359,11 +360,13 @@ class _Finish:
         after = load(folded)
         fits = self.mode != "auto" or fits_in_memory(result.original, after)
         if self.mode == "full" or (self.mode == "auto" and fits):
-            report = parity_check(result.source or result.original, folded, **self.how)
+            how = {**self.how, "progress": self.progress}
+            report = parity_check(result.source or result.original, folded, **how)
             return replace(report, names=ORIGINAL_AND_FOLDED)
         before = inline(result.original)
         how = {name: self.how[name] for name in ("provider", "max_ratio")}
-        report = verify_sampled(before, after, result.report.folded, **how)
+        folds = result.report.folded
+        report = verify_sampled(before, after, folds, **how, progress=self.progress)
         if not fits:
             note = "the models are not run whole: together they do not fit in memory"
             report.notes.insert(0, note)
@@ -485,6 +488,7 @@ def inspect(
     device: DeviceName = "cpu",
     objective: Objective = "speed",
     target: TargetName | None = None,
+    progress: Report = ignore,
 ) -> InspectReport:
     """Show the streams of a model, what would fold, and why the rest would not.
 
@@ -510,6 +514,7 @@ def inspect(
         objective=objective,
         target=target,
         verify=False,
+        progress=progress,
     )
     metadata = {
         "ir_version": original.ir_version,

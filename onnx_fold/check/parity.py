@@ -26,6 +26,7 @@ from onnx_fold.algebra import basis
 from onnx_fold.algebra.device import Array
 from onnx_fold.algebra.precision import FRACTION_BITS, SIXTEEN_BITS, is_float
 from onnx_fold.base.arguments import Provider, several
+from onnx_fold.base.progress import Report, ignore
 from onnx_fold.base.schema import SCHEMA_VERSION
 from onnx_fold.base.tables import ORIGINAL_AND_FOLDED, Shown, headings
 from onnx_fold.check import kernels
@@ -153,6 +154,7 @@ def verify(
     at: str | Iterable[str] = (),
     greedy: int | None = None,
     seed: int = 0,
+    progress: Report = ignore,
 ) -> ParityReport:
     """Run both models on the same inputs and judge by the rule of :mod:`onnx_fold.check.judge`.
 
@@ -197,6 +199,7 @@ def verify(
             :mod:`onnx_fold.runtime.generate`. The prompt is a few random tokens, or that among
             ``inputs``, which may then lack whatever follows from it.
         seed: Seed of the random inputs.
+        progress: Is told which model runs on which inputs.
 
     Raises:
         MissingExtraError: onnxruntime is not installed.
@@ -260,7 +263,7 @@ def verify(
     whole = before, after
     if inner:
         before, after = source, folded = with_outputs(whole, inner)
-    run = _Runner(provider, emulate, report.notes, check, more, module, types)
+    run = _Runner(provider, emulate, report.notes, check, more, module, types, progress)
     try:
         runs = run.pair((source, before), (folded, after), feeds)
     except _FoldedFailedError as error:
@@ -417,6 +420,11 @@ class _Runner:
     more: Iterable[Feed] = ()
     module: ModuleFunction | None = None
     types: Mapping[str, ir.DataType] = field(default_factory=dict)
+    progress: Report = ignore
+
+    def _tell(self, which: str, feed: Feed | None = None) -> None:
+        """Say which model is loaded, or runs on what."""
+        self.progress(f"checking {'' if feed is None else f'{feed.label}, '}{which}", 0, 0)
 
     @property
     def _all(self) -> str:
@@ -470,15 +478,20 @@ class _Runner:
         to: ir.DataType | None = None,
     ) -> list[Run]:
         """Run both models, on floats widened ``to`` the type that they expect."""
+        self._tell("the original")
         function = self.module or _widening(engine(original), to)
         runs = self._original(function, feeds)
         if self.greedy is not None:
+            self._tell("the text that the original writes")
             self.greedy.run_original(function)
         try:
+            self._tell("the folded model")
             function = _converting(_widening(engine(folded), to), self.types)
             for run in runs:
+                self._tell("the folded model", run.feed)
                 run.folded = function(run.feed.arrays)
             if self.greedy is not None:
+                self._tell("the text that the folded model writes")
                 self.greedy.run_folded(function)
         except (InvalidModelError, RunFailedError) as error:
             is_first = self.module is not None or self.types  # else the original had raised it
@@ -496,6 +509,7 @@ class _Runner:
                 continue
             if feed.group == "frozen" and runs:
                 break
+            self._tell("the original", feed)
             try:
                 runs.append(Run(feed, function(feed.arrays)))
             except RunFailedError as error:
@@ -519,7 +533,8 @@ class _Runner:
             )
             self.notes.append(f"no reference ({why}): the tolerance decides")
             return
-        feeds = [run.feed.arrays for run in runs]
+        feeds = [run.feed for run in runs]
+        self._tell(f"the reference in {to.name.lower()}")
         try:
             if self.module is not None:
                 outputs = self._run_wide(self.module.widened(to), feeds, to)
@@ -548,6 +563,7 @@ class _Runner:
         def engine(model: ir.Model) -> Function:
             return _widening(functools.partial(sessions.run, sessions.session(model)), to)
 
+        self._tell("the weights as stored")
         feeds = sorted((run.feed.arrays for run in runs), key=_elements)[-STORED_RUNS:]
         try:
             return compare_stored(original, folded, feeds, to, precision(original), engine)
@@ -556,7 +572,7 @@ class _Runner:
             return None
 
     def _wide_outputs(
-        self, wide: ir.Model, feeds: list[Arrays], to: ir.DataType, size: float
+        self, wide: ir.Model, feeds: list[Feed], to: ir.DataType, size: float
     ) -> list[Arrays]:
         for provider in dict.fromkeys((self.provider, "cpu")):
             try:
@@ -570,9 +586,12 @@ class _Runner:
         self.notes.append("the reference was computed by onnx.reference")
         return outputs
 
-    def _run_wide(self, engine: Function, feeds: list[Arrays], to: ir.DataType) -> list[Arrays]:
+    def _run_wide(self, engine: Function, feeds: list[Feed], to: ir.DataType) -> list[Arrays]:
         function = _widening(engine, to)
-        outputs = [*map(function, feeds)]
+        outputs = []
+        for feed in feeds:
+            self._tell(f"the reference in {to.name.lower()}", feed)
+            outputs.append(function(feed.arrays))
         if self.greedy is not None:
             self.greedy.run_reference(function)
         return outputs

@@ -171,8 +171,8 @@ def fold_folder(
         copied = list(_to_copy(source, files, written))
         for name in (each for each in models if each in written):
             _keep_data_name(files[name], place / name, {place / each for each in copied})
-        for number, name in enumerate(copied):
-            progress(f"copying {name}", number, len(copied))
+        for number, name in enumerate(copied, 1):
+            progress(f"copying {name}, {number} of {len(copied)}", 0, 0)
             (place / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(files[name], place / name)
         for name in models:
