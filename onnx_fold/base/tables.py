@@ -23,12 +23,10 @@ SHORT = 16
 
 def headings(original: object, folded: object) -> tuple[str, str]:
     """What the columns of two models are called: their files, where short names tell them apart."""
-    if not all(isinstance(each, str | os.PathLike) for each in (original, folded)):
-        return ORIGINAL_AND_FOLDED
-    paths = [Path(os.fspath(each)) for each in (original, folded)]  # type: ignore[call-overload]
-    names = paths[0].name, paths[1].name
-    is_short = max(map(len, names)) <= SHORT
-    return names if is_short and names[0] != names[1] else ORIGINAL_AND_FOLDED
+    names = [Path(each).name for each in (original, folded) if isinstance(each, str | os.PathLike)]
+    if len(names) == 2 and names[0] != names[1] and max(map(len, names)) <= SHORT:
+        return names[0], names[1]
+    return ORIGINAL_AND_FOLDED
 
 
 class Shown:
