@@ -142,6 +142,10 @@ def test_a_model_and_its_float16_version(keep_io_types, turned):
     )
     assert 1e-5 < y.relative_error < 1e-3
     assert any("different float types" in note for note in report.notes)
+    assert "the rule is the tolerance of the coarser type" in report.notes
+    close = verify(*pair, any_float=True, atol=0.1)
+    assert close
+    assert not any("coarser" in note for note in close.notes)
     assert report.stored is None
     assert not verify(*bad, any_float=True)
     assert not verify(*pair, any_float=True, tolerance=1e-6)
@@ -157,6 +161,7 @@ def test_bfloat16_is_emulated():
     assert report, report.reason
     assert report.outputs[0].limit == 5e-2
     assert any("rounded to BFLOAT16" in note for note in report.notes)
+    assert any("different float types" in note for note in report.notes)
 
 
 def test_equal_types_are_judged_by_the_ratio():

@@ -251,15 +251,6 @@ def verify(
     types = _other_floats(before, after) if any_float else {}
     if types:
         feeds, more = list(_held_by(types, feeds)), _held_by(types, more)
-        report.notes.append(
-            "the models are of different float types: both were given inputs that either type"
-            " holds, and the tolerance of the coarser type decides"
-        )
-    if close is not None:
-        report.notes.append(
-            "the rule is NumPy's allclose: |a - b| <= atol + rtol |a| for every element,"
-            f" with atol {close[0]:g} and rtol {close[1]:g}"
-        )
     whole = before, after
     if inner:
         before, after = source, folded = with_outputs(whole, inner)
@@ -269,6 +260,17 @@ def verify(
     except _FoldedFailedError as error:
         report.reason = f"the folded model does not run where the original does: {error}"
         return report
+    if types:
+        report.notes.append(
+            "the models are of different float types: both were given inputs that either type holds"
+        )
+    if close is not None:
+        report.notes.append(
+            "the rule is NumPy's allclose: |a - b| <= atol + rtol |a| for every element,"
+            f" with atol {close[0]:g} and rtol {close[1]:g}"
+        )
+    elif types:
+        report.notes.append("the rule is the tolerance of the coarser type")
     reference &= close is None and not types
     if reference:
         run.reference(before, runs)
@@ -494,9 +496,9 @@ class _Runner:
                 self._tell("the text that the folded model writes")
                 self.greedy.run_folded(function)
         except (InvalidModelError, RunFailedError) as error:
-            is_first = self.module is not None or self.types  # else the original had raised it
-            if is_first and isinstance(error, MissingKernelError):
-                raise
+            is_alike = self.module is None and not self.types
+            if isinstance(error, MissingKernelError) and not is_alike:
+                raise  # of an original that is alike it would have been raised above
             raise _FoldedFailedError(str(error)) from error
         return runs
 
