@@ -89,6 +89,18 @@ def test_where_two_models_part():
     assert verify(two(), two(), at="y").outputs[0].name == "y"  # an output is there already
 
 
+def test_inner_values_are_no_logits():
+    """Not even where they are as wide as the vocabulary."""
+    text = (
+        "m (int64[b, s] ids) => (float[b, s, 16] logits)"
+        " { x = Gather(T, ids) h = MatMul(x, A) logits = MatMul(h, B) }"
+    )
+    source = model(text, T=normal(D, D), A=normal(D, D, seed=1), B=normal(D, D, seed=2))
+    inner, logits = verify(source, source, at="h").outputs
+    assert inner.top1_agreement is None
+    assert logits.top1_agreement == 1
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "double"])
 def test_inner_values_of_other_types(dtype):
     kind = ir.DataType[dtype.upper()].numpy()

@@ -48,7 +48,7 @@ float output ``|a - b| <= atol + rtol * |a|``. What is no float is judged as abo
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -158,6 +158,7 @@ class Judge:
         notes: Gets what a reader must know to judge the numbers.
         folded: The folded model, if it is of another float type.
         close: ``atol`` and ``rtol``, if the rule is NumPy's.
+        inner: Names of outputs that are inner values of the model, and so no logits.
     """
 
     model: ir.Model
@@ -166,6 +167,7 @@ class Judge:
     notes: list[str]
     folded: ir.Model | None = None
     close: tuple[float, float] | None = None
+    inner: Collection[str] = ()
 
     def __post_init__(self) -> None:
         self.models = [self.model] if self.folded is None else [self.model, self.folded]
@@ -345,8 +347,9 @@ class Judge:
             )
 
     def _is_logits(self, name: str, a: Array) -> bool:
-        named = "logits" in name.lower()
-        return a.ndim > 0 and a.size > 0 and (named or a.shape[-1] in self.vocabularies)
+        if a.ndim == 0 or a.size == 0 or name in self.inner:
+            return False
+        return "logits" in name.lower() or a.shape[-1] in self.vocabularies
 
     def _note(self, note: str) -> None:
         if note not in self.notes:

@@ -252,6 +252,7 @@ def verify(
     if types:
         feeds, more = list(_held_by(types, feeds)), _held_by(types, more)
     whole = before, after
+    ends = {str(value.name) for value in before.graph.outputs}
     if inner:
         before, after = source, folded = with_outputs(whole, inner)
     run = _Runner(provider, emulate, report.notes, check, more, module, types, progress)
@@ -277,7 +278,8 @@ def verify(
     report.shapes = [pair.feed.label for pair in runs]
     max_ratio = basis.max_ratio(precision(before)) if max_ratio is None else max_ratio
     other = after if types else None
-    judge = Judge(before, tolerance, max_ratio, report.notes, other, close)
+    added = {str(value.name) for value in before.graph.outputs} - ends
+    judge = Judge(before, tolerance, max_ratio, report.notes, other, close, added)
     report.outputs = [judge.output(name, runs) for name in runs[0].original]
     failed = [
         f"output '{output.name}': {output.reason}" for output in report.outputs if output.reason
