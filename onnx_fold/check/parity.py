@@ -210,7 +210,7 @@ def verify(
     """
     source: Any = original  # torch, and so what a module is, may not be there
     close = _allclose(atol, rtol, tolerance)
-    inner = several(at)
+    inner = {*several(at)}
     if greedy is not None and (close is not None or any_float):
         raise UsageError("greedy decoding has a rule of its own: not with atol, rtol, any_float")
     if is_module(source):
@@ -252,7 +252,7 @@ def verify(
     if types:
         feeds, more = list(_held_by(types, feeds)), _held_by(types, more)
     whole = before, after
-    ends = {str(value.name) for value in before.graph.outputs}
+    inner -= {str(value.name) for value in before.graph.outputs}
     if inner:
         before, after = source, folded = with_outputs(whole, inner)
     run = _Runner(provider, emulate, report.notes, check, more, module, types, progress)
@@ -278,8 +278,7 @@ def verify(
     report.shapes = [pair.feed.label for pair in runs]
     max_ratio = basis.max_ratio(precision(before)) if max_ratio is None else max_ratio
     other = after if types else None
-    added = {str(value.name) for value in before.graph.outputs} - ends
-    judge = Judge(before, tolerance, max_ratio, report.notes, other, close, added)
+    judge = Judge(before, tolerance, max_ratio, report.notes, other, close, inner)
     report.outputs = [judge.output(name, runs) for name in runs[0].original]
     failed = [
         f"output '{output.name}': {output.reason}" for output in report.outputs if output.reason
