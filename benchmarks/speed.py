@@ -67,10 +67,10 @@ HEAD = """# How fast folded models are on {title}
 `--target {provider}`), verifies them and times them in pairs with `onnx-fold bench`: a prefill, and
 a loop of decode steps from a cache of that length, which stays on the device.
 [{name}.json]({name}.json) has the whole reports. Times are medians; in brackets is the 95 %
-interval of the speed-up, from so many *pairs* of two loads. *bytes* is the ratio of the bytes of
-all weights; *read* that of the bytes that a token reads, without the table of the embedding: about
-what decode at batch 1 can gain. A product that goes also takes its overhead along, so it may be
-more. Where no time of a fold is given, other work was done beside it.
+interval of the speed-up, from so many *pairs* in so many *loads* of both models. *bytes* is the
+ratio of the bytes of all weights; *read* that of the bytes that a token reads, without the table of
+the embedding: about what decode at batch 1 can gain. A product that goes also takes its overhead
+along, so it may be more. Where no time of a fold is given, other work was done beside it.
 
 """
 
@@ -504,7 +504,7 @@ def speeds(results: Sequence[Mapping[str, Any]]) -> str:
         "batch",
         "tokens",
     ]
-    heads += ["past", "original", "folded", "speed-up", "pairs", "bytes", "read"]
+    heads += ["past", "original", "folded", "speed-up", "pairs", "loads", "bytes", "read"]
     lines = [heads, ["---"] * len(heads)]
     for each in timed:
         report = each["result"]
@@ -521,6 +521,7 @@ def speeds(results: Sequence[Mapping[str, Any]]) -> str:
                     *(f"{time:.{decimals(time)}f} ms" for time in times),
                     f"{phase['speedup']:.2f}x ({phase['low']:.2f}-{phase['high']:.2f})",
                     str(phase["pairs"]),
+                    str(phase.get("loads", 2)),  # as many as there were before it was said
                     *(f"{ratio:.2f}x" if is_decode else "" for ratio in ratios),
                 ]
             )

@@ -273,9 +273,8 @@ def measured(model: Model, repeats: int) -> Row:
         if report.folded:
             assert report.verification is not None
             error = max(each.ratio or 0.0 for each in report.verification.outputs)
-            phase = onnx_fold.bench(source, target, threads=1, repeats=repeats, prefill=16).phases[
-                0
-            ]
+            options = {"threads": 1, "repeats": repeats, "loads": 2, "prefill": 16}
+            phase = onnx_fold.bench(source, target, **options).phases[0]
             speedup = phase.speedup, phase.low, phase.high
             if model.merged is not None:
                 torch.onnx.export(

@@ -97,7 +97,8 @@ def _planning(command: Callable[..., None]) -> Callable[..., None]:
                 "--protect",
                 multiple=True,
                 metavar="NAME",
-                help="Leave alone what touches this initializer, node or value.",
+                help="Leave alone what touches this initializer, node, value or layer;"
+                " layers.0.* is all of a module.",
             ),
             click.option(
                 "--tolerance",
@@ -194,6 +195,19 @@ def _parse_shape(context: click.Context, option: click.Parameter, values: tuple[
         except ValueError as error:
             raise click.BadParameter(f"{value!r} is not like batch=2,seq=16") from error
     return shapes or None
+
+
+def _parse_names(
+    context: click.Context, option: click.Parameter, values: tuple[str, ...]
+) -> dict[str, str]:
+    pairs = [value.split("=") for value in values]
+    for value, pair in zip(values, pairs, strict=True):
+        if len(pair) != 2 or not all(pair):
+            raise click.BadParameter(f"{value!r} is not like name=name")
+    names = dict(pairs)
+    if len(names) < len(pairs):
+        raise click.BadParameter("a name of ORIGINAL is mapped twice")
+    return names
 
 
 def _running(command: Callable[..., None]) -> Callable[..., None]:
@@ -365,8 +379,8 @@ def inspect(model: Path, show_all: bool, as_json: bool, html: Path | None, **opt
     import onnx_fold
 
     _check_page(html, (), model, options["calibrate"])
-    with _status(f"inspecting {model}"):
-        report = onnx_fold.inspect(model, **options)
+    with _progress() as progress:
+        report = onnx_fold.inspect(model, progress=progress, **options)
         report = replace(report, plan=replace(report.plan, is_long=show_all))
     _show(report, as_json)
     _write_page(html, report, model)
@@ -382,6 +396,32 @@ def inspect(model: Path, show_all: bool, as_json: bool, html: Path | None, **opt
     "--tolerance",
     type=float,
     help="Relative error that no output may exceed, however large the original's own is.",
+)
+@click.option(
+    "--atol",
+    type=float,
+    help="Judge by NumPy's allclose instead: |a - b| <= atol + rtol |a| of every element.",
+)
+@click.option("--rtol", type=float, help="See --atol; what is not given of the two is 0.")
+@click.option(
+    "--any-float",
+    is_flag=True,
+    help="The float types may differ, as of a model and its float16 version: then the tolerance of"
+    " the coarser one decides.",
+)
+@click.option(
+    "--map",
+    multiple=True,
+    callback=_parse_names,
+    metavar="NAME=NAME",
+    help="What an input, output or inner value of ORIGINAL is called in FOLDED; may be given"
+    " several times.",
+)
+@click.option(
+    "--at",
+    multiple=True,
+    metavar="NAME",
+    help="Compare this inner value, too, which both models have; may be given several times.",
 )
 @click.option("--greedy", type=int, metavar="N", help="Let both models write N tokens, too.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -408,8 +448,8 @@ def verify(
         from onnx_fold.files.targets import check_target, inputs_of
 
         check_target(junit, inputs_of(original, folded, options["inputs"]))
-    with _status("running both models"):
-        report = onnx_fold.verify(original, folded, **options)
+    with _progress() as progress:
+        report = onnx_fold.verify(original, folded, progress=progress, **options)
     _show(report, as_json)
     if junit is not None:
         from onnx_fold.report.junit import write_junit
@@ -440,7 +480,8 @@ _SEVERAL = "; may be given several times"
 )
 @click.option("--tokens", default=64, show_default=True, help="Steps of decode, in pairs.")
 @click.option("--repeats", default=30, show_default=True, help="Runs of prefill, in pairs.")
-@click.option("--warmup", default=5, show_default=True, help="Pairs before these.")
+@click.option("--loads", default=4, show_default=True, help="Loads that share these pairs.")
+@click.option("--warmup", default=5, show_default=True, help="Pairs before these, in each load.")
 @click.option("--seconds", type=float, show_default="never", help="End a phase after this time.")
 @click.option("--threads", type=int, help="Threads of one operator.")
 @click.option("--cuda-graph", is_flag=True, help="Capture each phase as a CUDA graph.")
@@ -466,8 +507,10 @@ def bench(
         check_target(plot, inputs_of(original, folded))
         drawing.check(plot)
     _check_page(html, (plot,), original, folded)
-    with _status("timing both models") as tell:
-        report = onnx_fold.bench(original, folded, progress=tell, **options)
+    with _progress() as progress:
+        report = onnx_fold.bench(
+            original, folded, progress=lambda what: progress(f"timing: {what}", 0, 0), **options
+        )
     _show(report, as_json)
     if plot is not None:
         drawing.plot(report, plot)
@@ -611,14 +654,7 @@ def _errors(quiet: bool = False) -> Console:
 
 
 @contextlib.contextmanager
-def _status(text: str) -> Iterator[Callable[[str], None]]:
-    """A spinner on standard error, where that is a terminal; yields what adds to its text."""
-    with _errors().status(text) as status:
-        yield lambda more: status.update(f"{text}: {more}")
-
-
-@contextlib.contextmanager
-def _progress(quiet: bool) -> Iterator[Report]:
+def _progress(quiet: bool = False) -> Iterator[Report]:
     """What a long command is at, on standard error."""
     from onnx_fold.base.progress import shown
 

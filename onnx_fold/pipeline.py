@@ -21,12 +21,13 @@ from onnx_fold.algebra.device import Array, find_device
 from onnx_fold.base.arguments import DeviceName, Objective, Pivot, Provider, TargetName, several
 from onnx_fold.base.progress import Report, ignore
 from onnx_fold.base.schema import SCHEMA_VERSION
-from onnx_fold.base.tables import Shown, new_table
+from onnx_fold.base.tables import ORIGINAL_AND_FOLDED, Shown, new_table
 from onnx_fold.check.parity import ParityReport
 from onnx_fold.check.parity import verify as parity_check
 from onnx_fold.check.sampled import fits_in_memory, verify_sampled
 from onnx_fold.engine.cost import TARGETS, Saving, cost
 from onnx_fold.engine.folding import PIVOTS, FoldPass, Options, fold_streams
+from onnx_fold.engine.protect import protected_names
 from onnx_fold.errors import MissingExtraError, UsageError, WeightError
 from onnx_fold.files.load import ModelSource, blames_models, external_tensors, load
 from onnx_fold.files.order import put_back
@@ -34,7 +35,6 @@ from onnx_fold.files.output import clean, left_over, replacing
 from onnx_fold.files.targets import check_format, check_place, check_target
 from onnx_fold.files.write import data_of, evaluate, obsolete_data, read_in, saving
 from onnx_fold.graph.inline import inline
-from onnx_fold.graph.linear import find_linears, label
 from onnx_fold.graph.widen import precision
 from onnx_fold.report.attention import Attention, find_attention
 from onnx_fold.report.fold import CheckFailedError, FoldReport
@@ -192,7 +192,8 @@ def fold(
         skip: Names of passes not to run.
         passes: Passes of your own beside the built-in ones: :class:`onnx_fold.engine.FoldPass`
             classes, instances, or ``"module:Class"``.
-        protect: Names of initializers, nodes or values whose streams are left alone.
+        protect: Initializers, nodes, values or layers whose streams are left alone, by their names,
+            or patterns of names such as ``"layers.0.*"``, see :mod:`onnx_fold.engine.protect`.
         tolerance: Largest predicted relative error of one fold. It only tightens: the default of
             the storage type, :data:`onnx_fold.algebra.basis.TOLERANCES`, and
             :func:`onnx_fold.algebra.basis.max_ratio` times the error of the original hold in any
@@ -247,28 +248,28 @@ def fold(
         onnxruntime()  # say at once that it is missing, not after the work
     options = Options(
         pivot=pivot,
-        protect=frozenset(several(protect)),
         tolerance=tolerance,
         force=force,
         device=find_device(device),
         target=_target_of(objective, target, provider),
     )
     _check_options(options, strategy)
-    chosen = passes_of(options, strategy, several(only), several(skip), several(passes))
     progress("reading", 0, 0)
     original = load(model)
     if destination is not None and not in_place:
         check_target(destination, _inputs(source, original, calibrate))
-    _check_names(original, options.protect)
+    options = replace(options, protect=protected_names(several(protect), original))
+    chosen = passes_of(options, strategy, several(only), several(skip), several(passes))
+    if calibrate is not None:
+        progress("running the inputs to calibrate with", 0, 0)
     seen = None if calibrate is None else record(original, calibrate, provider)
-    plan = partial(_plan, original, chosen, options, seen)
+    plan = partial(_plan, original, chosen, options, seen, progress)
     sizes = None if shapes is None else list(several(shapes))
     most = max_ratio(precision(original), for_size=options.target is None or force)
     how = {"provider": provider, "shapes": sizes, "inputs": inputs, "max_ratio": most}
     place = source, destination, in_place, mode, how, shard_size, executor, delete_old_data
     finish = _Finish(*place, progress)
     if not mode:
-        progress("folding", 0, 0)
         return finish(original, plan({}))
     prove = partial(proved, plan, original, progress, strict=strict or force)
     folded = prove()
@@ -288,6 +289,7 @@ def _plan(
     passes: Sequence[FoldPass],
     options: Options,
     seen: Activations | None,
+    progress: Report,
     taken_back: Mapping[str, str],
 ) -> Folded:
     """Fold a copy of ``original``."""
@@ -295,7 +297,7 @@ def _plan(
     seen = None if seen is None else replace(seen, rows=dict(seen.rows))
     before = cost(original)
     model = inline(original).clone()
-    streams = fold_streams(model, passes, options, seen)
+    streams = fold_streams(model, passes, options, seen, progress)
     if not any(stream.folded for stream in streams):
         model = original.clone()
         put_back(model)
@@ -355,7 +357,6 @@ class _Finish:
         """
         if not self.mode or not result.report.folded:
             return result
-        self.progress("verifying", 0, 0)
         parity = self._parity(result, folded)
         report = replace(result.report, verification=parity)
         if not parity.ok:
@@ -367,10 +368,13 @@ class _Finish:
         after = load(folded)
         fits = self.mode != "auto" or fits_in_memory(result.original, after)
         if self.mode == "full" or (self.mode == "auto" and fits):
-            return parity_check(result.source or result.original, folded, **self.how)
+            how = {**self.how, "progress": self.progress}
+            report = parity_check(result.source or result.original, folded, **how)
+            return replace(report, names=ORIGINAL_AND_FOLDED)
         before = inline(result.original)
         how = {name: self.how[name] for name in ("provider", "max_ratio")}
-        report = verify_sampled(before, after, result.report.folded, **how)
+        folds = result.report.folded
+        report = verify_sampled(before, after, folds, **how, progress=self.progress)
         if not fits:
             note = "the models are not run whole: together they do not fit in memory"
             report.notes.insert(0, note)
@@ -405,19 +409,6 @@ def _inputs(*sources: Path | ir.Model | str | os.PathLike[str] | object) -> Iter
             yield from (Path(tensor.path) for tensor in external_tensors(source))
         elif isinstance(source, str | os.PathLike):
             yield Path(source)
-
-
-def known_names(model: ir.Model) -> set[str | None]:
-    """What can be protected: initializers, nodes, values, and layers as reports call them."""
-    graph = model.graph
-    known = {value.name for node in graph for value in (*node.inputs, *node.outputs) if value}
-    known |= {node.name for node in graph} | {label(node) for node in graph}
-    return known | {linear.label for linear in find_linears(graph)} | set(graph.initializers)
-
-
-def _check_names(model: ir.Model, protect: Iterable[str]) -> None:
-    if unknown := sorted(set(protect) - known_names(model)):
-        raise UsageError(f"nothing in the model is called '{unknown[0]}'")
 
 
 def _check_options(options: Options, strategy: str | None) -> None:
@@ -505,6 +496,7 @@ def inspect(
     device: DeviceName = "cpu",
     objective: Objective = "speed",
     target: TargetName | None = None,
+    progress: Report = ignore,
 ) -> InspectReport:
     """Show the streams of a model, what would fold, and why the rest would not.
 
@@ -530,6 +522,7 @@ def inspect(
         objective=objective,
         target=target,
         verify=False,
+        progress=progress,
     )
     metadata = {
         "ir_version": original.ir_version,

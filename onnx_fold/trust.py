@@ -59,15 +59,13 @@ def proved(
     """
     before = inline(original)
     while True:
-        progress("folding", 0, 0)
         folded = plan(taken_back)
         if not folded.report.folded:
             return folded
-        progress("proving", 0, 0)
-        proof = prove(before, folded.model, folded.report.folded)
+        proof = prove(before, folded.model, folded.report.folded, progress)
         suspects = list(proof.failed) or [fold.name for fold in _folds(folded.report)]
         if len(suspects) > 1 and (proof.failed or proof.differs):
-            wrong = _first_wrong(plan, before, suspects, taken_back)
+            wrong = _first_wrong(plan, before, suspects, taken_back, progress)
             proof = replace(proof, failed={wrong: proof.failed.get(wrong, proof.differs)})
         folded = replace(folded, report=replace(folded.report, proof=proof))
         if not proof.failed:
@@ -82,7 +80,11 @@ def proved(
 
 
 def _first_wrong(
-    plan: Plan, before: ir.Model, suspects: Sequence[str], taken_back: Mapping[str, str]
+    plan: Plan,
+    before: ir.Model,
+    suspects: Sequence[str],
+    taken_back: Mapping[str, str],
+    progress: Report,
 ) -> str:
     """The first of the ``suspects`` without which, and those after it, the rest is right.
 
@@ -92,7 +94,7 @@ def _first_wrong(
     while wrong - right > 1:
         middle = (right + wrong) // 2
         some = plan({**taken_back, **dict.fromkeys(suspects[middle:], "left out for a trial")})
-        proof = prove(before, some.model, some.report.folded)
+        proof = prove(before, some.model, some.report.folded, progress)
         if proof.failed or proof.differs:
             wrong = middle
         else:

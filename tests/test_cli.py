@@ -219,7 +219,8 @@ def test_a_log_says_how_far_it_is(run, monkeypatch):
     save(chain())
     code, out, err = run("fold", "m.onnx", "-o", "f.onnx", "--shard-size", "1GB")
     assert code == 0
-    assert re.search(r"^0 s: (folding|proving|verifying)$", err, re.MULTILINE)
+    step = "looking for streams|choosing folds: stream 1 of 3|proving: the whole model|checking .*"
+    assert re.search(rf"^0 s: ({step})$", err, re.MULTILINE)
     assert "0 s:" not in out
 
 
@@ -227,10 +228,43 @@ def test_every_step_is_told():
     save(chain())
     told = []
     onnx_fold.fold("m.onnx", output="f.onnx", shard_size=10**9, progress=lambda *a: told.append(a))
-    assert [text for text, _, _ in told[:3]] == ["reading", "folding", "proving"]
-    assert told[3] == ("writing", 0, 612)
-    assert sorted(done for _, done, _ in told[4:6])[-1] == 612
-    assert told[6:] == [("verifying", 0, 0)]
+    texts = [text for text, _, _ in told]
+    steps = "reading", "looking for streams", "choosing folds: stream 1 of 4", "proving: the whole"
+    found = [next(i for i, text in enumerate(texts) if text.startswith(step)) for step in steps]
+    assert found == sorted(found)
+    first = told.index(("writing", 0, 612))
+    assert max(found) < first
+    assert sorted(done for _, done, _ in told[first + 1 : first + 3])[-1] == 612
+    checks = texts[first + 3 :]
+    assert checks[:2] == ["checking the original", "checking n=1, the original"]
+    assert "checking n=8, the folded model" in checks
+    assert all(text.startswith("checking ") for text in checks)
+
+
+def test_a_check_says_what_runs():
+    save()
+    told = []
+    shapes = [{"n": 3}, {"n": 5}]
+    onnx_fold.verify("m.onnx", "m.onnx", shapes=shapes, progress=lambda *a: told.append(a))
+    models = "the original", "the folded model", "the reference in double"
+    runs = [f"checking {n}{which}" for which in models for n in ("", "n=3, ", "n=5, ")]
+    assert told == [(text, 0, 0) for text in (*runs, "checking the weights as stored")]
+
+
+def test_a_proof_of_streams_counts_them(monkeypatch):
+    monkeypatch.setattr("onnx_fold.check.proof.WHOLE", 0)
+    save(chain())
+    told = []
+    onnx_fold.fold("m.onnx", progress=lambda what, *_: told.append(what), verify="sampled")
+    assert "proving: stream 1 of 1" in told
+    assert any(what.startswith("stream 1 of 1: checking ") for what in told)
+
+
+def test_inspect_says_what_it_looks_at():
+    told = []
+    onnx_fold.inspect(chain(), progress=lambda what, *_: told.append(what))
+    assert told[0] == "reading"
+    assert "choosing folds: stream 2 of 4" in told
 
 
 def test_inspect(run):

@@ -18,6 +18,19 @@ def test_a_bar_on_a_terminal():
     assert text.getvalue().endswith("\x1b[2K")  # nothing of it stays
 
 
+def test_nothing_is_counted_where_nothing_can_be():
+    text = io.StringIO()
+    console = Console(file=text, force_terminal=True, width=120, color_system=None)
+    with progress.shown(console) as report:
+        report("writing", 1, 2)
+        report("checking batch=1 seq=8 [bold], the original", 0, 0)
+    (last,) = (line for line in text.getvalue().splitlines() if "[bold]" in line)
+    assert "checking batch=1 seq=8 [bold], the original" in last
+    assert "bytes" not in last
+    assert "━" not in last
+    assert "-:--" not in last
+
+
 def test_lines_in_a_log(monkeypatch):
     """In their own time, so that a step that takes long is seen to go on."""
     monkeypatch.setattr(progress, "LINE_INTERVAL", 0.001)

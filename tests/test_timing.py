@@ -1,6 +1,7 @@
 """The speed check: what is run, in which order, and how it is reported. No test asserts a time."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from onnx_fold.runtime.sessions import MissingKernelError
 from onnx_fold.speed.operator_times import side_by_side
 from onnx_fold.speed.plot import plot
 from onnx_fold.speed.steps import Decode, cache_values, step_values
-from onnx_fold.speed.timing import BenchReport, _paired, _phase, bench
+from onnx_fold.speed.timing import BenchReport, _paired, _phase, _spread, bench
 
 
 def model(*, folded: bool = False, cached: bool = False, length: str = "seq", dtype: str = "float"):
@@ -111,7 +112,8 @@ def test_pairs_alternate_and_warm_up_is_not_counted():
     assert len(first) == len(second) == 3
 
 
-def test_both_models_are_loaded_again_in_the_other_order(monkeypatch):
+@pytest.mark.parametrize(("loads", "pairs"), [(2, (4, 6)), (3, (3, 6)), (4, (4, 8))])
+def test_both_models_are_loaded_again_in_the_other_order(monkeypatch, loads, pairs):
     names, loaded = {}, []
     session = sessions.session
 
@@ -122,9 +124,32 @@ def test_both_models_are_loaded_again_in_the_other_order(monkeypatch):
     original, folded = model(cached=True), model(cached=True, folded=True)
     names.update({id(original): "original", id(folded): "folded"})
     monkeypatch.setattr(sessions, "session", written)
-    report = run(original, folded, repeats=3, tokens=4)
-    assert loaded == ["original", "folded", "folded", "original"]
-    assert [(p.name, p.pairs) for p in report.phases] == [("prefill", 4), ("decode", 4)]
+    report = run(original, folded, repeats=3, tokens=5, loads=loads)
+    assert loaded == [*["original", "folded", "folded", "original"] * 2][: 2 * loads]
+    assert [(p.name, p.pairs, p.loads) for p in report.phases] == [
+        ("prefill", pairs[0], loads),
+        ("decode", pairs[1], loads),
+    ]
+    for name, count in zip(("prefill", "decode"), pairs, strict=True):
+        assert f"{name}: {count} pairs in {loads} loads" in str(report)
+
+
+def test_a_model_against_itself(tmp_path):
+    ir.save(model(cached=True), tmp_path / "a.onnx")
+    report = run(tmp_path / "a.onnx", tmp_path / "a.onnx")
+    assert report.bytes_ratio == report.read_ratio == 1
+    assert all(phase.low <= phase.speedup <= phase.high for phase in report.phases)
+    assert report.names == ("original", "folded")
+
+
+def test_columns_are_named_by_the_files(tmp_path):
+    for name in ("a.onnx", "b.onnx"):
+        ir.save(model(cached=True), tmp_path / name)
+    report = run(tmp_path / "a.onnx", tmp_path / "b.onnx", profile=True)
+    assert report.names == ("a.onnx", "b.onnx")
+    assert re.search(r"past +a\.onnx +b\.onnx +tokens/s", str(report))
+    assert re.search(r"nodes +b\.onnx +µs +b\.onnx", str(report))
+    assert BenchReport.from_dict(json.loads(json.dumps(report.to_dict()))) == report
 
 
 @pytest.mark.parametrize(("seconds", "pairs"), [(-1.0, 2), (1e9, 8)])
@@ -189,7 +214,7 @@ def test_a_cache_that_outgrows_the_model_is_said():
         "   e = Gather(table, n) present_key = Concat<axis=1>(past_key, e) }",
         initializers=[ir.tensor(np.zeros((8, 4), np.float32), name="table")],
     )
-    report = run(source, source, prefill=6, tokens=8)
+    report = run(source, source, prefill=6, tokens=8, loads=2)
     assert [p.name for p in report.phases] == ["prefill"]
     assert any("decode of 4 tokens was left out" in note for note in report.notes)
 
@@ -201,14 +226,49 @@ def test_tables_that_are_looked_up_by_row_are_not_read():
 
 
 def test_ratio_and_spread_of_known_times():
-    times = np.array([2.0, 4.0, 9.0, 2.0]) * 1e-3, np.array([1.0, 2.0, 3.0, 1.0]) * 1e-3
+    times = np.array([[2.0, 4.0], [1.0, 2.0]]) * 1e-3, np.array([[9.0, 2.0], [3.0, 1.0]]) * 1e-3
     phase = _phase("decode", (3, 1, 0), times, seed=0)
+    assert (phase.pairs, phase.loads) == (4, 2)
     assert phase.speedup == pytest.approx(2)
     assert phase.original.median_ms == pytest.approx(3)
     assert phase.original.tokens_per_second == pytest.approx(12 / 17e-3)
     assert phase.low == pytest.approx(2)
     assert phase.high == pytest.approx(3)
     assert phase == _phase("decode", (3, 1, 0), times, seed=0)
+
+
+def test_what_loads_differ_by_is_part_of_the_spread():
+    """Pairs that agree within each load say nothing of what a further load would be."""
+    rng = np.random.default_rng(0)
+    luck = [0.9, 1.0, 1.1, 1.2]
+    loads = [each + 1e-3 * rng.standard_normal(50) for each in luck]
+    low, high = _spread(loads, seed=0)
+    assert low == pytest.approx(0.9, abs=0.06)
+    assert high == pytest.approx(1.2, abs=0.06)
+    same = [1.0 + 1e-3 * rng.standard_normal(50) for _ in luck]
+    low, high = _spread(same, seed=0)
+    assert high - low < 1e-3
+
+
+def test_the_spread_covers_what_is_true():
+    """Of 100 measurements with 12 loads, each with its luck, at least 85 hold the true ratio, 1."""
+    rng = np.random.default_rng(1)
+    held = 0
+    for seed in range(100):
+        luck = 1 + 0.02 * rng.standard_normal((12, 1))
+        low, high = _spread(luck + 0.01 * rng.standard_normal((12, 8)), seed, resamples=100)
+        held += low <= 1 <= high
+    assert held >= 85
+
+
+def test_a_report_that_does_not_count_its_loads_has_two():
+    data = run(model(), model()).to_dict()
+    del data["names"]
+    for phase in data["phases"]:
+        del phase["loads"]
+    report = BenchReport.from_dict(data)
+    assert {phase.loads for phase in report.phases} == {2}
+    assert report.names == ("original", "folded")
 
 
 @pytest.mark.parametrize(
@@ -220,6 +280,7 @@ def test_ratio_and_spread_of_known_times():
         {"prefill": [8, 0]},
         {"past": -1},
         {"warmup": -1},
+        {"loads": 1},
     ],
 )
 def test_numbers_that_make_no_sense(bad):

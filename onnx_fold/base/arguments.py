@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
 from typing import Any, Literal, TypeAlias
 
 Provider: TypeAlias = Literal["auto", "cpu", "cuda"]
@@ -25,3 +26,9 @@ def several(given: Any) -> tuple[Any, ...]:
     """``given`` as a tuple; a string, a mapping or a number by itself is one item."""
     is_one = isinstance(given, str | Mapping) or not isinstance(given, Iterable)
     return (given,) if is_one else tuple(given)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The end of a message that nothing is called ``name``: what is spelled like it, if any is."""
+    found = get_close_matches(name, known, n=1)
+    return f"; did you mean '{found[0]}'?" if found else ""

@@ -8,14 +8,17 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TypeAlias
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.filesize import decimal
 from rich.progress import (
     BarColumn,
     DownloadColumn,
     Progress,
+    ProgressColumn,
     SpinnerColumn,
+    Task,
     TextColumn,
+    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 
@@ -39,19 +42,32 @@ def shown(console: Console) -> Iterator[Report]:
         yield report
 
 
+class _WhereCounted(ProgressColumn):
+    """Another column, of which nothing is shown while nothing is counted."""
+
+    def __init__(self, column: ProgressColumn) -> None:
+        super().__init__()
+        self._column = column
+
+    def render(self, task: Task) -> RenderableType:
+        """Return what the other column shows."""
+        return "" if task.total is None else self._column(task)
+
+
 @contextlib.contextmanager
 def _bar(console: Console) -> Iterator[Report]:
     columns = (
         SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TimeRemainingColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}", markup=False),
+        *map(_WhereCounted, (BarColumn(), DownloadColumn(), TimeRemainingColumn())),
     )
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("", total=None)
 
         def report(what: str, done: int, total: int) -> None:
+            if not total:
+                bar.tasks[0].total = None  # which update takes for no change
             bar.update(task, description=what, completed=done, total=total or None)
 
         yield report

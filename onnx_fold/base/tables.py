@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, RenderableType
@@ -10,6 +12,21 @@ from rich.table import Table
 
 WIDTH = 120
 """Columns of a table that no terminal bounds."""
+
+
+ORIGINAL_AND_FOLDED = ("original", "folded")
+"""What the columns of two models are called where their files have no short names."""
+
+SHORT = 16
+"""Characters that the name of a column may have."""
+
+
+def headings(original: object, folded: object) -> tuple[str, str]:
+    """What the columns of two models are called: their files, where short names tell them apart."""
+    names = [Path(each).name for each in (original, folded) if isinstance(each, str | os.PathLike)]
+    if len(names) == 2 and names[0] != names[1] and max(map(len, names)) <= SHORT:
+        return names[0], names[1]
+    return ORIGINAL_AND_FOLDED
 
 
 class Shown:

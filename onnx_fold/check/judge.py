@@ -36,12 +36,19 @@ A ``tolerance`` limits ``e_f`` further; it never allows more. Without a referenc
 beyond ``4 * sqrt(u)``, which is no yardstick, ``||a - b||_2 / ||a||_2`` is at most
 :data:`TOLERANCE` of the type. Integers, booleans and strings must be equal, and NaN and infinity
 must be at the same places.
+
+**Models of other float types**, such as a model and its float16 version, have no yardstick in
+common: the same holds for them, by the coarsest of the types that the weights and the output have
+in either.
+
+**Allclose.** In place of all of that a caller may ask for NumPy's rule: of every element of every
+float output ``|a - b| <= atol + rtol * |a|``. What is no float is judged as above.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -85,7 +92,7 @@ class OutputParity:
         margin: What was judged as a share of its limit.
         limit: What ``judged`` may be, None for exact types.
         judged: What was nearest to its limit: ``folded``, ``row``, ``channel``, ``relative``,
-            ``KL`` or ``top-1``.
+            ``element``, ``KL`` or ``top-1``.
         limit_from: Where that limit comes from.
         top1_agreement: For logits, the share of rows with the same largest element.
         kl_divergence: For logits, mean of ``KL(softmax(a) || softmax(b))`` in nats.
@@ -149,16 +156,23 @@ class Judge:
         tolerance: See the rule; None for no further limit.
         max_ratio: See the rule.
         notes: Gets what a reader must know to judge the numbers.
+        folded: The folded model, if it is of another float type.
+        close: ``atol`` and ``rtol``, if the rule is NumPy's.
+        inner: Names of outputs that are inner values of the model, and so no logits.
     """
 
     model: ir.Model
     tolerance: float | None
     max_ratio: float
     notes: list[str]
+    folded: ir.Model | None = None
+    close: tuple[float, float] | None = None
+    inner: Collection[str] = ()
 
     def __post_init__(self) -> None:
+        self.models = [self.model] if self.folded is None else [self.model, self.folded]
         self.vocabularies = set(index_limits(self.model).values())
-        self.precision = precision(self.model)
+        self.precision = max(map(precision, self.models), key=unit_roundoff)
         values = [value for node in self.model.graph.all_nodes() for value in node.outputs]
         held = {value.dtype for value in values} & TOLERANCE.keys()
         self.narrowest = max((*held, self.precision), key=unit_roundoff)
@@ -166,12 +180,13 @@ class Judge:
     def output(self, name: str, runs: Sequence[Run]) -> OutputParity:
         """Compare one output over all runs."""
         whole = name.partition("[")[0]  # of a sequence y the elements are called y[0], y[1], ...
-        outputs = self.model.graph.outputs
-        value = next((v for v in outputs if v.name in (name, whole)), None)
-        dtype = None if value is None else value.dtype
-        result = OutputParity(name, "" if dtype is None else dtype.name)
+        outputs = (value for model in self.models for value in model.graph.outputs)
+        dtypes = [value.dtype for value in outputs if value.name in (name, whole)]
+        own = dtypes[0] if dtypes else None
+        result = OutputParity(name, "" if own is None else own.name)
+        coarsest = self._coarsest(*dtypes)
         for run in runs:
-            self._compare(result, run, dtype)
+            self._compare(result, run, coarsest)
             if result.reason:
                 break
         result.ok = not result.reason
@@ -185,12 +200,12 @@ class Judge:
         tolerance = min(TOLERANCE[coarsest], given)
         return check.judge(self.max_ratio, unit_roundoff(coarsest), tolerance)
 
-    def _coarsest(self, dtype: ir.DataType | None) -> ir.DataType:
-        """Return the coarser type of the weights' and ``dtype``."""
-        held = [self.precision, *([dtype] if dtype in TOLERANCE else [])]
-        return max((each for each in held if each is not None), key=unit_roundoff)
+    def _coarsest(self, *dtypes: ir.DataType | None) -> ir.DataType:
+        """Return the coarsest float type of the weights' and ``dtypes``."""
+        held = (each for each in dtypes if each in TOLERANCE)
+        return max((self.precision, *(each for each in held if each)), key=unit_roundoff)
 
-    def _compare(self, result: OutputParity, run: Run, dtype: ir.DataType | None) -> None:
+    def _compare(self, result: OutputParity, run: Run, dtype: ir.DataType) -> None:
         """Compare one run, and keep in ``result`` what is nearest to its limit."""
         a, b = run.original[result.name], run.folded.get(result.name)
         label = run.feed.label
@@ -214,7 +229,7 @@ class Judge:
         b: Array,
         r: Array | None,
         label: str,
-        dtype: ir.DataType | None,
+        dtype: ir.DataType,
     ) -> None:
         finite = np.isfinite(a) & np.isfinite(b)
         if not finite.all() and not self._same_infinities(result, a, b, r, label):
@@ -240,10 +255,11 @@ class Judge:
             result.reason = worst.reason(label, result.ratio)
 
     def _marks(
-        self, a: Array, b: Array, r: Array | None, dtype: ir.DataType | None, logits: bool
+        self, a: Array, b: Array, r: Array | None, coarsest: ir.DataType, logits: bool
     ) -> list[_Mark]:
         """Return every error that is judged, with its limit."""
-        coarsest = self._coarsest(dtype)
+        if self.close is not None:
+            return [_worst_element(a, b, *self.close)]
         u = unit_roundoff(coarsest)
         own = None if r is None else _relative_error(a, r)
         ceiling = 4 * math.sqrt(max(u, unit_roundoff(self.narrowest)))
@@ -331,8 +347,9 @@ class Judge:
             )
 
     def _is_logits(self, name: str, a: Array) -> bool:
-        named = "logits" in name.lower()
-        return a.ndim > 0 and a.size > 0 and (named or a.shape[-1] in self.vocabularies)
+        if a.ndim == 0 or a.size == 0 or name in self.inner:
+            return False
+        return "logits" in name.lower() or a.shape[-1] in self.vocabularies
 
     def _note(self, note: str) -> None:
         if note not in self.notes:
@@ -363,6 +380,7 @@ class _Mark:
             "relative": "error",
             "row": "error of the worst row",
             "channel": "error of the worst channel",
+            "element": "difference of the worst element",
             "KL": "KL divergence",
             "top-1": "lead of the token that is no longer the most likely one",
         }[self.name]
@@ -373,6 +391,17 @@ class _Mark:
             f"{what} {self.error:.2e} is over the limit {self.limit:.2e}{times}, which is"
             f" {self.source} ({label})"
         )
+
+
+def _worst_element(a: Array, b: Array, atol: float, rtol: float) -> _Mark:
+    """Return the difference that is nearest to what NumPy's ``allclose`` lets it be."""
+    errors, limits = np.abs(a - b), atol + rtol * np.abs(a)
+    shares = np.divide(errors, limits, out=np.where(errors > 0, np.inf, 0.0), where=limits > 0)
+    source = f"{atol:g} + {rtol:g} |a|"
+    if not shares.size:
+        return _Mark("element", 0.0, atol, source)
+    worst = np.unravel_index(int(shares.argmax()), shares.shape)
+    return _Mark("element", float(errors[worst]), float(limits[worst]), source)
 
 
 def _errors(a: Array, b: Array, r: Array) -> dict[str, tuple[float, float]]:

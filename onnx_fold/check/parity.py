@@ -14,7 +14,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,10 +24,11 @@ from rich.text import Text
 
 from onnx_fold.algebra import basis
 from onnx_fold.algebra.device import Array
-from onnx_fold.algebra.precision import SIXTEEN_BITS, is_float
+from onnx_fold.algebra.precision import FRACTION_BITS, SIXTEEN_BITS, is_float
 from onnx_fold.base.arguments import Provider, several
+from onnx_fold.base.progress import Report, ignore
 from onnx_fold.base.schema import SCHEMA_VERSION
-from onnx_fold.base.tables import Shown
+from onnx_fold.base.tables import ORIGINAL_AND_FOLDED, Shown, headings
 from onnx_fold.check import kernels
 from onnx_fold.check.feeds import frozen_feeds, make_feeds
 from onnx_fold.check.judge import Feed, Judge, OutputParity, Run
@@ -37,6 +38,7 @@ from onnx_fold.errors import InvalidModelError, UsageError
 from onnx_fold.files.load import ModelSource, blames_models, load, weight_bytes
 from onnx_fold.graph.widen import precision, widen
 from onnx_fold.runtime import sessions
+from onnx_fold.runtime.align import renamed, with_outputs
 from onnx_fold.runtime.environment import environment
 from onnx_fold.runtime.generate import Decoder, Function, GreedyCheck, GreedyParity
 from onnx_fold.runtime.inputs import Arrays, input_symbols
@@ -83,6 +85,7 @@ class ParityReport(Shown):
         greedy: Whether both models write the same tokens, if that was asked.
         environment: Machine and versions, see :func:`onnx_fold.runtime.environment.environment`.
         against: What the original is, if it is no ONNX model: ``the PyTorch module``.
+        names: What the two models are called in tables: their files, where these names are short.
     """
 
     ok: bool
@@ -97,6 +100,7 @@ class ParityReport(Shown):
     greedy: GreedyParity | None = None
     environment: dict[str, Any] = field(default_factory=dict)
     against: str = ""
+    names: tuple[str, str] = ORIGINAL_AND_FOLDED
 
     def __bool__(self) -> bool:
         """Whether the models compute the same function: ``assert verify(a, b)`` means it."""
@@ -143,8 +147,14 @@ def verify(
     max_ratio: float | None = None,
     reference: bool = True,
     emulate: bool | None = None,
+    atol: float | None = None,
+    rtol: float | None = None,
+    any_float: bool = False,
+    map: Mapping[str, str] | None = None,  # noqa: A002
+    at: str | Iterable[str] = (),
     greedy: int | None = None,
     seed: int = 0,
+    progress: Report = ignore,
 ) -> ParityReport:
     """Run both models on the same inputs and judge by the rule of :mod:`onnx_fold.check.judge`.
 
@@ -173,20 +183,39 @@ def verify(
         emulate: Run 16-bit models in float32, each operator's result rounded to 16 bits (which is
             what 16-bit hardware computes). By default where the provider cannot run the type
             itself: bfloat16 on the CPU, or a missing kernel.
+        atol: Judge by NumPy's ``allclose`` instead: ``|a - b| <= atol + rtol |a|`` everywhere,
+            with ``a`` of the original; what is not given is 0. No reference is run.
+        rtol: See ``atol``.
+        any_float: Inputs, outputs and weights of the two may be of other float types, such as of a
+            model and its float16 version. Where they are, both are given inputs that either type
+            holds, and the tolerance of the coarser one decides,
+            :data:`onnx_fold.check.judge.TOLERANCE`: neither has an error to measure the other by.
+        map: Inputs, outputs and inner values of the original, and what the folded model calls them,
+            where it calls them otherwise.
+        at: Names of inner values, which are compared like outputs, in the order in which the
+            original computes them, to find where two models part. Values within a folded stream may
+            be in another basis, and differ for that.
         greedy: Tokens that the models write greedily, too, by the rule of
             :mod:`onnx_fold.runtime.generate`. The prompt is a few random tokens, or that among
             ``inputs``, which may then lack whatever follows from it.
         seed: Seed of the random inputs.
+        progress: Is told which model runs on which inputs.
 
     Raises:
         MissingExtraError: onnxruntime is not installed.
-        UsageError: The provider, the inputs or the shapes do not fit, or the original cannot run
-            or generate.
+        UsageError: The provider, the inputs or the shapes do not fit, the original cannot run or
+            generate, options exclude each other, or a name in ``map`` or ``at`` is unknown.
         InvalidModelError: One of the models cannot be read, or the original cannot be loaded. A
             folded model that ONNX Runtime does not load or run is a failed report.
     """
     source: Any = original  # torch, and so what a module is, may not be there
+    close = _allclose(atol, rtol, tolerance)
+    inner = {*several(at)}
+    if greedy is not None and (close is not None or any_float):
+        raise UsageError("greedy decoding has a rule of its own: not with atol, rtol, any_float")
     if is_module(source):
+        if map or inner or any_float:
+            raise UsageError("map, at and any_float are for two ONNX models, not for a module")
         if args is None and kwargs is None:
             raise UsageError("a module needs args or kwargs: what it is called with")
         if inputs is not None or greedy is not None:
@@ -201,7 +230,10 @@ def verify(
     report = ParityReport(False, provider=provider, dtype=precision(before).name)
     report.environment = environment(provider)
     report.against = "" if module is None else "the PyTorch module"
-    report.reason = signature_difference(before, after)
+    report.names = headings(original, folded)
+    if map:
+        folded = after = renamed(before, after, map)
+    report.reason = signature_difference(before, after, any_float=any_float)
     if report.reason:
         return report
     check = None
@@ -216,23 +248,43 @@ def verify(
         feeds = make_feeds(before, inputs, sizes, samples, seed)
     free = inputs is None and shapes is None and module is None
     more = frozen_feeds(before, seed) if free else ()
-    run = _Runner(provider, emulate, report.notes, check, more, module)
+    types = _other_floats(before, after) if any_float else {}
+    if types:
+        feeds, more = list(_held_by(types, feeds)), _held_by(types, more)
+    whole = before, after
+    inner -= {str(value.name) for value in before.graph.outputs}
+    if inner:
+        before, after = source, folded = with_outputs(whole, inner)
+    run = _Runner(provider, emulate, report.notes, check, more, module, types, progress)
     try:
         runs = run.pair((source, before), (folded, after), feeds)
     except _FoldedFailedError as error:
         report.reason = f"the folded model does not run where the original does: {error}"
         return report
+    if types:
+        report.notes.append(
+            "the models are of different float types: both were given inputs that either type holds"
+        )
+    if close is not None:
+        report.notes.append(
+            "the rule is NumPy's allclose: |a - b| <= atol + rtol |a| for every element,"
+            f" with atol {close[0]:g} and rtol {close[1]:g}"
+        )
+    elif types:
+        report.notes.append("the rule is the tolerance of the coarser type")
+    reference &= close is None and not types
     if reference:
         run.reference(before, runs)
     report.shapes = [pair.feed.label for pair in runs]
     max_ratio = basis.max_ratio(precision(before)) if max_ratio is None else max_ratio
-    judge = Judge(before, tolerance, max_ratio, report.notes)
+    other = after if types else None
+    judge = Judge(before, tolerance, max_ratio, report.notes, other, close, inner)
     report.outputs = [judge.output(name, runs) for name in runs[0].original]
     failed = [
         f"output '{output.name}': {output.reason}" for output in report.outputs if output.reason
     ]
     if reference and not failed and module is None:
-        report.stored = run.stored(before, after, runs)
+        report.stored = run.stored(*whole, runs)
         if report.stored is not None and not report.stored.ok:
             failed.append(str(report.stored))
     if check is not None:
@@ -261,8 +313,65 @@ def _module_feeds(
 # --- Before the run: signatures and inputs -------------------------------------------------------
 
 
-def signature_difference(before: ir.Model, after: ir.Model) -> str:
-    """Return the first difference of the two signatures in words, or an empty string."""
+def _allclose(
+    atol: float | None, rtol: float | None, tolerance: float | None
+) -> tuple[float, float] | None:
+    """``atol`` and ``rtol`` if either is given.
+
+    Raises:
+        UsageError: One is negative or no number, or there is a tolerance, too.
+    """
+    if atol is None and rtol is None:
+        return None
+    close = atol or 0.0, rtol or 0.0
+    if not all(0 <= each < math.inf for each in close):
+        raise UsageError("atol and rtol must be numbers of at least 0")
+    if tolerance is not None:
+        raise UsageError("a tolerance is for the rule of the ratio, which atol and rtol replace")
+    return close
+
+
+def _other_floats(before: ir.Model, after: ir.Model) -> dict[str, ir.DataType]:
+    """The float types of the inputs of ``after`` by name; empty if all types are as in ``before``.
+
+    Those of the weights, too: a model may have been converted but for its inputs and outputs.
+    """
+    ends = [[*model.graph.inputs, *model.graph.outputs] for model in (before, after)]
+    same = all(None in (a.dtype, b.dtype) or a.dtype == b.dtype for a, b in zip(*ends, strict=True))
+    if same and precision(before) == precision(after):
+        return {}
+    return {str(value.name): value.dtype or precision(after) for value in after.graph.inputs}
+
+
+def _held_by(types: Mapping[str, ir.DataType], feeds: Iterable[Feed]) -> Iterator[Feed]:
+    """Yield ``feeds``, with floats rounded to what ``types`` hold, but in the types that they have.
+
+    Raises:
+        UsageError: A number is too large for that.
+    """
+    for feed in feeds:
+        with np.errstate(over="ignore"):
+            narrow = _converted(types, feed.arrays)
+        for name, array in feed.arrays.items():
+            if is_float(array) and (np.isfinite(narrow[name]) != np.isfinite(array)).any():
+                raise UsageError(f"input '{name}' has numbers that {types[name].name} cannot hold")
+        arrays = {name: narrow[name].astype(array.dtype) for name, array in feed.arrays.items()}
+        yield replace(feed, arrays=arrays)
+
+
+def _converted(types: Mapping[str, ir.DataType], arrays: Arrays) -> Arrays:
+    """``arrays`` with floats in these ``types``."""
+    return {
+        name: array.astype(types[name].numpy()) if name in types and is_float(array) else array
+        for name, array in arrays.items()
+    }
+
+
+def signature_difference(before: ir.Model, after: ir.Model, *, any_float: bool = False) -> str:
+    """Return the first difference of the two signatures in words, or an empty string.
+
+    With ``any_float`` all float types are one.
+    """
     ends = (
         ("inputs", before.graph.inputs, after.graph.inputs),
         ("outputs", before.graph.outputs, after.graph.outputs),
@@ -272,7 +381,9 @@ def signature_difference(before: ir.Model, after: ir.Model) -> str:
         if names[0] != names[1]:
             return f"the {kind} differ: {_listed(names[0])} became {_listed(names[1])}"
         for x, y in zip(old, new, strict=True):
-            if _described(x) != _described(y) and None not in (_described(x), _described(y)):
+            if any_float and {x.dtype, y.dtype} <= FRACTION_BITS.keys():
+                pass
+            elif _described(x) != _described(y) and None not in (_described(x), _described(y)):
                 return f"{kind[:-1]} '{x.name}' was {_described(x)} and became {_described(y)}"
             if x.shape is not None and y.shape is not None and not _shapes_agree(x.shape, y.shape):
                 return f"{kind[:-1]} '{x.name}' was {x.shape} and became {y.shape}"
@@ -311,6 +422,12 @@ class _Runner:
     greedy: GreedyCheck | None = None
     more: Iterable[Feed] = ()
     module: ModuleFunction | None = None
+    types: Mapping[str, ir.DataType] = field(default_factory=dict)
+    progress: Report = ignore
+
+    def _tell(self, which: str, feed: Feed | None = None) -> None:
+        """Say which model is loaded, or runs on what."""
+        self.progress(f"checking {'' if feed is None else f'{feed.label}, '}{which}", 0, 0)
 
     @property
     def _all(self) -> str:
@@ -332,7 +449,7 @@ class _Runner:
                 raise
             logger.debug("no kernel: %s", error)
             self.notes.clear()
-            if _has_sixteen_bits(original[1]):
+            if _has_sixteen_bits(original[1]) or (self.types and _has_sixteen_bits(folded[1])):
                 return self._emulated(original[1], folded[1], feeds)
             if max(weight_bytes(model) for model in (original[1], folded[1])) > EVALUATOR_LIMIT:
                 raise
@@ -340,10 +457,11 @@ class _Runner:
             return self._both(evaluator, original[1], folded[1], feeds)
 
     def _emulated(self, original: ir.Model, folded: ir.Model, feeds: list[Feed]) -> list[Run]:
-        if _has_sixteen_bits(original):
+        narrow = next((m for m in (original, folded) if _has_sixteen_bits(m)), None)
+        if narrow is not None:
             self.notes.append(
                 f"{self._all} ran in float32 with every operator's result rounded to"
-                f" {precision(original).name}, on the {self.provider} provider"
+                f" {precision(narrow).name}, on the {self.provider} provider"
             )
         to = ir.DataType.FLOAT
         wide = [widen(model, to, rounded=True) for model in (original, folded)]
@@ -363,19 +481,25 @@ class _Runner:
         to: ir.DataType | None = None,
     ) -> list[Run]:
         """Run both models, on floats widened ``to`` the type that they expect."""
+        self._tell("the original")
         function = self.module or _widening(engine(original), to)
         runs = self._original(function, feeds)
         if self.greedy is not None:
+            self._tell("the text that the original writes")
             self.greedy.run_original(function)
         try:
-            function = _widening(engine(folded), to)
+            self._tell("the folded model")
+            function = _converting(_widening(engine(folded), to), self.types)
             for run in runs:
+                self._tell("the folded model", run.feed)
                 run.folded = function(run.feed.arrays)
             if self.greedy is not None:
+                self._tell("the text that the folded model writes")
                 self.greedy.run_folded(function)
         except (InvalidModelError, RunFailedError) as error:
-            if self.module is not None and isinstance(error, MissingKernelError):
-                raise  # of an original it would have been raised above
+            is_alike = self.module is None and not self.types
+            if isinstance(error, MissingKernelError) and not is_alike:
+                raise  # of an original that is alike it would have been raised above
             raise _FoldedFailedError(str(error)) from error
         return runs
 
@@ -388,6 +512,7 @@ class _Runner:
                 continue
             if feed.group == "frozen" and runs:
                 break
+            self._tell("the original", feed)
             try:
                 runs.append(Run(feed, function(feed.arrays)))
             except RunFailedError as error:
@@ -411,7 +536,8 @@ class _Runner:
             )
             self.notes.append(f"no reference ({why}): the tolerance decides")
             return
-        feeds = [run.feed.arrays for run in runs]
+        feeds = [run.feed for run in runs]
+        self._tell(f"the reference in {to.name.lower()}")
         try:
             if self.module is not None:
                 outputs = self._run_wide(self.module.widened(to), feeds, to)
@@ -440,6 +566,7 @@ class _Runner:
         def engine(model: ir.Model) -> Function:
             return _widening(functools.partial(sessions.run, sessions.session(model)), to)
 
+        self._tell("the weights as stored")
         feeds = sorted((run.feed.arrays for run in runs), key=_elements)[-STORED_RUNS:]
         try:
             return compare_stored(original, folded, feeds, to, precision(original), engine)
@@ -448,7 +575,7 @@ class _Runner:
             return None
 
     def _wide_outputs(
-        self, wide: ir.Model, feeds: list[Arrays], to: ir.DataType, size: float
+        self, wide: ir.Model, feeds: list[Feed], to: ir.DataType, size: float
     ) -> list[Arrays]:
         for provider in dict.fromkeys((self.provider, "cpu")):
             try:
@@ -462,9 +589,12 @@ class _Runner:
         self.notes.append("the reference was computed by onnx.reference")
         return outputs
 
-    def _run_wide(self, engine: Function, feeds: list[Arrays], to: ir.DataType) -> list[Arrays]:
+    def _run_wide(self, engine: Function, feeds: list[Feed], to: ir.DataType) -> list[Arrays]:
         function = _widening(engine, to)
-        outputs = [*map(function, feeds)]
+        outputs = []
+        for feed in feeds:
+            self._tell(f"the reference in {to.name.lower()}", feed)
+            outputs.append(function(feed.arrays))
         if self.greedy is not None:
             self.greedy.run_reference(function)
         return outputs
@@ -503,6 +633,11 @@ def _widening(function: Function, to: ir.DataType | None) -> Function:
             for name, array in arrays.items()
         }
     )
+
+
+def _converting(function: Function, types: Mapping[str, ir.DataType]) -> Function:
+    """Return ``function`` with floats converted to its own ``types`` first."""
+    return (lambda arrays: function(_converted(types, arrays))) if types else function
 
 
 def evaluator(model: ir.Model) -> Function:

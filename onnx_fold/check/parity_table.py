@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from onnx_fold.base.tables import figures_table
+from onnx_fold.base.tables import ORIGINAL_AND_FOLDED, figures_table
 from onnx_fold.check.judge import OutputParity
 
 if TYPE_CHECKING:
@@ -35,11 +35,12 @@ def parity_table(report: ParityReport) -> Table:
     """Return a row for each output, of many only those nearest their limit; no empty columns."""
     columns = [c for c in _COLUMNS if any(getattr(o, c[1]) is not None for o in report.outputs)]
     rows = report.outputs
+    called = dict(zip(ORIGINAL_AND_FOLDED, report.names, strict=True))
     captions = []
     if any(name == "error_original" for _, name, _ in columns):
         captions.append(
-            "original, folded: relative error against a wider reference; ratio of the two, and of"
-            " the worst row and channel"
+            f"{', '.join(report.names)}: relative error against a wider reference; ratio of the"
+            " two, and of the worst row and channel"
         )
     if len(rows) > _ROWS:
         captions.append(f"{len(rows) - _ROWS} further outputs lie deeper within their limits")
@@ -54,7 +55,7 @@ def parity_table(report: ParityReport) -> Table:
     )
     table.add_column("output", overflow="fold")
     for heading, _, _ in columns:
-        table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column(called.get(heading, heading), justify="right", no_wrap=True)
     table.add_column("of", overflow="fold")
     for output in rows:
         cells = [_cell(getattr(output, name), form) for _, name, form in columns]

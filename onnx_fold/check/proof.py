@@ -27,6 +27,7 @@ from onnx_fold.algebra.device import Array
 from onnx_fold.algebra.exact import LIMIT, exact, values
 from onnx_fold.algebra.expression import FoldedTensor
 from onnx_fold.algebra.precision import is_float
+from onnx_fold.base.progress import Report, ignore
 from onnx_fold.base.tables import counted
 from onnx_fold.check.interpreter import Interpreter
 from onnx_fold.check.parity import evaluator
@@ -85,27 +86,34 @@ class Proof:
         return text
 
 
-def prove(original: ir.Model, folded: ir.Model, streams: Sequence[StreamReport]) -> Proof:
+def prove(
+    original: ir.Model,
+    folded: ir.Model,
+    streams: Sequence[StreamReport],
+    progress: Report = ignore,
+) -> Proof:
     """Prove the folds of ``streams``.
 
     Args:
         original: The model before the fold, functions inlined as in ``folded``.
         folded: The model after it, with folded weights not evaluated yet.
         streams: What was folded.
+        progress: Is told what is being proved.
 
     Raises:
         MissingExtraError: onnxruntime is not installed.
     """
     if _size(original) > WHOLE:
-        return _prove_streams(original, folded, streams)
+        return _prove_streams(original, folded, streams, progress)
+    progress("proving: the whole model", 0, 0)
     try:
         error = _compare_whole(original, folded)
     except (_CannotRunError, MemoryError) as reason:
         logger.debug("not proved whole: %s", reason)
-        return _prove_streams(original, folded, streams)
+        return _prove_streams(original, folded, streams, progress)
     except _DiffersError as reason:
         logger.debug("differs as a whole: %s", reason)
-        proof = _prove_streams(original, folded, streams)
+        proof = _prove_streams(original, folded, streams, progress)
         is_settled = proof.failed or not proof.unproved
         return proof if is_settled else replace(proof, differs=str(reason))
     return Proof([stream.name for stream in streams], error=error)
@@ -218,13 +226,16 @@ def _relative(a: Array, b: Array) -> float:
 # --- Stream by stream ----------------------------------------------------------------------------
 
 
-def _prove_streams(original: ir.Model, folded: ir.Model, streams: Sequence[StreamReport]) -> Proof:
+def _prove_streams(
+    original: ir.Model, folded: ir.Model, streams: Sequence[StreamReport], progress: Report
+) -> Proof:
     models = typed(original), typed(folded)
     changed = frozenset[str]().union(*(stream.changed for stream in streams))
     proof = Proof(scope="each stream")
     largest = 0.0
     interpreter = Interpreter()
-    for stream in streams:
+    for number, stream in enumerate(streams, 1):
+        progress(f"proving: stream {number} of {len(streams)}", 0, 0)
         try:
             error = _compare_pieces(interpreter, models, stream, changed)
             largest = max(largest, error)

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import onnx_ir as ir
 
 from onnx_fold.algebra import basis
 from onnx_fold.base.arguments import Provider
 from onnx_fold.base.memory import available_memory
+from onnx_fold.base.progress import Report, ignore
 from onnx_fold.check.parity import ParityReport, verify
 from onnx_fold.check.pieces import cut, typed
 from onnx_fold.engine.outcome import StreamReport
@@ -50,6 +52,7 @@ def verify_sampled(
     samples: int = SAMPLES,
     max_ratio: float | None = None,
     seed: int = 0,
+    progress: Report = ignore,
 ) -> ParityReport:
     """Compare ``samples`` of the folded ``streams``, drawn at random, in ONNX Runtime.
 
@@ -62,6 +65,7 @@ def verify_sampled(
         max_ratio: How many times its own error a model may have, see :func:`verify`; in a stream
             alone more is seen, :data:`onnx_fold.algebra.basis.PIECE`.
         seed: Seed of the choice and of the inputs.
+        progress: Is told which stream runs on which inputs.
 
     Returns:
         The outputs of all pieces. If no stream could be compared, ``ok`` is False.
@@ -79,7 +83,13 @@ def verify_sampled(
         if len(checked) == samples:
             break
         pieces = cut(models, stream, changed)
-        if pieces is not None and _compare(pieces, report, provider, basis.PIECE * max_ratio, seed):
+        what = f"stream {len(checked) + 1} of {min(samples, len(streams))}"
+
+        def tell(text: str, done: int, total: int, what: str = what) -> None:
+            progress(f"{what}: {text}", done, total)
+
+        how = {"provider": provider, "max_ratio": basis.PIECE * max_ratio, "seed": seed}
+        if pieces is not None and _compare(pieces, report, **how, progress=tell):
             checked.append(stream)
     if not checked:
         report.ok = False
@@ -93,13 +103,11 @@ def verify_sampled(
 def _compare(
     pieces: tuple[ir.Model, ir.Model],
     report: ParityReport,
-    provider: Provider,
-    max_ratio: float,
-    seed: int,
+    **how: Any,
 ) -> bool:
     """Add the comparison of two pieces to ``report``; return whether they could be run."""
     try:
-        piece = verify(*pieces, provider=provider, max_ratio=max_ratio, seed=seed)
+        piece = verify(*pieces, **how)
     except (InvalidModelError, UsageError):
         return False
     report.ok &= piece.ok

@@ -30,6 +30,7 @@ from onnx_fold.algebra.device import HOST, Device
 from onnx_fold.algebra.expression import Expression, FoldedTensor, ImpliedTensor
 from onnx_fold.algebra.precision import unit_roundoff
 from onnx_fold.base.arguments import Pivot, TargetName
+from onnx_fold.base.progress import Report, ignore
 from onnx_fold.engine.cost import TARGETS
 from onnx_fold.engine.outcome import CandidateReport, StreamReport, layers_of
 from onnx_fold.graph.channels import Group
@@ -315,6 +316,7 @@ def fold_streams(
     passes: Sequence[FoldPass],
     options: Options,
     activations: Activations | None = None,
+    progress: Report = ignore,
 ) -> list[StreamReport]:
     """Fold every closed stream of ``model`` in place, to a fixpoint.
 
@@ -324,6 +326,7 @@ def fold_streams(
         options: What decides among them.
         activations: Recorded rows, for probes and the selection of rows in place of random ones;
             those that a fold makes meaningless are dropped.
+        progress: Is told which stream is looked at.
 
     Returns:
         A report for each stream, in graph order: what was folded, or why nothing was. Streams that
@@ -332,7 +335,7 @@ def fold_streams(
     shapes = Shapes(model)
     editor = Editor(model.graph)
     with make_explicit(model, shapes.without_facts(), editor):
-        reports = _fold_streams(model, passes, options, activations, shapes, editor)
+        reports = _fold_streams(model, passes, options, activations, shapes, editor, progress)
     for value in model.graph.initializers.values():
         if isinstance(value.const_value, FoldedTensor):
             value.const_value.device = options.device
@@ -346,6 +349,7 @@ def _fold_streams(
     activations: Activations | None,
     inferred: Shapes,
     editor: Editor,
+    progress: Report,
 ) -> list[StreamReport]:
     order = {node: position for position, node in enumerate(model.graph)}
     reports: list[tuple[int, StreamReport]] = []
@@ -360,7 +364,7 @@ def _fold_streams(
         touched: set[ir.Node] = set()
         kept: dict[ir.Value, str] = {}
         later = [each for each in passes if each not in phases[0]]
-        for stream in _subjects(model, activations, shapes or Shapes(model), phases[0]):
+        for stream in _subjects(model, activations, shapes, phases[0], progress):
             nodes = stream.nodes
             position = min(order.get(node, 0) for node in nodes)
             report = StreamReport.of(stream, kept)
@@ -407,23 +411,34 @@ def _phases(passes: Sequence[FoldPass]) -> list[Sequence[FoldPass]]:
 def _subjects(
     model: ir.Model,
     activations: Activations | None,
-    shapes: Shapes,
+    inferred: Shapes | None,
     passes: Sequence[FoldPass],
+    progress: Report,
 ) -> Iterator[Subject]:
     """What the passes are asked about.
 
     Streams that only an orthogonal basis passes through are looked for if a pass asks for them, and
     are closed: their open parts are among those that any basis passes through, with the reasons.
     """
+
+    def told(what: str, found: Sequence[Subject]) -> Iterator[Subject]:
+        for number, subject in enumerate(found, 1):
+            progress(f"choosing folds: {what} {number} of {len(found)}", 0, 0)
+            yield subject
+        if found:
+            progress("looking for streams", 0, 0)
+
+    progress("looking for streams", 0, 0)
+    shapes = inferred or Shapes(model)
     if _ask(passes, "of_branches"):
-        yield from list(find_branches(model.graph, shapes))
+        yield from told("sum of branches", [*find_branches(model.graph, shapes)])
     if _ask(passes, "of_joined"):
-        yield from list(find_joined(model.graph, shapes))
+        yield from told("concatenation", [*find_joined(model.graph, shapes)])
     if any(each.group == Group.ORTHOGONAL for each in passes):
-        for stream in find_norm_streams(model, activations, shapes.without_facts()):
-            if stream.is_closed and stream.written_by and stream.readers:
-                yield stream
-    yield from find_streams(model, activations, shapes)
+        found = find_norm_streams(model, activations, shapes.without_facts())
+        closed = [each for each in found if each.is_closed and each.written_by and each.readers]
+        yield from told("stream with norms", closed)
+    yield from told("stream", find_streams(model, activations, shapes))
 
 
 def _ask(passes: Sequence[FoldPass], hook: str) -> bool:

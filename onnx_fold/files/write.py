@@ -373,6 +373,7 @@ def evaluate(
     """
     values = _holding(model, lambda tensor: isinstance(tensor, FoldedTensor))
     tensors = dict(values.values())
+    report("evaluating the folded weights", 0, 0)
     if sum(tensor.nbytes for tensor in tensors.values()) <= MEMORY_LIMIT:
         arrays = {name: _values(tensor) for name, tensor in tensors.items()}
     else:

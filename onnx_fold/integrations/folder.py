@@ -25,11 +25,12 @@ from onnx_fold.base.progress import Report, ignore
 from onnx_fold.base.schema import SCHEMA_VERSION
 from onnx_fold.base.tables import Shown, counted, new_table
 from onnx_fold.engine.cost import Cost, Saving
+from onnx_fold.engine.protect import known_names, matching, refuse_unknown
 from onnx_fold.errors import CannotWriteError, UsageError
 from onnx_fold.files.load import all_stored, data_files, load
 from onnx_fold.files.neighbours import WORKPLACE
 from onnx_fold.files.output import appearing, check_space
-from onnx_fold.pipeline import fold, known_names
+from onnx_fold.pipeline import fold
 from onnx_fold.report.fold import CheckFailedError, FoldReport, saving_dict, saving_text
 
 __all__ = ["FolderReport", "fold_folder"]
@@ -114,7 +115,7 @@ def fold_folder(
             have written.
         output: A folder that is not there, or is empty. It appears when all of it is there and has
             been checked. None writes nothing.
-        protect: As in :func:`onnx_fold.fold`; a name must be in one of the models.
+        protect: As in :func:`onnx_fold.fold`; each must mean something in one of the models.
         progress: Is called with the model and what is being done, bytes written, and bytes in all.
         options: Options of :func:`onnx_fold.fold` but those for inputs of one model.
 
@@ -136,14 +137,13 @@ def fold_folder(
         raise UsageError(f"there is no .onnx file in {source}")
     wanted = frozenset(several(protect))
     known = {name: known_names(load(files[name])) for name in models} if wanted else {}
-    if missing := sorted(wanted.difference(*known.values())):
-        raise UsageError(f"nothing in the models is called '{missing[0]}'")
+    refuse_unknown(wanted, set().union(*known.values()), "the models")
 
     def run(name: Path, **more: Any) -> FoldReport:
         try:
             return fold(
                 files[name],
-                protect=wanted & known.get(name, set()),
+                protect=[each for each in wanted if matching(each, known[name])],
                 progress=lambda what, done, total: progress(f"{name}: {what}", done, total),
                 **{**options, **more},
             ).report
@@ -171,8 +171,8 @@ def fold_folder(
         copied = list(_to_copy(source, files, written))
         for name in (each for each in models if each in written):
             _keep_data_name(files[name], place / name, {place / each for each in copied})
-        for number, name in enumerate(copied):
-            progress(f"copying {name}", number, len(copied))
+        for number, name in enumerate(copied, 1):
+            progress(f"copying {name}, {number} of {len(copied)}", 0, 0)
             (place / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(files[name], place / name)
         for name in models:

@@ -104,7 +104,7 @@ def _options(accelerator: Any) -> Iterator[tuple[str, Any, Any, str]]:
     yield "strategy", str, None, "Keep to absorb, interpolate, select or rotate."
     yield "only", list[str], None, "Names of the passes to run."
     yield "skip", list[str], None, "Names of passes not to run."
-    yield "protect", list[str], None, "Initializers, nodes or values whose streams are left alone."
+    yield "protect", list[str], None, "Names of what stays as it is; also patterns: layers.0.*"
     yield "tolerance", float, None, "Largest predicted relative error of one fold."
     yield "shard_size", int, None, "Bytes at which a further data file is begun."
     yield "device", str, "cpu", "Where weights are evaluated: cpu, or a device of torch."

@@ -345,7 +345,8 @@ def _bench(report: BenchReport) -> Page:
     )
     for name in dict.fromkeys(phase.name for phase in report.phases):
         phase = next(each for each in report.phases if each.name == name)
-        interval = f"{phase.low:.2f}-{phase.high:.2f}, {phase.pairs} pairs"
+        counts = f"{phase.pairs} pairs, {phase.loads} loads"
+        interval = f"{phase.low:.2f}-{phase.high:.2f}, {counts}"
         tone = "good" if phase.low > 1 else "bad" if phase.high < 1 else ""
         made.figures.append(Figure(name, f"{phase.speedup:.2f}x", interval, tone))
     names = dict.fromkeys(each.phase for each in report.operators)
@@ -353,6 +354,7 @@ def _bench(report: BenchReport) -> Page:
         "speed": speed_plot(report),
         "phases": report.phases,
         "digits": decimals,
+        "names": report.names,
         "operators": {
             name: [each for each in report.operators if each.phase == name] for name in names
         },

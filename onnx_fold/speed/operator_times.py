@@ -101,15 +101,21 @@ _SHOWN = 10
 _COLUMNS = "original_nodes", "folded_nodes", "original_us", "folded_us"
 
 
-def operators_table(phase: str, operators: Sequence[OperatorTime]) -> Table:
-    """The operators of one phase; of many those that take longest, and the sum of the others."""
+def operators_table(phase: str, operators: Sequence[OperatorTime], folded: str) -> Table:
+    """The operators of one phase; of many those that take longest, and the sum of the others.
+
+    Args:
+        phase: Name of the phase.
+        operators: What was measured.
+        folded: What the folded model is called.
+    """
     shown, rest = operators[:_SHOWN], operators[_SHOWN:]
     if rest:
         sums = [sum(getattr(each, name) for each in rest) for name in _COLUMNS]
         shown = [*shown, OperatorTime(phase, f"{len(rest)} others", *sums)]
     table = figures_table(f"Where the time of {phase} goes")
     table.add_column("operator", no_wrap=True)
-    for heading in ("nodes", "folded", "µs", "folded", "saved"):
+    for heading in ("nodes", folded, "µs", folded, "saved"):
         table.add_column(heading, justify="right", no_wrap=True)
     for each in shown:
         saved = each.original_us - each.folded_us

@@ -55,7 +55,7 @@ def plot(report: BenchReport, path: Path) -> None:
         panels: Any = figure.subplots(len(names), 2, squeeze=False)
         for (left, right), name in zip(panels, names, strict=True):
             phases = [phase for phase in report.phases if phase.name == name]
-            _draw(left, right, name, phases, report.read_ratio)
+            _draw(left, right, name, phases, report)
         handles, labels = panels[-1][0].get_legend_handles_labels()
         limit, text = panels[-1][1].get_legend_handles_labels()
         figure.legend(
@@ -66,7 +66,8 @@ def plot(report: BenchReport, path: Path) -> None:
             figure.savefig(folder / path.name, dpi=150, metadata=metadata)
 
 
-def _draw(left: Any, right: Any, name: str, phases: Sequence[Phase], limit: float) -> None:
+def _draw(left: Any, right: Any, name: str, phases: Sequence[Phase], report: BenchReport) -> None:
+    limit, (original, folded) = report.read_ratio, report.names
     by_length = len({phase.batch for phase in phases}) == 1
     groups = sorted({phase.batch if by_length else _length(phase) for phase in phases})
     for colour, group in zip(COLOURS * len(groups), groups, strict=False):
@@ -76,9 +77,9 @@ def _draw(left: Any, right: Any, name: str, phases: Sequence[Phase], limit: floa
         what = f"batch {group}" if by_length else f"{group} tokens"
         style: dict[str, Any] = {"color": colour, "marker": "o", "markersize": 3}
         left.plot(
-            x, [p.original.median_ms for p in line], ls=":", label=f"{what}, original", **style
+            x, [p.original.median_ms for p in line], ls=":", label=f"{what}, {original}", **style
         )
-        left.plot(x, [p.folded.median_ms for p in line], label=f"{what}, folded", **style)
+        left.plot(x, [p.folded.median_ms for p in line], label=f"{what}, {folded}", **style)
         spread = [[p.speedup - p.low for p in line], [p.high - p.speedup for p in line]]
         right.errorbar(x, [p.speedup for p in line], spread, capsize=2, **style)
     right.axhline(limit, color="black", lw=0.9, ls="--", label=f"ratio of bytes read, {limit:.2f}")

@@ -6,19 +6,21 @@ the step before it left on the device; its times are those between two tokens. N
 the host, and no token is picked: the times are those of the model.
 
 After warm-up the models run in the order A B, B A, A B, ..., so that a drift of the machine's speed
-meets both alike. Half-way both are loaded again, in the other order: where in memory a model comes
+meets both alike. Both are loaded several times, in alternating order: where in memory a model comes
 to lie made one of two copies of the same file up to 4 % faster. Each pair gives one ratio
-``time(A) / time(B)``; the median of the ratios is the speed-up, and its spread is the 95 %
-percentile interval of the bootstrap (resampled pairs, seeded). Decode at batch 1 reads every weight
-once for each token, so what the fold can gain there is about the ratio of the bytes read; tables
-that are looked up by row are not.
+``time(A) / time(B)``; the median of the ratios is the speed-up. Its spread is the 95 % percentile
+interval of a bootstrap that is hierarchical, as pairs of one load have its luck in common: it draws
+as many loads as there were, with replacement, and from each as many of its pairs (seeded; Davison &
+Hinkley, Bootstrap Methods and their Application, 3.8). Decode at batch 1 reads every weight once
+for each token, so what the fold can gain there is about the ratio of the bytes read; tables that
+are looked up by row are not.
 """
 
 from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeAlias
 
@@ -31,7 +33,7 @@ from rich.text import Text
 
 from onnx_fold.base.arguments import Provider, several
 from onnx_fold.base.schema import SCHEMA_VERSION
-from onnx_fold.base.tables import Shown, figures_table
+from onnx_fold.base.tables import ORIGINAL_AND_FOLDED, Shown, figures_table, headings
 from onnx_fold.check.parity import signature_difference
 from onnx_fold.engine.cost import bytes_read
 from onnx_fold.errors import UsageError
@@ -89,6 +91,7 @@ class Phase:
         speedup: Median of ``time(original) / time(folded)`` over the pairs.
         low: Lower end of the 95 % bootstrap interval of ``speedup``.
         high: Its upper end.
+        loads: How often both models were loaded for these pairs; 2 in reports that do not say it.
     """
 
     name: str
@@ -101,6 +104,7 @@ class Phase:
     speedup: float
     low: float
     high: float
+    loads: int = 2
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Phase:
@@ -129,6 +133,7 @@ class BenchReport(Shown):
         notes: What a reader must know to judge the numbers.
         environment: Machine, versions, and the state of the GPU right after the runs, see
             :func:`onnx_fold.runtime.environment.environment`.
+        names: What the two models are called in tables: their files, where these names are short.
     """
 
     provider: Provider
@@ -144,6 +149,7 @@ class BenchReport(Shown):
     operators: list[OperatorTime] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     environment: dict[str, Any] = field(default_factory=dict)
+    names: tuple[str, str] = ORIGINAL_AND_FOLDED
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report for JSON."""
@@ -154,8 +160,9 @@ class BenchReport(Shown):
         """Return the report that :meth:`to_dict` made ``data`` of."""
         phases = [Phase.from_dict(phase) for phase in data["phases"]]
         operators = [OperatorTime(**each) for each in data["operators"]]
+        names = tuple(data.get("names", ORIGINAL_AND_FOLDED))
         known = {name: value for name, value in data.items() if name != "schema_version"}
-        return cls(**{**known, "phases": phases, "operators": operators})
+        return cls(**{**known, "phases": phases, "operators": operators, "names": names})
 
     def __repr__(self) -> str:
         phases = ", ".join(f"{each.name} {each.speedup:.2f}x" for each in self.phases)
@@ -169,7 +176,9 @@ class BenchReport(Shown):
         )
         parts: list[RenderableType] = [_table(self), size]
         names = dict.fromkeys(each.phase for each in self.operators)
-        parts += [operators_table(n, [op for op in self.operators if op.phase == n]) for n in names]
+        for name in names:
+            operators = [each for each in self.operators if each.phase == name]
+            parts.append(operators_table(name, operators, self.names[1]))
         return Group(*parts, *(Text(f"- {note}", "dim") for note in self.notes))
 
 
@@ -184,6 +193,7 @@ def bench(
     past: int | None = None,
     tokens: int = 64,
     repeats: int = 30,
+    loads: int = 4,
     warmup: int = 5,
     seconds: float | None = None,
     threads: int | None = None,
@@ -205,11 +215,13 @@ def bench(
         prefill: Tokens of a row in prefill, with an empty cache; several are run one by one.
         past: Tokens in the cache when decode starts, by default ``prefill``. Without a cache decode
             runs a single token.
-        tokens: Pairs of decode steps; the cache grows by one token with each, half-way it starts
-            again.
+        tokens: Pairs of decode steps; the cache grows by one token with each, and starts again with
+            each load.
         repeats: Pairs of prefill runs.
+        loads: How often both models are loaded, at least 2; each load has its share of the pairs,
+            rounded up.
         warmup: Pairs before these, after each load.
-        seconds: Stop a phase after this time, with at least four pairs; None runs all of them.
+        seconds: Stop a phase after this time, with at least two pairs of each load; None runs all.
         threads: Threads of one operator; None lets ONNX Runtime decide.
         cuda_graph: Capture each phase as a CUDA graph, which takes launch overhead out of decode. A
             graph has fixed shapes, so the cache does not grow.
@@ -229,6 +241,8 @@ def bench(
         raise UsageError(
             "batch, prefill, tokens and repeats must be at least 1, past and warmup at least 0"
         )
+    if loads < 2:
+        raise UsageError("loads must be at least 2: one alone does not show what they differ by")
     provider = sessions.resolve_provider(provider)
     if cuda_graph and provider != "cuda":
         raise UsageError("cuda_graph needs the provider cuda")
@@ -240,14 +254,16 @@ def bench(
         *(provider, repeats, tokens, threads, cuda_graph, *sizes),
         bytes_ratio=sizes[0] / max(sizes[1], 1),
         read_ratio=bytes_read(models[0]) / max(bytes_read(models[1]), 1),
+        names=headings(original, folded),
     )
-    bed = _TestBed((original, folded), models[0], report, warmup, (seconds or np.inf) / 2, seed)
-    for order in ((0, 1), (1, 0)):
-        progress("loading")
-        bed.load(order)
+    bed = _TestBed((original, folded), models[0], report, loads, warmup, seconds or np.inf, seed)
+    for number in range(loads):
+        now = f"load {number + 1} of {loads}"
+        progress(now)
+        bed.load((0, 1) if number % 2 == 0 else (1, 0))
         for rows in batches:
             for length in lengths:
-                progress(f"batch {rows}, {length} tokens")
+                progress(f"{now}, batch {rows}, {length} tokens")
                 bed.measure("prefill", rows, length, 0)
                 bed.measure("decode", rows, 1, length if past is None else past)
     report.phases = bed.phases()
@@ -274,6 +290,7 @@ class _TestBed:
     sources: tuple[ModelSource, ModelSource]
     model: ir.Model
     report: BenchReport
+    loads: int
     warmup: int
     seconds: float
     seed: int
@@ -299,8 +316,7 @@ class _TestBed:
     def phases(self) -> list[Phase]:
         """What was measured, all loads together."""
         return [
-            _phase(name, shape, np.concatenate(times, axis=1), self.seed)
-            for (name, shape), times in self.times.items()
+            _phase(name, shape, times, self.seed) for (name, shape), times in self.times.items()
         ]
 
     def operators(self, progress: Callable[[str], None]) -> list[OperatorTime]:
@@ -316,7 +332,7 @@ class _TestBed:
         return found
 
     def measure(self, name: str, batch: int, seq: int, past: int) -> None:
-        """Time half of the runs of one phase of both models, or note why not."""
+        """Time the runs of one phase of both models in this load, or note why not."""
         report = self.report
         if not has_cache(self.model):
             past = 0
@@ -326,7 +342,7 @@ class _TestBed:
             report.notes.append(f"{name} was left out: the shape of the inputs is fixed")
             return
         self.tried.add(shape)
-        pairs = _half(report.repeats if name == "prefill" else report.tokens)
+        pairs = self._share(report.repeats if name == "prefill" else report.tokens)
         make = self._decode(shape) if name == "decode" else self._fixed(shape)
         try:
             first = make(self.sessions[0])
@@ -335,11 +351,15 @@ class _TestBed:
             return
         second = make(self.sessions[1])
         try:
-            times = _paired(first, second, pairs, self.warmup, self.seconds)
+            times = _paired(first, second, pairs, self.warmup, self.seconds / self.loads)
         except RunFailedError as error:  # a cache that outgrows the model
             report.notes.append(f"{name} of {pairs} tokens was left out: {error}")
             return
         self.times.setdefault((name, shape), []).append(times)
+
+    def _share(self, runs: int) -> int:
+        """How many of ``runs`` each load has."""
+        return -(-runs // self.loads)
 
     def _really(self, batch: int, seq: int, past: int) -> _Shape:
         """Return the batch, new tokens and past that will run: what is wanted, or what is fixed."""
@@ -364,7 +384,7 @@ class _TestBed:
             return self._fixed(shape)
         batch, seq, past = shape
         cache = self._cache(shape)
-        count = max(_half(self.report.tokens), self.warmup)
+        count = max(self._share(self.report.tokens), self.warmup)
         steps = [self._step((batch, seq, past + i * seq)) for i in range(count)]
         return lambda session: Decode(session, cache, steps, links, self.report.provider)
 
@@ -383,10 +403,6 @@ class _TestBed:
 
     def _step(self, shape: _Shape) -> dict[str, Any]:
         return step_values(self.model, shape, self.report.provider, self.seed)
-
-
-def _half(runs: int) -> int:
-    return -(-runs // 2)
 
 
 def _paired(
@@ -422,13 +438,14 @@ def _pair(first: Step, second: Step, i: int) -> tuple[float, float]:
     return times[first], times[second]
 
 
-def _phase(name: str, shape: _Shape, times: _Times, seed: int) -> Phase:
+def _phase(name: str, shape: _Shape, loads: Sequence[_Times], seed: int) -> Phase:
+    """What was measured in one phase, in each of the loads."""
+    times = np.concatenate(loads, axis=1)
     ratios = times[0] / times[1]
-    low, high = _spread(ratios, seed)
-    timings = [_timing(each, shape[0] * shape[1]) for each in times]
-    return Phase(
-        name, *shape, len(ratios), timings[0], timings[1], float(np.median(ratios)), low, high
-    )
+    low, high = _spread([each[0] / each[1] for each in loads], seed)
+    original, folded = (_timing(each, shape[0] * shape[1]) for each in times)
+    speedup, pairs = float(np.median(ratios)), len(ratios)
+    return Phase(name, *shape, pairs, original, folded, speedup, low, high, len(loads))
 
 
 def _timing(times: Any, tokens: int) -> Timing:
@@ -436,11 +453,21 @@ def _timing(times: Any, tokens: int) -> Timing:
     return Timing(median, p90, p99, tokens * len(times) / float(times.sum()))
 
 
-def _spread(ratios: Any, seed: int) -> tuple[float, float]:
-    """Return the 95 % percentile interval of the median over ``RESAMPLES`` bootstrap samples."""
+def _spread(loads: Sequence[Any], seed: int, resamples: int = RESAMPLES) -> tuple[float, float]:
+    """Return the 95 % percentile interval of the median over bootstrap samples.
+
+    Args:
+        loads: The ratios of each load. A sample draws as many loads, and of each as many ratios.
+        seed: Seed of what is drawn.
+        resamples: How many samples.
+    """
     rng = np.random.default_rng(seed)
-    drawn = rng.choice(ratios, (RESAMPLES, len(ratios)))
-    low, high = np.quantile(np.median(drawn, axis=1), (0.025, 0.975))
+
+    def sample() -> Any:
+        drawn = (loads[index] for index in rng.integers(len(loads), size=len(loads)))
+        return np.median(np.concatenate([rng.choice(each, len(each)) for each in drawn]))
+
+    low, high = np.quantile([sample() for _ in range(resamples)], (0.025, 0.975))
     return float(low), float(high)
 
 
@@ -453,11 +480,12 @@ def _table(report: BenchReport) -> Table:
     table = figures_table(
         f"Speed on {report.provider}: {', '.join(details)}",
         "median / 90th / 99th percentile in ms, to the first token (prefill) or between two"
-        " (decode);\nspeed-up with its 95 % interval; tokens a second of the folded model",
+        " (decode);\nspeed-up with its 95 % interval; tokens a second of the second model\n"
+        + "; ".join(_counts(report.phases)),
     )
     table.add_column("phase", no_wrap=True)
-    headings = "batch", "tokens", "past", "original", "folded", "tokens/s", "speed-up", "95 %"
-    for heading in headings:
+    sizes, ratios = ("batch", "tokens", "past"), ("tokens/s", "speed-up", "95 %")
+    for heading in (*sizes, *report.names, *ratios):
         table.add_column(heading, justify="right", no_wrap=True)
     for phase in report.phases:
         table.add_row(
@@ -469,6 +497,15 @@ def _table(report: BenchReport) -> Table:
             f"{phase.low:.2f}-{phase.high:.2f}",
         )
     return table
+
+
+def _counts(phases: Sequence[Phase]) -> Iterator[str]:
+    """Yield how many pairs and loads there were of each kind of phase, and how few at the least."""
+    for name in dict.fromkeys(phase.name for phase in phases):
+        pairs = sorted({phase.pairs for phase in phases if phase.name == name})
+        loads = sorted({phase.loads for phase in phases if phase.name == name})
+        counts = ("-".join(map(str, dict.fromkeys((each[0], each[-1])))) for each in (pairs, loads))
+        yield "{}: {} pairs in {} loads".format(name, *counts)
 
 
 def _quantiles(timing: Timing) -> str:

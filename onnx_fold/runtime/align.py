@@ -1,0 +1,114 @@
+"""Two models that are to be compared: the same names in both, and inner values as outputs."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import onnx_ir as ir
+from onnx_ir.passes.common import ShapeInferencePass
+
+from onnx_fold.base.arguments import nearest
+from onnx_fold.errors import UsageError
+
+__all__ = ["renamed", "with_outputs"]
+
+ORIGINAL, FOLDED = "the original", "the folded model"
+
+
+def renamed(original: ir.Model, folded: ir.Model, names: Mapping[str, str]) -> ir.Model:
+    """Return a copy of ``folded`` whose values have the names that ``original`` gives them.
+
+    Args:
+        original: The model that the names are taken from.
+        folded: The other model. Inner values of it that have such a name already get another one.
+        names: Inputs, outputs and inner values of ``original``, and what ``folded`` calls them.
+
+    Raises:
+        UsageError: Nothing is called so, two names are one, or an input or output of ``folded`` has
+            a name that is needed.
+    """
+    for known, which, wanted in (
+        (_named(original), ORIGINAL, names.keys()),
+        (_named(folded), FOLDED, names.values()),
+    ):
+        for name in wanted:
+            if name not in known:
+                raise UsageError(f"{which} has no value '{name}'{nearest(name, known)}")
+    new = {theirs: ours for ours, theirs in names.items()}
+    if len(new) < len(names):
+        raise UsageError("two values cannot be mapped to one")
+    copy = folded.clone()
+    values = [*_values(copy)]
+    ends = {value.name for value in (*copy.graph.inputs, *copy.graph.outputs)}
+    taken = {value.name for value in values} | {*new.values()}
+    changes: list[tuple[ir.Value, str]] = []
+    for value in values:
+        name = str(value.name)
+        if name in new:
+            changes.append((value, new[name]))
+        elif name in names:
+            if name in ends:
+                raise UsageError(f"{FOLDED} has an own '{name}': map what it is, too")
+            free = (f"{name}/{number}" for number in itertools.count(1))
+            changes.append((value, next(each for each in free if each not in taken)))
+            taken.add(changes[-1][1])
+    for number, (value, _) in enumerate(changes):  # so that two names can change places
+        value.name = f"onnx-fold/{number}"
+    for value, name in changes:
+        value.name = name
+    return copy
+
+
+def with_outputs(models: Sequence[ir.Model], names: Iterable[str]) -> list[ir.Model]:
+    """Return copies of the original and the folded model with inner values as outputs.
+
+    They come before the outputs, in the order in which the original computes them. Where the types
+    of values are missing they are inferred.
+
+    Args:
+        models: The original and the folded model; they are not changed.
+        names: Values of the main graphs that a node of each makes. Those that are outputs of either
+            stay where they are.
+
+    Raises:
+        UsageError: One of the models has no such value.
+    """
+    wanted = set(names)
+    for model, which in zip(models, (ORIGINAL, FOLDED), strict=True):
+        inner = _made(model)
+        for name in sorted(wanted - inner.keys()):
+            raise UsageError(f"{which} has no inner value '{name}'{nearest(name, inner)}")
+    ends = {value.name for model in models for value in model.graph.outputs}
+    order = [name for name in _made(models[0]) if name in wanted - ends]
+    copies = []
+    for model in models:
+        copy = model.clone()
+        made = _made(copy)
+        if any(made[name].type is None for name in order):
+            ShapeInferencePass(check_type=False, strict_mode=False, data_prop=False)(copy)
+        copy.graph.outputs[:0] = [made[name] for name in order]
+        copies.append(copy)
+    return copies
+
+
+def _made(model: ir.Model) -> dict[str, ir.Value]:
+    """What the nodes of the main graph make, by name, in their order."""
+    made = (value for node in model.graph for value in node.outputs)
+    return {value.name: value for value in made if value.name}
+
+
+def _named(model: ir.Model) -> set[str]:
+    """Names of inputs, outputs and inner values of the main graph."""
+    ends = (value.name for value in (*model.graph.inputs, *model.graph.outputs))
+    return {*_made(model), *(name for name in ends if name)}
+
+
+def _values(model: ir.Model) -> Iterator[ir.Value]:
+    """All values that have a name, each once, those of the bodies of control flow among them."""
+    found: dict[ir.Value, None] = {}
+    for graph in model.graphs():
+        found |= dict.fromkeys((*graph.inputs, *graph.initializers.values()))
+    for node in model.graph.all_nodes():
+        found |= dict.fromkeys(node.outputs)
+    return (value for value in found if value.name)
