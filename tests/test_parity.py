@@ -1,6 +1,7 @@
 """The parity check: what passes, what fails, and what is said about it."""
 
 import json
+import weakref
 
 import numpy as np
 import onnx_ir as ir
@@ -573,3 +574,31 @@ def test_constants_that_an_optimizer_made_initializers_are_no_rounded_weights(dt
     assert right.stored is not None
     assert right.stored.values > 1
     assert not verify(original, folded(1.03)).ok
+
+
+def test_models_are_in_memory_one_at_a_time(monkeypatch):
+    """The original, the folded model, and the original in a wider type."""
+    alive, most, make = weakref.WeakSet(), [], sessions.session
+
+    def session(*args, **options):
+        most.append(len(alive))
+        made = make(*args, **options)
+        alive.add(made)
+        return made
+
+    monkeypatch.setattr(sessions, "session", session)
+    assert verify(chain(), chain(folded=True)).ok
+    assert most[:3] == [0, 0, 0]
+
+
+def test_files_are_not_mapped_while_the_reference_runs(tmp_path):
+    path = tmp_path / "m.onnx"
+    before = chain()
+    ir.save(before, path, external_data="m.data", size_threshold_bytes=0)
+    source = ir.load(path)
+    assert verify(source, chain(folded=True)).ok
+    held = [v.const_value for v in source.graph.initializers.values()]
+    assert all(isinstance(tensor, ir.ExternalTensor) for tensor in held)
+    np.testing.assert_array_equal(
+        held[0].numpy(), before.graph.initializers[held[0].name].const_value.numpy()
+    )
