@@ -255,20 +255,31 @@ class TorchDevice:
         return torch.zeros(shape, dtype=_torch_dtype(dtype), device=self.name)
 
     def lu_factor(self, matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """LU factors; those of a singular matrix are not finite when they are used."""
+        """LU factors, ``A[order] = L U``; those of a singular matrix are not finite when used."""
         import torch
 
         lu, pivots, _ = torch.linalg.lu_factor_ex(matrix)
-        return lu, pivots
+        order = _order(len(matrix), self.fetch(pivots) - 1)
+        return lu, torch.from_numpy(order).to(self.name)
 
     def lu_solve(self, factors: Any, rhs: torch.Tensor, transposed: bool) -> torch.Tensor:
-        """``A⁻¹ rhs``, or ``A⁻ᵀ rhs``, for the factors of ``A``."""
+        """``A⁻¹ rhs``, or ``A⁻ᵀ rhs``, for the factors of ``A``, by two triangular solves.
+
+        For a single large matrix ``torch.linalg.lu_solve`` may take routines of MAGMA that are made
+        for many small ones, and that write a warning to the standard output.
+        """
         import torch
 
-        lu, pivots = factors
-        solved: torch.Tensor = torch.linalg.lu_solve(
-            lu, pivots, rhs.to(lu.dtype), adjoint=transposed
-        )
+        lu, order = factors
+        right, solve = rhs.to(lu.dtype), torch.linalg.solve_triangular
+        solved: torch.Tensor
+        if transposed:
+            below = solve(lu.T, right, upper=False)
+            solved = torch.empty_like(below)
+            solved[order] = solve(lu.T, below, upper=True, unitriangular=True)
+        else:
+            below = solve(lu, right[order], upper=False, unitriangular=True)
+            solved = solve(lu, below, upper=True)
         return solved.to(rhs.dtype)
 
     def eliminate(self, matrix: Array) -> tuple[Indices, Array]:
