@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import io
 import itertools
-import logging
 import os
 import tempfile
 import warnings
@@ -20,6 +19,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
 from onnx_fold.base.progress import Report, ignore
+from onnx_fold.base.silence import silenced
 from onnx_fold.errors import CannotWriteError, MissingExtraError, UsageError
 from onnx_fold.files.load import load
 from onnx_fold.files.targets import check_format, check_target
@@ -263,15 +263,11 @@ def name_weights(model: ir.Model) -> None:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keep the exporters' progress lines, warnings and log records to themselves."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with (
-            warnings.catch_warnings(),
-            contextlib.redirect_stdout(io.StringIO()),
-            contextlib.redirect_stderr(io.StringIO()),
-        ):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(disabled)
+    with (
+        silenced("torch", "torch.export", "torch.fx.experimental.symbolic_shapes", "torch.onnx"),
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
+        warnings.simplefilter("ignore")
+        yield

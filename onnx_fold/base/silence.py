@@ -18,9 +18,10 @@ def _may_pass(record: logging.LogRecord) -> bool:
 
 @contextlib.contextmanager
 def silenced(*loggers: str) -> Iterator[None]:
-    """Drop what ``loggers`` say meanwhile, in this thread only."""
-    for name in loggers:
-        logging.getLogger(name).addFilter(_may_pass)  # one that is there already is not added
+    """Drop what ``loggers`` say meanwhile, and what reaches their handlers, in this thread only."""
+    for logger in map(logging.getLogger, loggers):
+        for each in (logger, *logger.handlers):
+            each.addFilter(_may_pass)  # one that is there already is not added
     token = _IS_SILENT.set(True)
     try:
         yield
