@@ -9,6 +9,7 @@ from importlib import resources
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import numpy as np
 from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
@@ -22,6 +23,9 @@ from onnx_fold.runtime.sessions import resolve_provider, run, session
 from onnx_fold.speed.timing import bench
 
 PROMPT = "def read_lines(path):\n    "
+
+TEMPERATURE, SEED = 0.5, 0
+"""How both models sample; with the same random numbers they write the same text."""
 
 
 def run_demo(
@@ -54,8 +58,8 @@ def _tell(console: Console, path: Path, prompt: str, tokens: int, provider: Prov
     start = decoder.inputs(encode(prompt, vocabulary))
     loss = float(original.metadata_props["onnx_fold.val_loss"])
     console.print(
-        f"A skipless GQA transformer, trained on Python source ({loss:.2f} nats a character):"
-        f" {path.name}, {path.stat().st_size / 1e6:.1f} MB.\n"
+        f"A skipless GQA transformer, trained on Python source ({loss:.2f} nats a character), its"
+        f" projections towards orthogonal ones: {path.name}, {path.stat().st_size / 1e6:.1f} MB.\n"
     )
     result = fold(path, provider=provider)
     console.print(result.report)
@@ -63,12 +67,14 @@ def _tell(console: Console, path: Path, prompt: str, tokens: int, provider: Prov
         folded = Path(folder) / "folded.onnx"
         result.save(folded)
         texts = []
+        random = np.random.default_rng(SEED)
+        noise = random.gumbel(scale=TEMPERATURE, size=(tokens, len(vocabulary)))
         for model in (path, folded):
             function = functools.partial(run, session(model, provider))
-            written = greedy(decoder, function, start, tokens)
+            written = greedy(decoder, function, start, tokens, noise)
             texts.append("".join(vocabulary[token] for token, _ in written))
         same = texts[0] == texts[1]
-        console.print(f"\nGreedy text, {tokens} characters, from the original:")
+        console.print(f"\nA sample of {tokens} characters, from the original:")
         console.print(Padding(Text.assemble((prompt, "bold"), texts[0]), (0, 4)))
         if same:
             console.print("and from the folded model: [bold green]the same text[/].\n")

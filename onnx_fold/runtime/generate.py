@@ -228,7 +228,11 @@ def _stays(value: ir.Value) -> bool:
 
 
 def greedy(
-    decoder: Decoder, function: Function, start: Mapping[str, Array], tokens: int
+    decoder: Decoder,
+    function: Function,
+    start: Mapping[str, Array],
+    tokens: int,
+    noise: Array | None = None,
 ) -> Iterator[tuple[int, Array]]:
     """Continue a prompt: yield each most likely token, and the logits ``[vocab]`` that say so.
 
@@ -237,15 +241,17 @@ def greedy(
         function: Runs the decoder, or another model with the same inputs and outputs.
         start: Inputs of the first step (:meth:`Decoder.inputs`), with the prompt, of one row.
         tokens: How many tokens to write.
+        noise: What is added to the logits before the largest is taken, ``[tokens, vocab]``. With
+            Gumbel noise of scale ``t`` a token is a sample at temperature ``t``.
 
     Raises:
         RunFailedError: The function cannot run on the inputs of a step.
     """
     decoding = Decoding(decoder, function, start)
     ids: list[int] = start[decoder.token_ids][0].tolist()
-    for _ in range(tokens):
+    for step in range(tokens):
         logits = decoding.read(ids)
-        ids = [int(logits.argmax())]
+        ids = [int((logits if noise is None else logits + noise[step]).argmax())]
         yield ids[0], logits
 
 
