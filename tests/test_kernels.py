@@ -50,6 +50,21 @@ def test_erf_is_as_wide_as_its_input() -> None:
     np.testing.assert_array_equal(evaluator(model)({"x": x})["y"], special.erf(x))
 
 
+@pytest.mark.parametrize("axis", [0, 1, -1])
+@pytest.mark.parametrize("shape", [(3, 70, 2), (2, 40, 1), (3, 1, 2)])
+def test_gather_elements(axis: int, shape: tuple[int, ...]) -> None:
+    """Of an axis longer than onnx.reference takes, from both ends, from a part of the others."""
+    model = graph(
+        "(float[a, b, c] x, int64[d, e, f] i) => (float[d, e, f] y)"
+        f" {{ y = GatherElements<axis = {axis}>(x, i) }}"
+    )
+    x = normal(3, 70, 2)
+    size = x.shape[axis]
+    i = np.random.default_rng(0).integers(-size, size, shape)
+    found = evaluator(model)({"x": x, "i": i})["y"]
+    np.testing.assert_array_equal(found, outputs(model, x=x, i=i)["y"])
+
+
 def test_values_are_dropped_behind_their_last_reader() -> None:
     """And what bodies of control flow read is kept."""
     text = (

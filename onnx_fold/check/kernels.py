@@ -1,8 +1,8 @@
 """``onnx.reference`` with kernels that finish: images of any size in seconds and little memory.
 
-Its Conv writes out the window of every position, and its Erf calls Python for every element, in
-float32. The kernels here compute the same from the ONNX specification. What no later node reads is
-dropped at once.
+Its Conv writes out the window of every position, its Erf calls Python for every element, in
+float32, and its GatherElements fails on a matrix of more than 32 columns. The kernels here compute
+the same from the ONNX specification. What no later node reads is dropped at once.
 """
 
 from __future__ import annotations
@@ -32,6 +32,18 @@ class Erf(OpRun):
 
     def _run(self, x: Array) -> tuple[Array]:
         return (np.asarray(special.erf(x)).astype(x.dtype),)
+
+
+class GatherElements(OpRun):
+    """An element of ``data`` for each index, which says where on ``axis`` it is."""
+
+    op_domain = ""
+
+    def _run(self, data: Array, indices: Array, axis: int | None = None) -> tuple[Array]:
+        along = (axis or 0) % data.ndim
+        sizes = enumerate(indices.shape)
+        part = tuple(slice(None if place == along else size) for place, size in sizes)
+        return (np.take_along_axis(data[part], indices, along),)
 
 
 class Conv(OpRun):
@@ -101,7 +113,7 @@ def _zeros(
 
 def evaluator(model: onnx.ModelProto) -> ReferenceEvaluator:
     """``model`` for :func:`run`, computed by NumPy in the types that it has."""
-    return ReferenceEvaluator(model, new_ops=[Conv, Erf])
+    return ReferenceEvaluator(model, new_ops=[Conv, Erf, GatherElements])
 
 
 def run(model: ReferenceEvaluator, inputs: Mapping[str, Any]) -> list[Any]:

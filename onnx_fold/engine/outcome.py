@@ -211,5 +211,5 @@ def _reason(opening: Opening, stream: Stream, kept: Mapping[ir.Value, str]) -> s
         return str(opening)
     before, behind = (compact(list(dict.fromkeys(names))) for names in stream.around(opening))
     place = f" between {before} and {behind}" if before and behind else ""
-    remedy = kept.get(opening.value, "the paper removes norms by fine-tuning first")
-    return f"{opening}: a norm{place}; {remedy}"
+    why = kept.get(opening.value, "no change of basis passes through it here")
+    return f"{opening}: a norm{place}; {why}"
