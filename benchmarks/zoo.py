@@ -272,7 +272,8 @@ def measured(model: Model, repeats: int) -> Row:
         error = speedup = merged = None
         if report.folded:
             assert report.verification is not None
-            error = max(each.ratio or 0.0 for each in report.verification.outputs)
+            ratios = [each.ratio for each in report.verification.outputs]
+            error = max((ratio for ratio in ratios if ratio is not None), default=None)
             options = {"threads": 1, "repeats": repeats, "loads": 2, "prefill": 16}
             phase = onnx_fold.bench(source, target, **options).phases[0]
             speedup = phase.speedup, phase.low, phase.high
@@ -309,7 +310,7 @@ def table(rows: Iterable[Row]) -> str:
             f"{row.before.weights:,} → {row.after.weights:,}",
             f"-{share:.1%}" if share else "",
             f"{row.before.nodes} → {row.after.nodes}",
-            f"-{1 - row.after.nodes / row.before.nodes:.0%}" if row.speedup else "",
+            f"{row.after.nodes / row.before.nodes - 1:+.0%}" if row.speedup else "",
             f"{merged.weights:,}" if is_merged else "",
             f"{merged.nodes}" if is_merged else "",
             "{:.2f}x ({:.2f}-{:.2f})".format(*row.speedup) if row.speedup else "",
