@@ -39,8 +39,9 @@ def is_given(node: ir.Node) -> bool:
     if operator(node) not in _PRODUCTS or constant(node.inputs[0]) is not None:
         return False
     value = _source(node.inputs[1])
-    shape = None if value is None or not value.is_graph_input() else value.shape
-    return shape is not None and len(shape) == _MIN_RANK and shape.is_static()
+    if value is None or not value.is_graph_input() or value.is_initializer():
+        return False
+    return value.shape is not None and len(value.shape) == _MIN_RANK and value.shape.is_static()
 
 
 def find_given(graph: ir.Graph) -> list[str]:
