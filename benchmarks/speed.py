@@ -120,12 +120,10 @@ def start(case: Case, provider: str, device: str) -> dict[str, Any]:
 
 def export_model(case: Case) -> dict[str, Any]:
     """Write the model, unless it is there."""
-    if case.source.exists():
-        pass
-    elif case.preset == TRAINED:
+    if not case.source.exists() and case.preset == TRAINED:
         data = resources.files("onnx_fold.models") / f"{TRAINED}.onnx"
         case.source.write_bytes(data.read_bytes())
-    else:
+    elif not case.source.exists():
         dtype: Any = case.dtype
         export(case.preset, case.source, layers=case.layers, dtype=dtype, kv_cache=True)
     return {"bytes": sum(path.stat().st_size for path in case.folder.glob(f"{case.source.name}*"))}

@@ -35,7 +35,7 @@ from onnx_fold.check.judge import Feed, Judge, OutputParity, Run
 from onnx_fold.check.parity_table import parity_table
 from onnx_fold.check.stored import StoredParity, compare_stored
 from onnx_fold.errors import InvalidModelError, UsageError
-from onnx_fold.files.load import ModelSource, blames_models, load, unmap, weight_bytes
+from onnx_fold.files.load import ModelSource, blames_models, load, weight_bytes
 from onnx_fold.graph.widen import precision, widen
 from onnx_fold.runtime import sessions
 from onnx_fold.runtime.align import renamed, with_outputs
@@ -543,7 +543,7 @@ class _Runner:
             if self.module is not None:
                 outputs = self._run_wide(self.module.widened(to), feeds, to)
             else:
-                outputs = self._wide_outputs(model, feeds, to, size)
+                outputs = self._wide_outputs(widen(model, to), feeds, to, size)
         except (InvalidModelError, UsageError) as error:
             logger.debug("no reference", exc_info=True)
             self.notes.append(f"no reference in {to.name} ({error}): the tolerance decides")
@@ -576,13 +576,11 @@ class _Runner:
             return None
 
     def _wide_outputs(
-        self, model: ir.Model, feeds: list[Feed], to: ir.DataType, size: float
+        self, wide: ir.Model, feeds: list[Feed], to: ir.DataType, size: float
     ) -> list[Arrays]:
-        wide = widen(model, to)
         for provider in dict.fromkeys((self.provider, "cpu")):
             try:
                 session = sessions.session(wide, provider, config=RUN_ONCE)
-                unmap(model)
                 return self._run_wide(functools.partial(sessions.run, session), feeds, to)
             except (InvalidModelError, RunFailedError) as error:
                 if provider == "cpu" and size > EVALUATOR_LIMIT:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import functools
 import inspect
@@ -201,13 +200,6 @@ def external_tensors(model: ir.Model) -> Iterator[ir.ExternalTensor]:
     for tensor, _ in stored_tensors(model):
         if isinstance(tensor, ir.ExternalTensor):
             yield tensor
-
-
-def unmap(model: ir.Model) -> None:
-    """Let go of the files that tensors of ``model`` have mapped; they are mapped anew when read."""
-    for tensor in external_tensors(model):
-        with contextlib.suppress(BufferError):  # an array of it is in use
-            tensor.release()
 
 
 def stored_tensors(

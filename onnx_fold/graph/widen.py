@@ -12,6 +12,7 @@ provider that has no kernels for the type.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Iterator
 
@@ -130,7 +131,11 @@ def _wide_tensor(tensor: ir.TensorProtocol, to: ir.DataType) -> ir.TensorProtoco
 
 
 def _convert(tensor: ir.TensorProtocol, to: ir.DataType) -> ir.TensorProtocol:
-    return ir.tensor(tensor.numpy().astype(to.numpy()), dtype=to, name=tensor.name)
+    wide = ir.tensor(tensor.numpy().astype(to.numpy()), dtype=to, name=tensor.name)
+    if isinstance(tensor, ir.ExternalTensor):  # or all of its file stays mapped
+        with contextlib.suppress(BufferError):  # an array of it is in use
+            tensor.release()
+    return wide
 
 
 def _widen_attributes(node: ir.Node, narrow: frozenset[ir.DataType], to: ir.DataType) -> None:
