@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from onnx_fold.engine import Basis, FoldPass, Proposal, Stream, weights_of
+from onnx_fold.engine import Basis, FoldPass, Proposal, Stream
 
 
 class BestConditionedPass(FoldPass):
@@ -21,7 +21,7 @@ class BestConditionedPass(FoldPass):
 
     def candidates(self, stream: Stream) -> Iterator[Proposal]:
         """Yield one proposal, if any reader is square."""
-        bases = {reader: Basis(weights_of(reader)) for reader in stream.readers if reader.is_square}
+        bases = {reader: Basis(reader.matrix) for reader in stream.readers if reader.is_square}
         if bases:
             best = min(bases, key=lambda reader: bases[reader].condition)
             yield self.make_identity(stream, best, bases[best])

@@ -41,7 +41,7 @@ from onnx_fold.report.fold import CheckFailedError, FoldReport
 from onnx_fold.runtime.calibrate import record
 from onnx_fold.runtime.sessions import onnxruntime, resolve_provider
 from onnx_fold.strategies import OwnPass, passes_of
-from onnx_fold.streams.activations import Activations
+from onnx_fold.streams.ends import Activations
 from onnx_fold.streams.stream import find_streams
 from onnx_fold.streams.untouched import find_given, find_quantised
 from onnx_fold.trust import Folded, proved, within_limits

@@ -12,13 +12,12 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from onnx_fold.algebra.basis import Basis, Side
-from onnx_fold.algebra.expression import FoldedTensor, take
+from onnx_fold.algebra.basis import Basis
+from onnx_fold.algebra.expression import take
 from onnx_fold.engine.folding import Candidate, FoldPass, Proposal, propose
 from onnx_fold.graph.linear import compact
 from onnx_fold.rewriting.parts import take_out
-from onnx_fold.rewriting.rebase import rebase, stored_matrix, weights_of
-from onnx_fold.rewriting.rewrite import Rewrite
+from onnx_fold.rewriting.rebase import rebase
 from onnx_fold.streams.fused import Fused, Part, fused
 from onnx_fold.streams.heads import role
 from onnx_fold.streams.stream import Stream
@@ -33,14 +32,14 @@ class AbsorbPass(FoldPass):
         """Yield a candidate for each square layer that the pivot option admits."""
         for reader in stream.readers:
             if reader.is_square and self._admits(role(reader.y)):
-                yield self.make_identity(stream, reader, Basis(weights_of(reader)))
+                yield self.make_identity(stream, reader, Basis(reader.matrix))
             elif (parts := fused(reader, stream.shapes)) is not None:
                 for part in parts.parts:
                     if len(part.columns) == stream.width and self._admits(part.role):
                         yield _absorb_part(stream, parts, part)
         for writer in stream.writers:
             if writer.is_square and self._admits("p"):
-                yield self.make_identity(stream, writer, Basis(weights_of(writer), inverted=True))
+                yield self.make_identity(stream, writer, Basis(writer.matrix, inverted=True))
 
     def _admits(self, kind: str | None) -> bool:
         return self.options.pivot == "auto" or kind is None or kind == self.options.pivot
@@ -54,17 +53,11 @@ def _absorb_part(stream: Stream, fused: Fused, part: Part) -> Proposal:
 
 def _plan_part(stream: Stream, fused: Fused, part: Part, text: str) -> Candidate:
     """The columns of ``part`` are ``T``; the others become ``T⁻¹ R``."""
-    linear = fused.linear
+    reader = fused.linear
     kept = np.concatenate([other.columns for other in fused.parts if other is not part])
-    chosen, others = (take(weights_of(linear), columns, 1) for columns in (part.columns, kept))
+    chosen, others = (take(reader.matrix, columns, 1) for columns in (part.columns, kept))
     basis = Basis(chosen)
-    rebased = rebase(stream, basis, stream.width, pivot=linear)
-    tensor = FoldedTensor(linear.pack(basis.of_reader(others)), linear.weight.dtype)
-    rewrite = Rewrite(stored={**rebased.stored, linear.edge: tensor})
+    rewrite = rebase(stream, basis, pivot=reader)
+    rewrite.stored[reader.edge] = reader.store(basis.of_reader(others))
     take_out(stream, fused, part, rewrite)
-    position = stream.readers.index(linear)
-    rebased.readers[position : position + 1] = [
-        Side(others, stored_matrix(linear, tensor)),
-        Side(chosen, None),
-    ]
-    return Candidate(AbsorbPass.name, text, rewrite, rebased.writers, rebased.readers, basis)
+    return Candidate(AbsorbPass.name, text, rewrite, basis)

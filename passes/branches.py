@@ -12,8 +12,7 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
-from onnx_fold.algebra.basis import Side
-from onnx_fold.algebra.expression import Expression, FoldedTensor, cast, reshape, transpose
+from onnx_fold.algebra.expression import Expression, FoldedTensor, reshape, transpose
 from onnx_fold.engine.folding import Candidate, FoldPass
 from onnx_fold.graph.linear import compact
 from onnx_fold.rewriting.record import Made, Operand, Recorder
@@ -41,9 +40,7 @@ class BranchesPass(FoldPass):
         for sign, other in branches.rest:
             value = at("Add", other, value) if sign > 0 else at("Sub", value, other)
         rewrite.replaced |= {**branches.later, branches.result: value}
-        after = _matrix(total, cast(weight.rounded, total.kernel.dtype))
-        text = f"{compact(branches.labels)} into one"
-        yield Candidate(self.name, text, rewrite, [Side(total.matrix, after)], [])
+        yield Candidate(self.name, f"{compact(branches.labels)} into one", rewrite)
 
 
 def _is_conv(total: LinearMap) -> bool:
@@ -57,13 +54,6 @@ def _stored(total: LinearMap) -> Expression:
     if total.is_gain:
         return reshape(total.kernel, (total.out_features, *total.window))
     return transpose(total.kernel)
-
-
-def _matrix(total: LinearMap, stored: Expression) -> Expression:
-    """``[in / groups · window, out]`` of what is stored."""
-    if _is_conv(total) or total.is_gain:
-        return transpose(reshape(stored, (total.out_features, -1)))
-    return stored
 
 
 def _layer(at: Recorder, x: ir.Value, total: LinearMap, weight: FoldedTensor, name: str) -> Made:

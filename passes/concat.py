@@ -12,11 +12,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from onnx_fold.algebra.basis import Basis, Side, TableSide
+from onnx_fold.algebra.basis import Basis
 from onnx_fold.algebra.expression import (
-    Expression,
     FoldedTensor,
-    product,
     reshape,
     scale,
     take,
@@ -25,7 +23,7 @@ from onnx_fold.engine.folding import Candidate, FoldPass, Proposal, propose
 from onnx_fold.graph.constants import constant
 from onnx_fold.graph.linear import compact
 from onnx_fold.graph.operators import operator
-from onnx_fold.rewriting.rebase import rebase, weights_of
+from onnx_fold.rewriting.rebase import rebase
 from onnx_fold.rewriting.record import Operand, Recorder
 from onnx_fold.rewriting.resize import resize_stream
 from onnx_fold.rewriting.rewrite import CannotRewriteError, Rewrite
@@ -47,25 +45,17 @@ class ConcatPass(FoldPass):
 def _plan(joined: Joined, text: str) -> Candidate:
     """Writers become ``W F``; their streams carry what ``F`` wrote, and are added."""
     reader, rewrite = joined.reader, Rewrite()
-    sides: list[Side | TableSide] = []
     for part in joined.parts:
         if part.stream is None:
             continue
         if reader.out_features > part.stream.width:
             raise CannotRewriteError(f"'{part.value.name}' would have more channels than before")
-        rows = take(weights_of(reader), np.asarray(part.rows), 0)
-        rebased = rebase(part.stream, Basis(rows), reader.out_features, pivot=reader)
-        rewrite.stored |= rebased.stored
-        sides += [_through(side, rows) for side in rebased.writers if isinstance(side, Side)]
+        rows = take(reader.matrix, np.asarray(part.rows), 0)
+        rewrite.stored |= rebase(part.stream, Basis(rows), reader.out_features).stored
         if reader.out_features != part.stream.width:
             resize_stream(part.stream, part.stream.values, reader.out_features, rewrite)
     rewrite.replaced[reader.y] = _sum(joined, rewrite.before(reader.node))
-    return Candidate(ConcatPass.name, text, rewrite, sides, [])
-
-
-def _through(side: Side, rows: Expression) -> Side:
-    """A writer before and after: in front of the layer, and as one with it."""
-    return Side(product(side.before, rows), side.after, side.rows)
+    return Candidate(ConcatPass.name, text, rewrite)
 
 
 def _sum(joined: Joined, at: Recorder) -> Operand:
@@ -74,9 +64,9 @@ def _sum(joined: Joined, at: Recorder) -> Operand:
     terms += [part.value for part in joined.parts if part.stream is not None]
     rest = [part for part in joined.parts if part.stream is None]
     if rest:
-        matrix = take(weights_of(reader), np.concatenate([part.rows for part in rest]), 0)
+        matrix = take(reader.matrix, np.concatenate([part.rows for part in rest]), 0)
         is_conv = operator(reader.node) == "Conv"
-        packed = reader.pack(matrix, is_writer=False) if is_conv else matrix
+        packed = reader.pack(matrix) if is_conv else matrix
         held = FoldedTensor(packed, reader.weight.dtype)
         x: Operand = rest[0].value
         if len(rest) > 1:

@@ -13,17 +13,18 @@ the activation. Rows after S. Goreinov et al., "How to find a good submatrix", 2
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
-from onnx_fold.algebra.basis import Basis, Side
-from onnx_fold.algebra.expression import FoldedTensor, scale, transpose
+from onnx_fold.algebra.basis import Basis
+from onnx_fold.algebra.expression import transpose
 from onnx_fold.engine.folding import Candidate, FoldPass, Options, Proposal, propose
-from onnx_fold.graph.linear import Linear, compact
+from onnx_fold.graph.linear import compact
 from onnx_fold.rewriting.bias import carry_biases
 from onnx_fold.rewriting.permute import hidden_beside
-from onnx_fold.rewriting.rebase import Rebased, rebase, weights_of
+from onnx_fold.rewriting.rebase import rebase, with_bias
+from onnx_fold.rewriting.record import Operand
 from onnx_fold.rewriting.rewrite import Rewrite
 from onnx_fold.rewriting.selected import Rows, Selections
+from onnx_fold.streams.ends import Reader, Writer
 from onnx_fold.streams.heads import role
 from onnx_fold.streams.stream import Stream
 
@@ -58,60 +59,43 @@ class InterpolatePass(FoldPass):
             yield _columns_of(stream, reader, self._select(stream, reader))
 
 
-def _rows_of(stream: Stream, writer: Linear, rows: Rows) -> Iterator[Proposal]:
+def _rows_of(stream: Stream, writer: Writer, rows: Rows) -> Iterator[Proposal]:
     """Biases are expressed in the new basis, or carried through the readers."""
     text = f"{rows.selection.kept} rows of {writer.label} into {compact(stream.read_by)}"
     basis = Basis(rows.selection.basis, inverted=True)
-    rebased = rebase(stream, basis, stream.width, pivot=writer)
-    after = Side(rows.selection.matrix, rows.rebuilt, stream.rows_of(writer))
-    rebased.writers[stream.writers.index(writer)] = after
-    own = None if writer.bias is None else rebased.stored.pop(writer.bias, None)
-    if writer.bias is None or isinstance(own, FoldedTensor):
-        candidate = _sum(stream, rows, Rewrite(stored=rebased.stored), rebased, text)
-        if isinstance(own, FoldedTensor):
-            _add(own, candidate.rewrite, writer)
-        yield replace(candidate, basis=basis if len(rebased.writers) > 1 else None)
+    rebased = rebase(stream, basis, pivot=writer)
+    readers = {reader.edge: rebased.stored[reader.edge] for reader in stream.readers}
+    if writer.bias is None or writer.bias in rebased.stored:
+        is_inverted = len(rebased.stored) > len(readers)
+        rebased.replaced[writer.y] = with_bias(rebased, writer, _sum(writer, rows, rebased))
+        yield Candidate(InterpolatePass.name, text, rebased, basis if is_inverted else None)
 
     def plan() -> Candidate:
-        readers = {reader.edge: rebased.stored[reader.edge] for reader in stream.readers}
         carried = Rewrite(stored=readers)
         carry_biases(stream, writer, carried)
-        without = replace(rebased, writers=[s for s in rebased.writers if isinstance(s, Side)])
-        return _sum(stream, rows, carried, without, text)
+        carried.replaced[writer.y] = _sum(writer, rows, carried)
+        return Candidate(InterpolatePass.name, text, carried)
 
     if len(stream.writers) == 1 and stream.constants:
         yield propose(InterpolatePass.name, text, plan)
 
 
-def _sum(stream: Stream, rows: Rows, rewrite: Rewrite, rebased: Rebased, text: str) -> Candidate:
+def _sum(writer: Writer, rows: Rows, rewrite: Rewrite) -> Operand:
     """``x' = h₂ B + [h₁, 0]`` in the place of ``h O``, ``h = [h₂, h₁]``."""
-    writer, kept = rows.layer, rows.selection.kept
+    kept = rows.selection.kept
     at = rewrite.before(writer.node)
     h = rows.in_order(rewrite, at)
     h2, h1 = at.split(h, [writer.in_features - kept, kept])
-    product = at("MatMul", h2, rows.rest(at))
-    rewrite.replaced[writer.y] = at("Add", product, rows.filled(h1, at))
-    return Candidate(InterpolatePass.name, text, rewrite, rebased.writers, rebased.readers)
+    return at("Add", at("MatMul", h2, rows.rest(at)), rows.filled(h1, at))
 
 
-def _add(own: FoldedTensor, rewrite: Rewrite, writer: Linear) -> None:
-    """``x' + b'``: the bias of the writer, in the new basis."""
-    at = rewrite.before(writer.node)
-    bias = FoldedTensor(scale(own.expression, writer.beta), own.dtype)
-    held = at.constant(bias, f"{writer.weight.leaf.name}_bias")
-    rewrite.replaced[writer.y] = at("Add", rewrite.replaced[writer.y], held)
-
-
-def _columns_of(stream: Stream, reader: Linear, columns: Rows) -> Candidate:
+def _columns_of(stream: Stream, reader: Reader, columns: Rows) -> Candidate:
     """``[x', x' C]`` in the place of ``x M``."""
     basis = Basis(transpose(columns.selection.basis))
-    rebased = rebase(stream, basis, stream.width, pivot=reader)
-    rewrite = Rewrite(stored=rebased.stored)
+    rewrite = rebase(stream, basis, pivot=reader)
     at, x = rewrite.before(reader.node), reader.x
     both = at("Concat", x, at("MatMul", x, columns.rest(at, is_reader=True)), axis=-1)
     rewrite.replaced[reader.y] = columns.put_back(both, rewrite, at)
-    after = Side(weights_of(reader), transpose(columns.rebuilt))
-    rebased.readers[stream.readers.index(reader)] = after
     into = compact([*stream.written_by, *(r.label for r in stream.readers if r is not reader)])
     text = f"{stream.width} columns of {reader.label} into {into}"
-    return Candidate(InterpolatePass.name, text, rewrite, rebased.writers, rebased.readers, basis)
+    return Candidate(InterpolatePass.name, text, rewrite, basis)

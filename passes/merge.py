@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from onnx_fold.algebra.basis import Basis, Side, TableSide
+from onnx_fold.algebra.basis import Basis
 from onnx_fold.engine.folding import Candidate, FoldPass, Proposal, propose
-from onnx_fold.graph.linear import Linear, compact
+from onnx_fold.graph.linear import compact
 from onnx_fold.rewriting.bias import carry_biases
-from onnx_fold.rewriting.rebase import become_identity, in_place, rebase, weights_of
+from onnx_fold.rewriting.rebase import become_identity, in_place, rebase
 from onnx_fold.rewriting.resize import resize_stream
 from onnx_fold.rewriting.rewrite import CannotRewriteError, Rewrite
+from onnx_fold.streams.ends import Reader, Writer
 from onnx_fold.streams.stream import Stream
 
 
@@ -40,7 +41,7 @@ class MergePass(FoldPass):
             yield propose(self.name, text, lambda: _merge_reader(stream, reader, text))
 
 
-def _merge_writer(stream: Stream, writer: Linear, text: str) -> Candidate:
+def _merge_writer(stream: Stream, writer: Writer, text: str) -> Candidate:
     """Readers become ``P R``; the stream carries what ``P`` read."""
     width = writer.in_features
     rewrite = Rewrite()
@@ -48,21 +49,19 @@ def _merge_writer(stream: Stream, writer: Linear, text: str) -> Candidate:
     if not writer.keeps_layout:
         raise CannotRewriteError(f"{writer.label} moves the channels to another axis")
     rewrite.replaced[writer.y] = in_place(rewrite, writer)
-    rebased = rebase(stream, Basis(weights_of(writer), inverted=True), width, pivot=writer)
-    rewrite.stored |= {reader.edge: rebased.stored[reader.edge] for reader in stream.readers}
+    stored = rebase(stream, Basis(writer.matrix, inverted=True), width, pivot=writer).stored
+    rewrite.stored |= {reader.edge: stored[reader.edge] for reader in stream.readers}
     if width != stream.width:
         kept = [value for value in stream.values if value not in rewrite.replaced]
         resize_stream(stream, kept, width, rewrite)
-    sides: list[Side | TableSide] = [s for s in rebased.writers if isinstance(s, Side)]
-    return Candidate(MergePass.name, text, rewrite, sides, rebased.readers)
+    return Candidate(MergePass.name, text, rewrite)
 
 
-def _merge_reader(stream: Stream, reader: Linear, text: str) -> Candidate:
+def _merge_reader(stream: Stream, reader: Reader, text: str) -> Candidate:
     """Writers become ``W R``; the stream carries what ``R`` wrote."""
     width = reader.out_features
-    rebased = rebase(stream, Basis(weights_of(reader)), width, pivot=reader)
-    rewrite = Rewrite(stored=rebased.stored)
+    rewrite = rebase(stream, Basis(reader.matrix), width, pivot=reader)
     become_identity(rewrite, reader)
     if width != stream.width:
         resize_stream(stream, stream.values, width, rewrite)
-    return Candidate(MergePass.name, text, rewrite, rebased.writers, rebased.readers)
+    return Candidate(MergePass.name, text, rewrite)

@@ -18,19 +18,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import numpy as np
-
-from onnx_fold.algebra.basis import Side
-from onnx_fold.algebra.expression import Expression, Literal, Spool, Sum, product
+from onnx_fold.algebra.expression import Expression, Spool
 from onnx_fold.algebra.rotation import OrthogonalBasis, orthogonal_factor
 from onnx_fold.engine.cost import TARGETS, Target
 from onnx_fold.engine.folding import Candidate, FoldPass, Options, Proposal, propose
 from onnx_fold.engine.outcome import CandidateReport
 from onnx_fold.graph.channels import Group
 from onnx_fold.rewriting.bias import take_gains
-from onnx_fold.rewriting.panels import Triangle, cut, rebuilt, triangles
+from onnx_fold.rewriting.panels import Triangle, cut, triangles
 from onnx_fold.rewriting.rebase import rebase
-from onnx_fold.rewriting.rewrite import Rewrite
 from onnx_fold.streams.norms import is_residual, squares
 from onnx_fold.streams.stream import Stream
 
@@ -87,28 +83,10 @@ def _saved(triangle: Triangle, target: Target) -> float:
 
 
 def _rotate(stream: Stream, triangle: Triangle, factor: Expression) -> Candidate:
-    rebased = rebase(stream, OrthogonalBasis(factor), stream.width)
-    rewrite = Rewrite(stored=rebased.stored, reordered=list(squares(stream)))
+    rewrite = rebase(stream, OrthogonalBasis(factor))
+    rewrite.mixed += squares(stream)
     take_gains(stream, rewrite)
-    ends = stream.writers if triangle.is_writer else stream.readers
-    sides = rebased.writers if triangle.is_writer else rebased.readers
     for panels in triangle.panels:
-        layer = panels.layer
-        rewrite.stored.pop(layer.edge, None)
-        tensors = triangle.stored(panels, factor)
-        cut(panels, tensors, rewrite)
-        rows = stream.rows_of(layer) if triangle.is_writer else None
-        after = rebuilt(panels, tensors)
-        sides[ends.index(layer)] = Side(triangle.before(panels), after, rows)
-    for position, reader in enumerate(stream.readers):
-        side = rebased.readers[position]
-        if stream.keeps_ones and reader.x in stream.centred and side.after is not None:
-            rebased.readers[position] = Side(_centred(side.before), _centred(side.after))
-    return Candidate(RotatePass.name, triangle.text, rewrite, rebased.writers, rebased.readers)
-
-
-def _centred(matrix: Expression) -> Expression:
-    """``C A``: what a layer behind a LayerNorm multiplies by, ``A`` less the mean of its rows."""
-    width = matrix.shape[0]
-    mean = product(Literal(np.full((1, width), -1.0 / width, matrix.dtype)), matrix)
-    return Sum((matrix, mean))
+        rewrite.stored.pop(panels.layer.edge, None)
+        cut(panels, triangle.stored(panels, factor), rewrite)
+    return Candidate(RotatePass.name, triangle.text, rewrite)

@@ -13,24 +13,20 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from onnx_fold.algebra.basis import Basis, Side, product_dtype
+from onnx_fold.algebra.basis import Basis
 from onnx_fold.algebra.device import Indices
 from onnx_fold.algebra.expression import (
     Concatenate,
     FoldedTensor,
-    Literal,
-    Spread,
-    cast,
     evaluate,
     take,
-    transpose,
 )
 from onnx_fold.algebra.selection import select_blocks
 from onnx_fold.engine.folding import Candidate, FoldPass, Options
-from onnx_fold.graph.linear import Linear, compact
-from onnx_fold.rewriting.rebase import rebase, weights_of
-from onnx_fold.rewriting.rewrite import Rewrite
+from onnx_fold.graph.linear import compact
+from onnx_fold.rewriting.rebase import rebase
 from onnx_fold.rewriting.selected import shares
+from onnx_fold.streams.ends import Reader
 from onnx_fold.streams.heads import head_layout, role
 from onnx_fold.streams.stream import Stream
 
@@ -60,18 +56,18 @@ class SelectPass(FoldPass):
         if len(heads):
             yield _select(stream, layers, heads, head_dim)
 
-    def _heads(self, layers: Sequence[Linear], head_dim: int) -> Indices:
+    def _heads(self, layers: Sequence[Reader], head_dim: int) -> Indices:
         """The best heads of ``layers``, found once for the same weights; none if not finite."""
         tensors = tuple(layer.weight.tensor for layer in layers)
         if tensors not in self._selected:
-            matrix = evaluate(Concatenate(tuple(map(weights_of, layers)), 1))
+            matrix = evaluate(Concatenate(tuple(layer.matrix for layer in layers), 1))
             is_finite = bool(np.isfinite(matrix).all())
             blocks = select_blocks(matrix, head_dim) if is_finite else np.zeros(0, np.intp)
             self._selected[tensors] = blocks
         return self._selected[tensors]
 
 
-def _head_dim(stream: Stream, reader: Linear) -> int | None:
+def _head_dim(stream: Stream, reader: Reader) -> int | None:
     """Channels of a head, if ``reader`` makes heads and its output can be put together anew."""
     is_plain = reader.is_plain and reader.bias is None
     if not is_plain or reader.y.is_graph_output() or role(reader.y) is None:
@@ -80,23 +76,19 @@ def _head_dim(stream: Stream, reader: Linear) -> int | None:
     return layout.head_dim if layout is not None else None
 
 
-def _select(stream: Stream, layers: Sequence[Linear], heads: Indices, head_dim: int) -> Candidate:
+def _select(stream: Stream, layers: Sequence[Reader], heads: Indices, head_dim: int) -> Candidate:
     """``T`` is made of the chosen columns; the others become ``T⁻¹ R``."""
     columns = np.sort((heads[:, None] * head_dim + np.arange(head_dim)).ravel())
     found = list(shares(layers, columns))
-    chosen = (take(weights_of(share.reader), share.chosen, 1) for share in found)
+    chosen = (take(share.reader.matrix, share.chosen, 1) for share in found)
     basis = Basis(Concatenate(tuple(chosen), 1))
-    rebased = rebase(stream, basis, stream.width, pivot=found[0].reader)
-    rewrite = Rewrite(stored=rebased.stored)
+    rewrite = rebase(stream, basis)
     for share in found:
-        reader, matrix = share.reader, weights_of(share.reader)
-        rest = FoldedTensor(basis.of_reader(take(matrix, share.others, 1)), reader.weight.dtype)
-        rewrite.stored.pop(reader.edge, None)
+        reader = share.reader
+        others = basis.of_reader(take(reader.matrix, share.others, 1))
+        rewrite.stored.pop(reader.edge)
+        rest = FoldedTensor(others, reader.weight.dtype)
         rewrite.replaced[reader.y] = share.assemble(rewrite.before(reader.node), rest)
-        order = Literal(np.concatenate([share.chosen, share.others]))
-        others = transpose(cast(rest.rounded, product_dtype(rest.dtype)))
-        after = transpose(Spread(Literal(share.places), others, order))
-        rebased.readers[stream.readers.index(reader)] = Side(matrix, after)
     names, into = compact([share.reader.label for share in found]), compact(stream.written_by)
     text = f"{len(heads)} heads of {names} into {into}"
-    return Candidate(SelectPass.name, text, rewrite, rebased.writers, rebased.readers, basis)
+    return Candidate(SelectPass.name, text, rewrite, basis)

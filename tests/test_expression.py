@@ -11,9 +11,8 @@ from helpers import normal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnx_fold.algebra.basis import Basis, Side, probe
+from onnx_fold.algebra.basis import Basis
 from onnx_fold.algebra.expression import (
-    SAMPLE,
     Broadcast,
     Concatenate,
     Expression,
@@ -210,30 +209,3 @@ def test_a_weight_that_is_not_finite_is_not_written() -> None:
         FoldedTensor(product(large, large), ir.DataType.FLOAT16, "w").numpy()
     moved = take(Literal(np.array([np.inf, 1.0])), np.array([1, 0]), 0)
     np.testing.assert_array_equal(FoldedTensor(moved, ir.DataType.FLOAT).numpy(), [1.0, np.inf])
-
-
-@pytest.mark.parametrize("dtype", [ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16])
-def test_a_sample_predicts_as_well_as_the_whole(dtype: ir.DataType) -> None:
-    """The same basis change, of layers wider than a sample and of ones cut into narrow layers."""
-    width = 2 * SAMPLE
-    kind = dtype.numpy()
-    wide = np.float32 if dtype.bitwidth == 16 else np.float64
-    shapes = (3 * width, width), (width, width), (width, 3 * width)
-    arrays = [
-        normal(*shape, seed=seed).astype(kind).astype(wide) for seed, shape in enumerate(shapes)
-    ]
-    o, q, r = map(Literal, arrays)
-    basis = Basis(q)
-    given = evaluate(basis.of_writer(o)), evaluate(basis.of_reader(r))
-    writer, reader = (Literal(array.astype(kind).astype(wide)) for array in given)
-    sampled = probe([Side(o, writer)], [Side(r, reader)], dtype)
-
-    def parts(x: Literal, axis: int) -> list[Literal]:
-        return [Literal(part) for part in np.array_split(x.array, x.shape[axis] // SAMPLE, axis)]
-
-    whole = probe(
-        list(map(Side, parts(o, 0), parts(writer, 0))),
-        list(map(Side, parts(r, 1), parts(reader, 1))),
-        dtype,
-    )
-    assert sampled == pytest.approx(whole, rel=0.3)

@@ -7,6 +7,7 @@ from helpers import graph, normal, outputs
 
 from onnx_fold.algebra.expression import evaluate
 from onnx_fold.graph.linear import Linear, compact, find_linears
+from onnx_fold.streams.ends import Reader, Writer
 
 X = normal(3, 4, seed=9)
 
@@ -53,13 +54,11 @@ def test_matrix_is_what_the_node_multiplies_by(form):
     model = graph(f"(float[3, 4] x) => (float[3, 5] y) {{ {body} }}", w=normal(*shape), **axis)
     found = linear(model)
     assert (found.in_features, found.out_features, found.num_matrices) == (4, 5, 1)
-    np.testing.assert_allclose(outputs(model, x=X)["y"], X @ evaluate(found.matrix()), rtol=1e-5)
-    for is_writer in (True, False):
-        matrix = found.matrix(is_writer=is_writer)
-        stored = found.pack(matrix, is_writer=is_writer)
+    np.testing.assert_allclose(outputs(model, x=X)["y"], X @ evaluate(found.matrix), rtol=1e-5)
+    for end in (Writer(**vars(found)), Reader(**vars(found))):
+        stored = end.pack(end.matrix)
         assert stored.shape == found.weight.shape
-        unpacked = evaluate(found.unpack(stored, is_writer=is_writer))
-        np.testing.assert_allclose(unpacked, evaluate(matrix))
+        np.testing.assert_allclose(evaluate(end.unpack(stored)), evaluate(end.matrix))
 
 
 def test_left_matmul_contracts_the_axis_before_the_last():
@@ -67,7 +66,7 @@ def test_left_matmul_contracts_the_axis_before_the_last():
     model = graph("(float[2, 4, 3] x) => (float[2, 5, 3] y) { y = MatMul(w, x) }", w=w)
     found = linear(model)
     assert (found.x_axis, found.y_axis, found.edge[1]) == (-2, -2, 0)
-    np.testing.assert_array_equal(evaluate(found.matrix()), w.T)
+    np.testing.assert_array_equal(evaluate(found.matrix), w.T)
 
 
 def test_several_matrices_stand_above_each_other_or_side_by_side():
@@ -75,10 +74,10 @@ def test_several_matrices_stand_above_each_other_or_side_by_side():
     found = linear(graph("(float[2, 3, 4] x) => (float[2, 3, 5] y) { y = MatMul(x, w) }", w=w))
     assert (found.num_matrices, found.in_features, found.out_features) == (2, 4, 5)
     assert not found.is_plain
-    np.testing.assert_array_equal(evaluate(found.matrix()), np.vstack(w))
-    columns = found.matrix(is_writer=False)
-    np.testing.assert_array_equal(evaluate(columns), np.hstack(w))
-    np.testing.assert_array_equal(evaluate(found.pack(columns, is_writer=False)), w)
+    np.testing.assert_array_equal(evaluate(found.matrix), np.vstack(w))
+    reader = Reader(**vars(found))
+    np.testing.assert_array_equal(evaluate(reader.matrix), np.hstack(w))
+    np.testing.assert_array_equal(evaluate(reader.pack(reader.matrix)), w)
 
 
 def test_heads_are_several_axes():
@@ -98,13 +97,13 @@ def test_a_patch_embedding_writes_but_does_not_read_channels():
     text = "(float[b, 3, 8, 8] x) => (float[b, 5, 2, 2] y) { y = Conv<strides = [4, 4]>(x, w, c) }"
     found = linear(graph(text, w=normal(5, 3, 4, 4), c=normal(5)))
     assert (found.x_axis, found.y_axis, found.keeps_layout) == (None, -3, False)
-    assert found.matrix().shape == (48, 5)
+    assert found.matrix.shape == (48, 5)
 
 
 def test_the_weight_may_be_a_constant_node():
     text = "(float[n, 2] x) => (float[n, 2] y) { w = Constant<value = float[2, 2] {1, 2, 3, 4}>() "
     found = linear(graph(text + "y = MatMul(x, w) }"))
-    np.testing.assert_array_equal(evaluate(found.matrix()), [[1, 2], [3, 4]])
+    np.testing.assert_array_equal(evaluate(found.matrix), [[1, 2], [3, 4]])
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,12 @@
 
 import numpy as np
 import onnx_ir as ir
-import pytest
 from helpers import assert_same_function, fold, graph, normal, proto, square, weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnx_fold.algebra.basis import TOLERANCES, Basis, Side, probe
-from onnx_fold.algebra.expression import FoldedTensor, Literal, evaluate, scale
+from onnx_fold.algebra.basis import Basis
+from onnx_fold.algebra.expression import FoldedTensor, Literal, evaluate
 
 settings.register_profile("engine", derandomize=True, deadline=None, max_examples=60, database=None)
 settings.load_profile("engine")
@@ -165,29 +164,6 @@ def test_a_basis_changes_no_product(n, d, m, seed, inverted):
     assert 0.99 < basis.condition < 1e4
     expected = np.linalg.solve(t.T, w.T).T if inverted else w @ t
     np.testing.assert_allclose(writer, expected, rtol=1e-9, atol=1e-11)
-
-
-@given(st.integers(1, 12), SEEDS)
-def test_the_probe_of_an_exact_fold_is_rounding(d, seed):
-    arrays = double(9, d, seed=seed), double(d, 5, seed=seed + 1), square(d, seed, np.float64)
-    w, r, t = map(Literal, arrays)
-    basis = Basis(t)
-    error, own = probe(
-        [Side(w, basis.of_writer(w))],
-        [Side(r, basis.of_reader(r)), Side(t, None)],
-        ir.DataType.DOUBLE,
-    )
-    assert 0.0 <= own < TOLERANCES[ir.DataType.DOUBLE]
-    assert 0.0 <= error < TOLERANCES[ir.DataType.DOUBLE]
-
-
-def test_the_probe_sees_a_wrong_fold_and_an_overflow():
-    w, r = Literal(double(9, 4)), Literal(double(4, 5))
-    kind = ir.DataType.FLOAT16
-    wrong, _ = probe([Side(w, w)], [Side(r, scale(r, -1.0))], kind)
-    assert wrong == pytest.approx(2.0, rel=1e-2)
-    error, _ = probe([Side(w, scale(w, 1e6))], [Side(r, scale(r, 1e-6))], kind)
-    assert error == np.inf
 
 
 def test_a_singular_basis_has_an_infinite_condition_number():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 SIXTEEN_BITS = frozenset({ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
@@ -23,6 +24,11 @@ FRACTION_BITS = {
 def unit_roundoff(dtype: ir.DataType | None) -> float:
     """Return the largest relative error of one rounding to ``dtype``, or to float32 if unknown."""
     return 2.0 ** -FRACTION_BITS.get(dtype or ir.DataType.FLOAT, 24)
+
+
+def product_dtype(dtype: ir.DataType) -> npt.DTypeLike:
+    """Type in which products of stored weights accumulate: float32 for 16 bits, else float64."""
+    return np.float32 if dtype.bitwidth <= 16 else np.float64
 
 
 def is_float(array: np.ndarray[Any, np.dtype[Any]]) -> bool:

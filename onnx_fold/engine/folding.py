@@ -20,19 +20,16 @@ import onnx_ir as ir
 from onnx_fold.algebra.basis import (
     TOLERANCES,
     Basis,
-    Side,
-    TableSide,
     max_ratio,
-    probe,
-    product_dtype,
 )
 from onnx_fold.algebra.device import HOST, Device
 from onnx_fold.algebra.expression import Expression, FoldedTensor, ImpliedTensor
-from onnx_fold.algebra.precision import unit_roundoff
+from onnx_fold.algebra.precision import product_dtype, unit_roundoff
 from onnx_fold.base.arguments import Pivot, TargetName
 from onnx_fold.base.progress import Report, ignore
 from onnx_fold.engine.cost import TARGETS
 from onnx_fold.engine.outcome import CandidateReport, StreamReport, layers_of
+from onnx_fold.engine.probe import Subject, probe
 from onnx_fold.graph.channels import Group
 from onnx_fold.graph.edit import Editor
 from onnx_fold.graph.linear import Linear, compact
@@ -40,8 +37,8 @@ from onnx_fold.graph.shapes import Shapes
 from onnx_fold.rewriting.affine import make_explicit
 from onnx_fold.rewriting.rebase import become_identity, rebase
 from onnx_fold.rewriting.rewrite import CannotRewriteError, Rewrite, Work
-from onnx_fold.streams.activations import Activations
 from onnx_fold.streams.branches import Branches, find_branches
+from onnx_fold.streams.ends import Activations
 from onnx_fold.streams.joined import Joined, find_joined
 from onnx_fold.streams.norms import find_norm_streams
 from onnx_fold.streams.stream import Stream, find_streams
@@ -90,16 +87,12 @@ class Candidate:
         strategy: Name of the pass that proposes it.
         text: What is folded into what, for people.
         rewrite: The change.
-        writers: Writers before and after, for the probe.
-        readers: Readers before and after, for the probe.
         basis: The basis that is inverted, if one is.
     """
 
     strategy: str
     text: str
     rewrite: Rewrite
-    writers: list[Side | TableSide]
-    readers: list[Side]
     basis: Basis | None = None
 
     @cached_property
@@ -187,7 +180,10 @@ class Candidate:
             if condition > 1e15:
                 return replace(report, refused="the matrix to invert is singular")
         known = options.device, given
-        error, own = probe(self.writers, self.readers, stream.dtype, 32, *known)
+        try:
+            error, own = probe(stream, self.rewrite, 32, *known)
+        except CannotRewriteError as reason:
+            return replace(report, refused=str(reason))
         refused = _over_limits(error, own, stream.dtype, options)
         if (refused is None or not np.isfinite(error)) and not self.rewrite.is_finite(*known):
             refused = f"a folded weight is not finite in {stream.dtype.name.lower()}"
@@ -219,9 +215,6 @@ def _over_limits(error: float, own: float, dtype: ir.DataType, options: Options)
 
 _FORCING = "--strategy with --force takes it all the same"
 
-
-Subject: TypeAlias = Stream | Branches | Joined
-"""What a pass is asked about."""
 
 Proposal: TypeAlias = Candidate | CandidateReport
 """A way to fold a stream, or the reason why it cannot be done in the graph."""
@@ -293,10 +286,9 @@ class FoldPass(ir.passes.InPlacePass):
         text = f"{layer.label} into {compact(others)}"
 
         def plan() -> Candidate:
-            rebased = rebase(stream, basis, stream.width, layer)
-            rewrite = Rewrite(stored=rebased.stored)
+            rewrite = rebase(stream, basis, pivot=layer)
             become_identity(rewrite, layer)
-            return Candidate(self.name, text, rewrite, rebased.writers, rebased.readers, basis)
+            return Candidate(self.name, text, rewrite, basis)
 
         return propose(self.name, text, plan)
 
@@ -379,7 +371,7 @@ def _fold_streams(
                 changed = nodes | rewrite.nodes
                 if changed & touched:
                     continue
-                moved = (*stream.values, *rewrite.reordered, *rewrite.resized)
+                moved = (*stream.values, *rewrite.reordered, *rewrite.mixed, *rewrite.resized)
                 if activations is not None:
                     activations.forget(moved)
                 names = frozenset(v.name for v in (*moved, *rewrite.touched) if v.name)

@@ -10,12 +10,13 @@ from typing import Any, Literal, TypeAlias
 import onnx_ir as ir
 
 from onnx_fold.graph.channels import Group
-from onnx_fold.graph.linear import Linear, compact
+from onnx_fold.graph.linear import compact
 from onnx_fold.rewriting.rewrite import Rewrite, stored_size
 from onnx_fold.streams.branches import Branches
+from onnx_fold.streams.ends import End
 from onnx_fold.streams.heads import roles
 from onnx_fold.streams.joined import Joined
-from onnx_fold.streams.stream import ConstantWriter, Opening, Stream
+from onnx_fold.streams.stream import Opening, Stream
 
 _NOTHING: Mapping[ir.Value, str] = MappingProxyType({})
 
@@ -160,7 +161,7 @@ def layers_of(
     stream: Stream | Branches | Joined, rewrite: Rewrite | None = None
 ) -> Iterator[LayerReport]:
     """Its tables, writers and readers, in this order, and what ``rewrite`` makes of them."""
-    roles: list[tuple[Role, Sequence[Linear | ConstantWriter]]]
+    roles: list[tuple[Role, Sequence[End]]]
     if isinstance(stream, Branches):
         yield from _layers_of_branches(stream, rewrite)
         return

@@ -11,11 +11,10 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
-from onnx_fold.algebra.expression import Expression, reshape, scale, transpose
+from onnx_fold.algebra.expression import Expression, FoldedTensor, reshape, scale, transpose
+from onnx_fold.algebra.precision import product_dtype
 from onnx_fold.graph.constants import FLOATS, Constant, constant
 from onnx_fold.graph.operators import MICROSOFT, only_user, operator
 from onnx_fold.graph.shapes import Shapes
@@ -96,34 +95,49 @@ class Linear:
         """Whether it is one matrix, the channels come last and the other axes stay as they are."""
         return self.num_matrices == 1 and self.x_axis == self.y_axis == -1 and self.keeps_layout
 
-    def matrix(self, dtype: npt.DTypeLike = np.float64, *, is_writer: bool = True) -> Expression:
-        """What it multiplies by, alpha included, in ``dtype``.
+    @property
+    def matrix(self) -> Expression:
+        """What it multiplies by, alpha included, in the type in which its products accumulate.
 
-        Several matrices stand above each other, ``[num_matrices · in_features, out_features]``; or
-        side by side, ``[in_features, num_matrices · out_features]``, if it is not asked as writer.
+        ``[in_features, out_features]``; several matrices stand above each other.
         """
-        return self.unpack(self.weight.wide(dtype), is_writer=is_writer)
+        return self.unpack(self.weight.wide(product_dtype(self.weight.dtype)))
 
-    def unpack(self, stored: Expression, *, is_writer: bool = True) -> Expression:
+    def unpack(self, stored: Expression) -> Expression:
         """What the node multiplies by when it stores ``stored``: the inverse of :meth:`pack`."""
-        order = self._order(is_writer)
-        rows = len(self._other_axes) * is_writer + len(self.in_axes)
-        ordered = transpose(stored, order)
-        shape = (math.prod(ordered.shape[:rows]), math.prod(ordered.shape[rows:]))
+        rows, columns = self._axes
+        ordered = transpose(stored, (*rows, *columns))
+        shape = (math.prod(ordered.shape[: len(rows)]), math.prod(ordered.shape[len(rows) :]))
         return scale(reshape(ordered, shape), self.alpha)
 
-    def pack(self, matrix: Expression, *, is_writer: bool = True) -> Expression:
-        """What the node has to store so that :meth:`matrix` gives ``matrix``."""
-        order = self._order(is_writer)
-        changed = self.out_axes[0] if is_writer else self.in_axes[0]
-        shape = [-1 if axis == changed else self.weight.shape[axis] for axis in order]
-        matrix = reshape(scale(matrix, 1.0 / self.alpha), shape)
+    def pack(self, matrix: Expression) -> Expression:
+        """What the node has to store so that it multiplies by ``matrix``."""
+        rows, columns = self._axes
+        order = (*rows, *columns)
+        sizes = self._sizes(rows, matrix.shape[0]) + self._sizes(columns, matrix.shape[1])
+        matrix = reshape(scale(matrix, 1.0 / self.alpha), sizes)
         return transpose(matrix, [order.index(axis) for axis in range(len(order))])
 
-    def _order(self, is_writer: bool) -> tuple[int, ...]:
-        if is_writer:
-            return (*self._other_axes, *self.in_axes, *self.out_axes)
-        return (*self.in_axes, *self._other_axes, *self.out_axes)
+    def store(self, matrix: Expression) -> FoldedTensor:
+        """The weight with which the node multiplies by ``matrix``."""
+        return FoldedTensor(self.pack(matrix), self.weight.dtype)
+
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """What two layers have in common that can share one weight."""
+        axes = self.in_axes, self.out_axes
+        return type(self), self.weight.leaf, self.weight.permutation, *axes, self.alpha
+
+    @property
+    def _axes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The axes of the weight that are the rows of the matrix, and those that are columns."""
+        return (*self._other_axes, *self.in_axes), self.out_axes
+
+    def _sizes(self, axes: Sequence[int], total: int) -> list[int]:
+        """The sizes of ``axes``, ``total`` together; the first of the channels may have changed."""
+        shape, free = self.weight.shape, (self.in_axes[0], self.out_axes[0])
+        fixed = math.prod(shape[axis] for axis in axes if axis not in free)
+        return [total // fixed if axis in free else shape[axis] for axis in axes]
 
     @property
     def vector_shape(self) -> tuple[int, ...] | None:

@@ -15,10 +15,10 @@ import onnx_ir as ir
 from onnx_fold.algebra.expression import FoldedTensor, Literal, Sum, product, reshape, scale
 from onnx_fold.graph.channels import channels
 from onnx_fold.graph.constants import constant, scalar
-from onnx_fold.graph.linear import Linear
 from onnx_fold.graph.operators import contrib, only_user, operator
 from onnx_fold.rewriting.rewrite import CannotRewriteError, Rewrite
-from onnx_fold.streams.stream import ConstantWriter, Stream
+from onnx_fold.streams.ends import ConstantWriter, Reader, Writer
+from onnx_fold.streams.stream import Stream
 
 Carried = dict[ConstantWriter, float]
 """Constants that reach a value, each with its factor."""
@@ -27,7 +27,7 @@ _ADDS_BIAS = frozenset(("Add",)) | contrib("BiasGelu", "FastGelu")
 """Operators of two inputs that first of all add them."""
 
 
-def carry_biases(stream: Stream, writer: Linear, rewrite: Rewrite) -> None:
+def carry_biases(stream: Stream, writer: Writer, rewrite: Rewrite) -> None:
     """Plan to take every constant out of ``stream``, whose sole linear writer is ``writer``.
 
     Raises:
@@ -74,7 +74,7 @@ def take_gains(stream: Stream, rewrite: Rewrite) -> None:
             _add_bias(rewrite, reader, carried)
 
 
-def _bypass(writer: ConstantWriter, layer: Linear, stream: Stream, rewrite: Rewrite) -> bool:
+def _bypass(writer: ConstantWriter, layer: Writer, stream: Stream, rewrite: Rewrite) -> bool:
     """Take an added vector out of the stream; its share is added behind the readers."""
     node = writer.node
     if writer.edge == layer.bias:
@@ -91,7 +91,7 @@ def _bypass(writer: ConstantWriter, layer: Linear, stream: Stream, rewrite: Rewr
 
 
 def _carry(
-    stream: Stream, carried: Sequence[ConstantWriter], writer: Linear | None = None
+    stream: Stream, carried: Sequence[ConstantWriter], writer: Writer | None = None
 ) -> dict[ir.Value, Carried | None]:
     """Which of the ``carried`` constants arrive at each value; None if they differ by position.
 
@@ -112,7 +112,7 @@ def _carry(
 def _behind(
     node: ir.Node,
     constants: Sequence[ConstantWriter],
-    writer: Linear | None,
+    writer: Writer | None,
     stream: Stream,
     known: Mapping[ir.Value, Carried | None],
 ) -> Carried | None:
@@ -159,12 +159,12 @@ def _scaled(carried: Carried | None, factor: float) -> Carried | None:
     return None if carried is None else {c: factor * gain for c, gain in carried.items()}
 
 
-def _add_bias(rewrite: Rewrite, reader: Linear, carried: Carried) -> None:
+def _add_bias(rewrite: Rewrite, reader: Reader, carried: Carried) -> None:
     """Add ``b R`` behind ``reader``: into the bias that it has, else as an Add of its own."""
     if reader.is_padded:
         raise CannotRewriteError(f"{reader.label} reads zeros around its input, without the bias")
-    vectors = (scale(reshape(c.channels_last(), (-1,)), factor) for c, factor in carried.items())
-    through = product(Sum(tuple(vectors)), reader.matrix(is_writer=False))
+    vectors = (scale(reshape(c.matrix, (-1,)), factor) for c, factor in carried.items())
+    through = product(Sum(tuple(vectors)), reader.behind_gain)
     dtype, width = reader.weight.dtype, reader.out_features
     node, edge = reader.node, reader.bias
     if reader.beta != 0.0 and (edge is not None or operator(node) == "Gemm"):

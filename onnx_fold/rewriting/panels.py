@@ -11,16 +11,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 
-import numpy as np
-
-from onnx_fold.algebra.basis import product_dtype
 from onnx_fold.algebra.expression import (
     Concatenate,
     Expression,
     FoldedTensor,
-    Literal,
     Sum,
-    broadcast,
     cast,
     product,
     scale,
@@ -30,9 +25,10 @@ from onnx_fold.algebra.expression import (
 from onnx_fold.base.tables import counted
 from onnx_fold.graph.constants import constant
 from onnx_fold.graph.linear import Linear, compact
-from onnx_fold.rewriting.rebase import behind_gain, weights_of
-from onnx_fold.rewriting.record import Operand, Present
+from onnx_fold.rewriting.rebase import with_bias
+from onnx_fold.rewriting.record import Operand
 from onnx_fold.rewriting.rewrite import Rewrite, Work
+from onnx_fold.streams.ends import Reader, Writer
 from onnx_fold.streams.heads import head_layout
 from onnx_fold.streams.stream import Stream
 
@@ -49,7 +45,7 @@ class Panels:
         parts: For each panel its first column, the last, and the first and last channel it reads.
     """
 
-    layer: Linear
+    layer: Writer | Reader
     parts: tuple[tuple[int, int, int, int], ...]
 
     def is_whole(self, start: int, end: int) -> bool:
@@ -99,22 +95,7 @@ def cut(panels: Panels, tensors: Sequence[FoldedTensor], rewrite: Rewrite) -> No
     total = products[0]
     if len(products) > 1:
         total = at("Concat", *products, axis=-1)
-    if layer.bias is not None:
-        total = at("Add", total, Present(layer.bias))
-    rewrite.replaced[layer.y] = total
-
-
-def rebuilt(panels: Panels, tensors: Sequence[FoldedTensor]) -> Expression:
-    """What the panels multiply by together, with the zeros that are not stored."""
-    rows = panels.layer.in_features
-    columns: list[Expression] = []
-    for tensor, (first, last, start, end) in zip(tensors, panels.parts, strict=True):
-        stored = cast(tensor.rounded, product_dtype(tensor.dtype))
-        zero = Literal(np.zeros((1, 1), stored.dtype))
-        above, below = (broadcast(zero, (n, last - first)) for n in (start, rows - end))
-        parts = [each for each in (above, stored, below) if each.shape[0]]
-        columns.append(stored if len(parts) == 1 else Concatenate(tuple(parts), 0))
-    return columns[0] if len(columns) == 1 else Concatenate(tuple(columns), 1)
+    rewrite.replaced[layer.y] = with_bias(rewrite, layer, total)
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,12 +105,15 @@ class Triangle:
     Attributes:
         stream: The stream.
         panels: How they are cut.
-        is_writer: Whether it is a writer.
     """
 
     stream: Stream
     panels: tuple[Panels, ...]
-    is_writer: bool = False
+
+    @property
+    def is_writer(self) -> bool:
+        """Whether it is a writer."""
+        return isinstance(self.panels[0].layer, Writer)
 
     @property
     def weights(self) -> int:
@@ -154,22 +138,15 @@ class Triangle:
     def matrix(self) -> Expression:
         """What is ``T R``: the columns of the readers, or the rows of the writer, ``[d, n]``."""
         width = self.stream.width
-        found = tuple(self.before(each) for each in self.panels)
+        found = tuple(each.layer.matrix for each in self.panels)
         if self.is_writer:
             return transpose(take(found[0], slice(width), 0))
         return found[0] if len(found) == 1 else Concatenate(found, 1)
 
     def stored(self, panels: Panels, factor: Expression) -> list[FoldedTensor]:
         """What each panel stores: rows and columns of ``Tᵀ G R``, or of ``W T``."""
-        dtype = panels.layer.weight.dtype
-        matrix = self.before(panels)
+        dtype, matrix = panels.layer.weight.dtype, panels.layer.matrix
         return [FoldedTensor(self._panel(matrix, factor, part), dtype) for part in panels.parts]
-
-    def before(self, panels: Panels) -> Expression:
-        """``G R``, or ``W``."""
-        if self.is_writer:
-            return weights_of(panels.layer)
-        return behind_gain(self.stream, panels.layer)
 
     def _panel(
         self, matrix: Expression, factor: Expression, part: tuple[int, int, int, int]
@@ -199,7 +176,7 @@ def triangles(stream: Stream) -> Iterator[Triangle]:
     width = stream.width
     readers = [each for each in stream.readers if can_be_cut(each) and _is_free(stream, each)]
     readers.sort(key=lambda layer: layer.out_features)
-    sequences = {tuple(readers), *((reader,) for reader in readers)} - {()}
+    sequences = dict.fromkeys([tuple(readers)] * bool(readers) + [(each,) for each in readers])
     for count in PANELS:
         for sequence in sorted(sequences, key=len):
             panels, offset = [], 0
@@ -210,15 +187,15 @@ def triangles(stream: Stream) -> Iterator[Triangle]:
             yield Triangle(stream, tuple(panels))
         for writer in filter(can_be_cut, stream.writers):
             if writer.in_features >= width and (stream.ignores_ones or not stream.keeps_ones):
-                yield Triangle(stream, (_rows_of(stream, writer, count),), is_writer=True)
+                yield Triangle(stream, (_rows_of(stream, writer, count),))
 
 
-def _is_free(stream: Stream, reader: Linear) -> bool:
+def _is_free(stream: Stream, reader: Reader) -> bool:
     """Whether a multiple of the ones may be added to a column of ``reader``, if it has to be."""
     return not stream.keeps_ones or reader.x in stream.centred
 
 
-def _columns_of(stream: Stream, reader: Linear, offset: int, count: int) -> Panels:
+def _columns_of(stream: Stream, reader: Reader, offset: int, count: int) -> Panels:
     """Panels of a reader whose first column is number ``offset`` of the triangle.
 
     They end where an equal share of the ``d`` columns does, or with the head behind it.
@@ -233,7 +210,7 @@ def _columns_of(stream: Stream, reader: Linear, offset: int, count: int) -> Pane
     return Panels(reader, tuple((a, b, 0, min(width, offset + b)) for a, b in parts))
 
 
-def _rows_of(stream: Stream, writer: Linear, count: int) -> Panels:
+def _rows_of(stream: Stream, writer: Writer, count: int) -> Panels:
     """Panels of a writer, the first ``d`` rows of which are the triangle."""
     width = stream.width
     cuts = sorted({share * width // count for share in range(count + 1)})

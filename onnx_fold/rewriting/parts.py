@@ -37,6 +37,10 @@ def take_out(stream: Stream, fused: Fused, part: Part, rewrite: Rewrite) -> None
     first = min((node for node in fused.nodes if node in ends), key=stream.search.position)
     at = rewrite.before(first)
 
+    order = at.integers(np.argsort(np.concatenate([kept, part.columns])), f"{linear.y.name}_order")
+    whole = at("Concat", linear.y, linear.x, axis=-1)
+    rewrite.parted[linear.y] = at("Gather", whole, order, axis=-1)
+
     def biased(value: Operand, biases: Iterable[FoldedTensor]) -> Operand:
         for tensor in biases:
             value = at("Add", value, at.constant(tensor, f"{linear.y.name}_bias"))

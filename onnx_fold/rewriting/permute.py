@@ -21,7 +21,8 @@ from onnx_fold.graph.linear import Linear
 from onnx_fold.graph.operators import operator
 from onnx_fold.graph.shapes import Shapes
 from onnx_fold.rewriting.rewrite import Rewrite
-from onnx_fold.streams.stream import ConstantWriter, Stream
+from onnx_fold.streams.ends import ConstantWriter, Reader, Writer
+from onnx_fold.streams.stream import Stream
 
 
 @dataclass(frozen=True)
@@ -58,12 +59,11 @@ def _is_joint(node: ir.Node, known: Port) -> bool:
     return (operator(node), known.is_output) in (("Concat", True), ("Split", False))
 
 
-def hidden_stream(stream: Stream, layer: Linear) -> Hidden | None:
+def hidden_stream(stream: Stream, layer: Writer | Reader) -> Hidden | None:
     """The other side of a layer of ``stream``, if its channels can be reordered at no cost."""
-    is_reader = layer in stream.writers  # a writer of the stream reads the hidden value
     value, axis, width = (
         (layer.x, layer.x_axis, layer.in_features)
-        if is_reader
+        if isinstance(layer, Writer)
         else (layer.y, layer.y_axis, layer.out_features)
     )
     if axis is None:
@@ -78,7 +78,7 @@ def hidden_stream(stream: Stream, layer: Linear) -> Hidden | None:
     return Hidden(hidden, slice(0, width)) if is_between else None
 
 
-def hidden_beside(stream: Stream, layer: Linear) -> Hidden | None:
+def hidden_beside(stream: Stream, layer: Writer | Reader) -> Hidden | None:
     """The hidden value, if the basis can stand first in it (of a reader) or last (of a writer).
 
     So both layers of an FFN find a place: the columns that its first layer copies to the front stay
@@ -87,8 +87,8 @@ def hidden_beside(stream: Stream, layer: Linear) -> Hidden | None:
     hidden = hidden_stream(stream, layer)
     if hidden is None or hidden.free.stop - hidden.free.start <= stream.width:
         return None
-    is_writer = layer in stream.writers
-    at_the_end = hidden.free.stop == layer.in_features if is_writer else hidden.free.start == 0
+    is_last = hidden.free.stop == layer.in_features
+    at_the_end = is_last if isinstance(layer, Writer) else hidden.free.start == 0
     return hidden if at_the_end else None
 
 
@@ -134,10 +134,10 @@ def permute(hidden: Hidden, pivot: Linear, rows: Selection, rewrite: Rewrite) ->
         rewrite: Receives the reordered weights.
     """
     stream = hidden.stream
-    rewrite.reordered.extend(stream.values)
+    rewrite.reordered |= dict.fromkeys(stream.values, rows.final_order)
     for layer in (*stream.writers, *stream.readers):
         if layer.node is not pivot.node:
-            axes = layer.out_axes if layer in stream.writers else layer.in_axes
+            axes = layer.out_axes if isinstance(layer, Writer) else layer.in_axes
             _reorder(layer, axes[0], rows.final_order, rewrite)
     for writer in stream.constants:
         if not writer.is_uniform:

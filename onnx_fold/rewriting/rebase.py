@@ -2,116 +2,55 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import numpy as np
-import onnx_ir as ir
 
-from onnx_fold.algebra.basis import Basis, Side, TableSide, product_dtype
+from onnx_fold.algebra.basis import Basis
 from onnx_fold.algebra.expression import (
     Expression,
     FoldedTensor,
-    ScaledRows,
     cast,
     of_tensor,
     reshape,
     scale,
-    transpose,
 )
 from onnx_fold.graph.constants import constant
-from onnx_fold.graph.linear import Edge, Linear
+from onnx_fold.graph.linear import Linear
 from onnx_fold.rewriting.record import Operand, Present
 from onnx_fold.rewriting.rewrite import CannotRewriteError, Rewrite
-from onnx_fold.streams.stream import ConstantWriter, Stream
+from onnx_fold.streams.ends import End
+from onnx_fold.streams.stream import Stream
 
 
-@dataclass
-class Rebased:
-    """New weights by node input, with what the probe needs to judge them."""
-
-    stored: dict[Edge, ir.TensorProtocol] = field(default_factory=dict)
-    writers: list[Side | TableSide] = field(default_factory=list)
-    readers: list[Side] = field(default_factory=list)
-
-
-def rebase(stream: Stream, basis: Basis, width: int, pivot: Linear | None = None) -> Rebased:
+def rebase(
+    stream: Stream, basis: Basis, width: int | None = None, pivot: Linear | None = None
+) -> Rewrite:
     """Express every writer (``W T``) and reader (``T⁻¹ R``) but ``pivot`` in ``basis``.
 
-    A reader behind a gain is ``G R``, see :func:`behind_gain`; its gain is left to the caller.
+    A reader behind a gain is ``G R``; its gain is left to the caller.
 
     Args:
         stream: A closed stream.
         basis: The new basis, ``[stream.width, width]``.
-        width: Channels of the stream afterwards.
-        pivot: The layer that becomes the identity, if one does; it gets no new weight.
+        width: Channels of the stream afterwards, if that is another number.
+        pivot: The layer that goes, or is written by the caller; it gets no new weight.
     """
-    result = Rebased()
+    rewrite = Rewrite()
     tied: dict[tuple[object, ...], FoldedTensor] = {}
 
-    def store(layer: Linear, is_writer: bool) -> FoldedTensor:
-        weight = layer.weight
-        axes = (layer.in_axes, layer.out_axes)
-        gain = None if is_writer else stream.gains.get(layer.x)
-        key = (weight.leaf, weight.permutation, is_writer, axes, layer.alpha, gain)
-        if key not in tied:
-            matrix = weights_of(layer) if is_writer else behind_gain(stream, layer)
-            after = basis.of_writer(matrix) if is_writer else basis.of_reader(matrix)
-            tied[key] = FoldedTensor(layer.pack(after, is_writer=is_writer), weight.dtype)
-        return tied[key]
+    def store(end: End, matrix: Expression) -> None:
+        stored = tied.setdefault(end.identity, end.store(matrix))
+        rewrite.stored[end.edge] = stored
 
-    def side(layer: Linear, is_writer: bool) -> Side:
-        after = None
-        if layer is not pivot:
-            tensor = result.stored[layer.edge] = store(layer, is_writer)
-            after = stored_matrix(layer, tensor, is_writer=is_writer)
-        rows = stream.rows_of(layer) if is_writer else None
-        before = weights_of(layer) if is_writer else behind_gain(stream, layer)
-        return Side(before, after, rows)
-
-    result.writers += [side(layer, is_writer=True) for layer in stream.writers]
-    result.readers += [side(layer, is_writer=False) for layer in stream.readers]
-    for writer in stream.constants:
-        if not writer.is_zero():
-            result.stored[writer.edge] = _constant(writer, basis)
-            result.writers.append(_constant_side(writer, basis))
-        elif width != stream.width:
-            result.stored[writer.edge] = _constant(writer, basis)
-    return result
-
-
-def stored_matrix(layer: Linear, tensor: FoldedTensor, *, is_writer: bool = True) -> Expression:
-    """What ``layer`` multiplies by once it stores ``tensor``, rounding included."""
-    stored = cast(tensor.rounded, product_dtype(tensor.dtype))
-    return layer.unpack(stored, is_writer=is_writer)
-
-
-def weights_of(layer: Linear, *, is_writer: bool = True) -> Expression:
-    """What ``layer`` multiplies by now, in the type in which its products accumulate."""
-    return layer.matrix(product_dtype(layer.weight.dtype), is_writer=is_writer)
-
-
-def behind_gain(stream: Stream, reader: Linear) -> Expression:
-    """``G R``: what ``reader`` multiplies the stream by, the gain ``G`` in front of it included."""
-    matrix = weights_of(reader, is_writer=False)
-    gain = stream.gains.get(reader.x)
-    if gain is None:
-        return matrix
-    factors = reshape(gain.weight.wide(matrix.dtype), (stream.width,))
-    return ScaledRows(matrix, factors)
-
-
-def _constant(writer: ConstantWriter, basis: Basis) -> FoldedTensor:
-    vectors = basis.of_writer(writer.channels_last())
-    axes = list(range(len(vectors.shape) - 1))
-    axes.insert(len(axes) + 1 + writer.axis, len(axes))
-    return FoldedTensor(transpose(vectors, axes), writer.weight.dtype)
-
-
-def _constant_side(writer: ConstantWriter, basis: Basis) -> TableSide:
-    """Rows of a table do not mix, so those that are probed are all that is evaluated."""
-    before = reshape(writer.channels_last(), (-1, writer.width))
-    rounded = cast(basis.of_writer(before), writer.weight.dtype.numpy())
-    return TableSide(before, cast(rounded, np.float64))
+    for writer in stream.writers:
+        if writer is not pivot:
+            store(writer, basis.of_writer(writer.matrix))
+    for reader in stream.readers:
+        if reader is not pivot:
+            store(reader, basis.of_reader(reader.matrix))
+    for added in stream.constants:
+        if not added.is_zero() or (width or stream.width) != stream.width:
+            store(added, basis.of_writer(added.matrix))
+    return rewrite
 
 
 def become_identity(rewrite: Rewrite, layer: Linear) -> None:
@@ -120,12 +59,22 @@ def become_identity(rewrite: Rewrite, layer: Linear) -> None:
     Raises:
         CannotRewriteError: The axes differ, or a bias computed at run time is scaled.
     """
-    node, edge = layer.node, layer.bias
+    node = layer.node
     if not layer.keeps_layout:
         raise CannotRewriteError(f"{node.op_type} '{node.name}' moves the channels to another axis")
+    value = in_place(rewrite, layer) if layer.bias is None else layer.x
+    rewrite.replaced[layer.y] = with_bias(rewrite, layer, value)
+
+
+def with_bias(rewrite: Rewrite, layer: Linear, value: Operand) -> Operand:
+    """``value``, and the bias of ``layer`` added by an Add if it has one.
+
+    Raises:
+        CannotRewriteError: The bias is computed at run time, and scaled or of another axis.
+    """
+    node, edge = layer.node, layer.bias
     if edge is None:
-        rewrite.replaced[layer.y] = in_place(rewrite, layer)
-        return
+        return value
     held, stored = constant(node.inputs[edge[1]]), rewrite.stored.get(edge)
     shape = layer.vector_shape
     if held is None and layer.beta != 1.0:
@@ -137,8 +86,7 @@ def become_identity(rewrite: Rewrite, layer: Linear) -> None:
         if len(shape or ()) > 1:
             wide = reshape(wide, shape or ())
         rewrite.stored[edge] = FoldedTensor(scale(wide, layer.beta), held.dtype)
-    total = rewrite.before(node)("Add", layer.x, Present(edge), like=layer.y)
-    rewrite.replaced[layer.y] = total
+    return rewrite.before(node)("Add", value, Present(edge), like=layer.y)
 
 
 def in_place(rewrite: Rewrite, layer: Linear) -> Operand:

@@ -14,7 +14,7 @@ from onnx_fold.algebra.device import Device
 from onnx_fold.algebra.expression import Expression, FoldedTensor, ImpliedTensor, evaluate, sampled
 from onnx_fold.graph.constants import FLOATS, constant
 from onnx_fold.graph.edit import Editor, initializer
-from onnx_fold.graph.linear import Edge, Linear
+from onnx_fold.graph.linear import Edge
 from onnx_fold.graph.operators import operator
 from onnx_fold.rewriting.record import (
     Entry,
@@ -32,7 +32,7 @@ from onnx_fold.rewriting.record import (
     value_of,
     widths,
 )
-from onnx_fold.streams.stream import ConstantWriter
+from onnx_fold.streams.ends import ConstantWriter, End
 
 _PICKS = frozenset(("Gather", "GatherND"))
 
@@ -84,7 +84,10 @@ class Rewrite:
         biases: Values to which a constant is added.
         replaced: Values and what their readers read instead.
         resized: Values whose channel axis gets another width: value → (axis, width).
-        reordered: Values whose channels come in another order.
+        reordered: Values whose channels come in another order: value → the order.
+        mixed: Other values in which the channels are not what they were.
+        parted: Values of which a part goes another way: value → what is the whole again. It is
+            never built, the probe alone reads it.
         recorded: New operators and their initializers, in the order in which they are built; of
             these only what ``rewired`` and ``replaced`` need.
     """
@@ -94,7 +97,9 @@ class Rewrite:
     biases: dict[ir.Value, FoldedTensor] = field(default_factory=dict)
     replaced: dict[ir.Value, Operand] = field(default_factory=dict)
     resized: dict[ir.Value, tuple[int, int]] = field(default_factory=dict)
-    reordered: list[ir.Value] = field(default_factory=list)
+    reordered: dict[ir.Value, Expression] = field(default_factory=dict)
+    mixed: list[ir.Value] = field(default_factory=list)
+    parted: dict[ir.Value, Operand] = field(default_factory=dict)
     recorded: list[Entry] = field(default_factory=list)
 
     def before(self, node: ir.Node) -> Recorder:
@@ -130,11 +135,11 @@ class Rewrite:
 
         return total(self._gone()) - total(come.values())
 
-    def weights_after(self, member: Linear | ConstantWriter) -> int:
+    def weights_after(self, member: End) -> int:
         """Elements that a layer or table weighs once it is applied: 0 if it is the identity."""
         if (tensor := self.stored.get(member.edge)) is not None:
             return stored_size(tensor)
-        if isinstance(member, Linear) and member.y in self.replaced:
+        if not isinstance(member, ConstantWriter) and member.y in self.replaced:
             return self.weights_in_place_of(member.y)
         return stored_size(member.weight.tensor)
 

@@ -10,13 +10,12 @@ import numpy as np
 
 from onnx_fold.algebra.completion import Completion
 from onnx_fold.algebra.device import Device, Indices
-from onnx_fold.algebra.expression import Expression, FoldedTensor, Spool, cast, transpose
+from onnx_fold.algebra.expression import FoldedTensor, Spool, transpose
 from onnx_fold.algebra.selection import RowSelection, Selection
-from onnx_fold.graph.linear import Linear
 from onnx_fold.rewriting.permute import Hidden, hidden_beside, permute
-from onnx_fold.rewriting.rebase import weights_of
 from onnx_fold.rewriting.record import Held, Operand, Recorder
 from onnx_fold.rewriting.rewrite import Rewrite
+from onnx_fold.streams.ends import Reader, Writer
 from onnx_fold.streams.stream import Stream
 
 SHARES = (0.98, 0.95, 0.92, 0.88, 0.85)
@@ -35,7 +34,7 @@ class Rows:
         rank: The dimensions of what the layer reads, if their number is known.
     """
 
-    layer: Linear
+    layer: Writer | Reader
     selection: Selection
     hidden: Hidden | None
     rank: int | None
@@ -44,12 +43,6 @@ class Rows:
     def name(self) -> str | None:
         """The name of the weight."""
         return self.layer.weight.leaf.name
-
-    @property
-    def rebuilt(self) -> Expression:
-        """``[I; B]`` with its rows where they were, ``[f, d]``, as it is stored."""
-        rest = cast(self.selection.rest, self.selection.matrix.dtype)
-        return self.selection.rebuilt(rest)
 
     def in_order(self, rewrite: Rewrite, at: Recorder) -> Operand:
         """What the writer reads, the others first and the basis last."""
@@ -89,17 +82,17 @@ class Selections:
         self._known: dict[tuple[object, ...], RowSelection] = {}
         self._completed: dict[Selection, Completion] = {}
 
-    def __call__(self, stream: Stream, layer: Linear) -> Rows:
+    def __call__(self, stream: Stream, layer: Writer | Reader) -> Rows:
         """The rows of a writer of ``stream``, or the columns of a reader."""
-        is_reader = layer not in stream.writers
-        seen = None if is_reader else stream.rows_of(layer)
+        is_reader = isinstance(layer, Reader)
+        seen = None if isinstance(layer, Reader) else stream.rows_of(layer)
         hidden = hidden_beside(stream, layer)
         free, weight = None if hidden is None else hidden.free, layer.weight
         axes = weight.permutation, layer.in_axes, layer.out_axes
         key = weight.tensor, *axes, layer.alpha, is_reader, id(seen), str(free)
         if key not in self._known:
             self._known[key] = RowSelection(
-                transpose(weights_of(layer)) if is_reader else weights_of(layer),
+                transpose(layer.matrix) if is_reader else layer.matrix,
                 weight.dtype,
                 seen,
                 self._spool,
@@ -138,7 +131,7 @@ class Share:
         offset: Where the first chosen one stands in the basis.
     """
 
-    reader: Linear
+    reader: Reader
     chosen: Indices
     others: Indices
     offset: int
@@ -180,7 +173,7 @@ class Share:
         return runs
 
 
-def shares(layers: Sequence[Linear], columns: Indices) -> Iterator[Share]:
+def shares(layers: Sequence[Reader], columns: Indices) -> Iterator[Share]:
     """Share out ``columns`` of ``layers`` side by side, sorted; who has none is left out."""
     start = offset = 0
     for layer in layers:

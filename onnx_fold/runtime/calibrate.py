@@ -15,7 +15,7 @@ from onnx_fold.graph.linear import find_linears
 from onnx_fold.graph.widen import precision, widen
 from onnx_fold.runtime.inputs import given_inputs
 from onnx_fold.runtime.sessions import run, session
-from onnx_fold.streams.activations import Activations
+from onnx_fold.streams.ends import Activations
 
 MAX_ROWS = 256
 """Rows that are kept of each value."""

@@ -20,8 +20,8 @@ from onnx_fold.graph.constants import FLOATS, constant
 from onnx_fold.graph.linear import label
 from onnx_fold.graph.operators import only_user, operator
 from onnx_fold.graph.shapes import Shapes
+from onnx_fold.streams.ends import Weight
 from onnx_fold.streams.maps import LinearMap, add, as_map, as_vector, identity
-from onnx_fold.streams.stream import Weight
 
 __all__ = ["Branches", "find_branches"]
 

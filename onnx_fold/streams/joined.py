@@ -16,7 +16,8 @@ from onnx_fold.graph.constants import FLOATS
 from onnx_fold.graph.linear import Linear, as_linear, label
 from onnx_fold.graph.operators import only_user, operator
 from onnx_fold.graph.shapes import Shapes
-from onnx_fold.streams.stream import ConstantWriter, Search, Stream
+from onnx_fold.streams.ends import End, Reader
+from onnx_fold.streams.stream import Search, Stream
 
 __all__ = ["Joined", "find_joined"]
 
@@ -53,7 +54,7 @@ class Joined:
     group: ClassVar[Group] = Group.GENERAL
 
     concat: ir.Node
-    reader: Linear
+    reader: Reader
     parts: list[Part]
     search: Search
 
@@ -74,7 +75,7 @@ class Joined:
         return min([own, *(stream.dtype for stream in self.streams)], key=lambda d: d.bitwidth)
 
     @property
-    def members(self) -> list[Linear | ConstantWriter]:
+    def members(self) -> list[End]:
         """Everything that holds a weight of them."""
         return [member for stream in self.streams for member in stream.members] + [self.reader]
 
@@ -115,7 +116,7 @@ def find_joined(graph: ir.Graph, shapes: Shapes) -> Iterator[Joined]:
         if sum(len(part.rows) for part in parts) != reader.in_features:
             continue
         if any(part.stream is not None for part in parts):
-            yield Joined(concat, reader, parts, search)
+            yield Joined(concat, Reader(**vars(reader)), parts, search)
 
 
 def _read_once(graph: ir.Graph) -> Iterator[tuple[ir.Node, ir.Node]]:

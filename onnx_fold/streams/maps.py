@@ -284,7 +284,9 @@ def _product(node: ir.Node, axis: int, shapes: Shapes) -> tuple[ir.Value, Linear
         if bias is None:
             return None
         bias = scale(bias, linear.beta)
-    return linear.x, LinearMap(axis, transpose(linear.matrix()), 1, bias, (), (), (), ())
+    return linear.x, LinearMap(
+        axis, transpose(linear.unpack(linear.weight.wide())), 1, bias, (), (), (), ()
+    )
 
 
 def _conv(node: ir.Node, axis: int) -> tuple[ir.Value, LinearMap] | None:

@@ -20,6 +20,7 @@ any such basis, in whatever operators an exporter writes it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import onnx_ir as ir
 
@@ -28,8 +29,8 @@ from onnx_fold.graph.commute import OpensStreamError, Port
 from onnx_fold.graph.constants import FLOATS, Constant, axes_of, constant, scalar
 from onnx_fold.graph.operators import contrib, operator
 from onnx_fold.graph.shapes import Shapes
-from onnx_fold.streams.activations import Activations
-from onnx_fold.streams.stream import Gain, Search, Stream, open_stream
+from onnx_fold.streams.ends import Activations, Gain
+from onnx_fold.streams.stream import Search, Stream, open_stream
 
 __all__ = ["find_norm_streams", "is_centring", "is_residual", "squares"]
 
@@ -249,6 +250,7 @@ def _find_gains(stream: Stream) -> None:
             stream.centred |= {each for each in node.outputs if each in stream.values}
         stream.keeps_ones |= is_shift or operator(node) == "LayerNormalization"
     stream.constants = [each for each in stream.constants if each not in stream.carried]
+    stream.readers = [replace(each, gain=stream.gains.get(each.x)) for each in stream.readers]
     stream.ignores_ones = _are_centred([reader.x for reader in stream.readers], stream)
     for value in stream.values:
         for node, _ in value.uses():

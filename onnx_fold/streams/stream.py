@@ -12,92 +12,15 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 
 from onnx_fold.algebra.device import Array
-from onnx_fold.algebra.expression import Expression, broadcast, reshape, transpose
 from onnx_fold.algebra.precision import unit_roundoff
 from onnx_fold.graph.channels import Group, ports
 from onnx_fold.graph.commute import OpensStreamError, Port, Rule
-from onnx_fold.graph.constants import FLOATS, Constant, constant
-from onnx_fold.graph.linear import Edge, Linear, described, find_linears, label
+from onnx_fold.graph.constants import FLOATS, constant
+from onnx_fold.graph.linear import Linear, described, find_linears
 from onnx_fold.graph.operators import contrib, operator
 from onnx_fold.graph.shapes import Shapes
-from onnx_fold.streams.activations import Activations
+from onnx_fold.streams.ends import Activations, ConstantWriter, End, Gain, Reader, Writer
 from onnx_fold.streams.untouched import is_given, is_quantised
-
-
-@dataclass(frozen=True)
-class Weight:
-    """A constant that an operator reads.
-
-    Attributes:
-        node: The operator.
-        index: Which input of ``node`` it is.
-        weight: What it holds.
-    """
-
-    node: ir.Node
-    index: int
-    weight: Constant
-
-    @property
-    def edge(self) -> Edge:
-        """The input that holds it."""
-        return self.node, self.index
-
-    @property
-    def label(self) -> str:
-        """The name a person knows it by."""
-        return label(self.node, self.weight)
-
-
-@dataclass(frozen=True)
-class ConstantWriter(Weight):
-    """A constant that enters the stream: a bias, an embedding or position table, a class token.
-
-    Attributes:
-        axis: Its channel axis, from the end.
-        width: Width of the stream; the constant may be broadcast to it.
-    """
-
-    axis: int
-    width: int
-
-    @property
-    def is_table(self) -> bool:
-        """Whether it differs from position to position: rows to be looked up, an embedding."""
-        dims = self.weight.shape
-        return self.weight.size > (dims[self.axis] if -self.axis <= len(dims) else 1)
-
-    @property
-    def is_uniform(self) -> bool:
-        """Whether every channel gets the same number, so that their order is of no matter."""
-        dims = self.weight.shape
-        return -self.axis > len(dims) or dims[self.axis] == 1
-
-    def channels_last(self) -> Expression:
-        """The values, float64 ``[..., width]``."""
-        rank = max(len(self.weight.shape), -self.axis)
-        shape = [1] * (rank - len(self.weight.shape)) + list(self.weight.shape)
-        values = reshape(self.weight.wide(), shape)
-        shape[self.axis] = self.width
-        order = [axis for axis in range(rank) if axis != rank + self.axis]
-        return transpose(broadcast(values, shape), [*order, rank + self.axis])
-
-    def is_zero(self) -> bool:
-        """Whether it adds nothing in any basis."""
-        return not self.is_table and not self.weight.numpy().any()
-
-
-@dataclass(frozen=True, eq=False)
-class Gain:
-    """Factors by channel that an operator multiplies by, as those behind an RMSNorm.
-
-    Attributes:
-        edge: The input of the operator that holds them.
-        weight: What it holds.
-    """
-
-    edge: Edge
-    weight: Constant
 
 
 @dataclass(frozen=True)
@@ -166,8 +89,8 @@ class Stream:
     search: Search
     rule: Rule
     values: dict[ir.Value, int] = field(default_factory=dict)
-    writers: list[Linear] = field(default_factory=list)
-    readers: list[Linear] = field(default_factory=list)
+    writers: list[Writer] = field(default_factory=list)
+    readers: list[Reader] = field(default_factory=list)
     constants: list[ConstantWriter] = field(default_factory=list)
     openings: list[Opening] = field(default_factory=list)
     shape_readers: list[ir.Node] = field(default_factory=list)
@@ -183,7 +106,7 @@ class Stream:
         """Shapes of all values of the graph."""
         return self.search.shapes
 
-    def rows_of(self, writer: Linear) -> Array | None:
+    def rows_of(self, writer: Writer) -> Array | None:
         """Rows ``[n, in_features]`` that ``writer`` was seen to read, if any were recorded."""
         activations = self.search.activations
         if activations is None or writer.num_matrices > 1 or writer.x_axis is None:
@@ -238,7 +161,7 @@ class Stream:
         return min(found, key=_precision)
 
     @property
-    def members(self) -> list[Linear | ConstantWriter]:
+    def members(self) -> list[End]:
         """Everything that holds a weight of the stream."""
         return [*self.writers, *self.readers, *self.constants, *self.carried]
 
@@ -344,7 +267,7 @@ class Search:
             elif linear.y_axis != axis:
                 open_stream(stream, value, "is written along another axis by", node)
             else:
-                stream.writers.append(linear)
+                stream.writers.append(Writer(**vars(linear)))
                 yield from self._bias(stream, linear)
         else:
             yield from self._across(
@@ -368,7 +291,7 @@ class Search:
                 else:
                     yield from self._across(stream, value, node, Port(False, index, axis), "read")
             elif linear.x is value and linear.x_axis == axis and (node, index) != linear.bias:
-                stream.readers.append(linear)
+                stream.readers.append(Reader(**vars(linear)))
             elif (node, index) == linear.bias and axis == linear.y_axis == -1:
                 yield linear.y, -1  # a sum in this stream
             elif linear.x_axis is None:
