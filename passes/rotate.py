@@ -21,8 +21,9 @@ from collections.abc import Iterator
 import numpy as np
 
 from onnx_fold.algebra.basis import Side
-from onnx_fold.algebra.expression import Expression, Literal, Spool, Sum, product
+from onnx_fold.algebra.expression import Expression, Sum, literal, product
 from onnx_fold.algebra.rotation import OrthogonalBasis, orthogonal_factor
+from onnx_fold.algebra.storage import Spool
 from onnx_fold.engine.cost import TARGETS, Target
 from onnx_fold.engine.folding import Candidate, FoldPass, Options, Proposal, propose
 from onnx_fold.engine.outcome import CandidateReport
@@ -110,5 +111,5 @@ def _rotate(stream: Stream, triangle: Triangle, factor: Expression) -> Candidate
 def _centred(matrix: Expression) -> Expression:
     """``C A``: what a layer behind a LayerNorm multiplies by, ``A`` less the mean of its rows."""
     width = matrix.shape[0]
-    mean = product(Literal(np.full((1, width), -1.0 / width, matrix.dtype)), matrix)
-    return Sum((matrix, mean))
+    mean = product(literal(np.full((1, width), -1.0 / width, matrix.dtype)), matrix)
+    return Sum(matrix, mean)

@@ -18,10 +18,10 @@ from onnx_fold.algebra.device import Indices
 from onnx_fold.algebra.expression import (
     Concatenate,
     FoldedTensor,
-    Literal,
     Spread,
     cast,
     evaluate,
+    literal,
     take,
     transpose,
 )
@@ -64,7 +64,7 @@ class SelectPass(FoldPass):
         """The best heads of ``layers``, found once for the same weights; none if not finite."""
         tensors = tuple(layer.weight.tensor for layer in layers)
         if tensors not in self._selected:
-            matrix = evaluate(Concatenate(tuple(map(weights_of, layers)), 1))
+            matrix = evaluate(Concatenate(*map(weights_of, layers), axis=1))
             is_finite = bool(np.isfinite(matrix).all())
             blocks = select_blocks(matrix, head_dim) if is_finite else np.zeros(0, np.intp)
             self._selected[tensors] = blocks
@@ -85,7 +85,7 @@ def _select(stream: Stream, layers: Sequence[Linear], heads: Indices, head_dim: 
     columns = np.sort((heads[:, None] * head_dim + np.arange(head_dim)).ravel())
     found = list(shares(layers, columns))
     chosen = (take(weights_of(share.reader), share.chosen, 1) for share in found)
-    basis = Basis(Concatenate(tuple(chosen), 1))
+    basis = Basis(Concatenate(*chosen, axis=1))
     rebased = rebase(stream, basis, stream.width, pivot=found[0].reader)
     rewrite = Rewrite(stored=rebased.stored)
     for share in found:
@@ -93,9 +93,9 @@ def _select(stream: Stream, layers: Sequence[Linear], heads: Indices, head_dim: 
         rest = FoldedTensor(basis.of_reader(take(matrix, share.others, 1)), reader.weight.dtype)
         rewrite.stored.pop(reader.edge, None)
         rewrite.replaced[reader.y] = share.assemble(rewrite.before(reader.node), rest)
-        order = Literal(np.concatenate([share.chosen, share.others]))
+        order = literal(np.concatenate([share.chosen, share.others]))
         others = transpose(cast(rest.rounded, product_dtype(rest.dtype)))
-        after = transpose(Spread(Literal(share.places), others, order))
+        after = transpose(Spread(literal(share.places), others, order))
         rebased.readers[stream.readers.index(reader)] = Side(matrix, after)
     names, into = compact([share.reader.label for share in found]), compact(stream.written_by)
     text = f"{len(heads)} heads of {names} into {into}"

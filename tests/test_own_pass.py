@@ -11,7 +11,7 @@ import pytest
 from helpers import announced_is_done, assert_same_function, graph, normal, operators
 
 import onnx_fold
-from onnx_fold.algebra.expression import Literal, scale
+from onnx_fold.algebra.expression import literal, scale
 from onnx_fold.engine import Basis, Candidate, FoldPass, Rewrite, Side, rebase, weights_of
 from onnx_fold.errors import UsageError
 
@@ -100,7 +100,7 @@ class HalvedPass(FoldPass):
         matrix = weights_of(reader)
         basis = Basis(scale(matrix, 0.5))
         rebased = rebase(stream, basis, stream.width, pivot=reader)
-        twice = Literal(2 * np.eye(stream.width))
+        twice = literal(2 * np.eye(stream.width))
         rebased.readers[stream.readers.index(reader)] = Side(matrix, twice)
         rewrite = Rewrite(stored=rebased.stored)
         at = rewrite.before(reader.node)

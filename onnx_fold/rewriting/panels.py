@@ -18,10 +18,10 @@ from onnx_fold.algebra.expression import (
     Concatenate,
     Expression,
     FoldedTensor,
-    Literal,
     Sum,
     broadcast,
     cast,
+    literal,
     product,
     scale,
     take,
@@ -110,11 +110,11 @@ def rebuilt(panels: Panels, tensors: Sequence[FoldedTensor]) -> Expression:
     columns: list[Expression] = []
     for tensor, (first, last, start, end) in zip(tensors, panels.parts, strict=True):
         stored = cast(tensor.rounded, product_dtype(tensor.dtype))
-        zero = Literal(np.zeros((1, 1), stored.dtype))
+        zero = literal(np.zeros((1, 1), stored.dtype))
         above, below = (broadcast(zero, (n, last - first)) for n in (start, rows - end))
         parts = [each for each in (above, stored, below) if each.shape[0]]
-        columns.append(stored if len(parts) == 1 else Concatenate(tuple(parts), 0))
-    return columns[0] if len(columns) == 1 else Concatenate(tuple(columns), 1)
+        columns.append(stored if len(parts) == 1 else Concatenate(*parts, axis=0))
+    return columns[0] if len(columns) == 1 else Concatenate(*columns, axis=1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,7 +157,7 @@ class Triangle:
         found = tuple(self.before(each) for each in self.panels)
         if self.is_writer:
             return transpose(take(found[0], slice(width), 0))
-        return found[0] if len(found) == 1 else Concatenate(found, 1)
+        return found[0] if len(found) == 1 else Concatenate(*found, axis=1)
 
     def stored(self, panels: Panels, factor: Expression) -> list[FoldedTensor]:
         """What each panel stores: rows and columns of ``Tᵀ G R``, or of ``W T``."""
@@ -191,7 +191,7 @@ class Triangle:
         columns = take(factor, channels, 1)
         if not self.stream.keeps_ones:
             return columns
-        return Sum((columns, scale(take(factor, slice(-1, None), 1), -1.0)))
+        return Sum(columns, scale(take(factor, slice(-1, None), 1), -1.0))
 
 
 def triangles(stream: Stream) -> Iterator[Triangle]:

@@ -11,11 +11,11 @@ from onnx_fold.algebra.basis import Basis, Side, TableSide, product_dtype
 from onnx_fold.algebra.expression import (
     Expression,
     FoldedTensor,
-    ScaledRows,
     cast,
     of_tensor,
     reshape,
     scale,
+    scaled_rows,
     transpose,
 )
 from onnx_fold.graph.constants import constant
@@ -97,7 +97,7 @@ def behind_gain(stream: Stream, reader: Linear) -> Expression:
     if gain is None:
         return matrix
     factors = reshape(gain.weight.wide(matrix.dtype), (stream.width,))
-    return ScaledRows(matrix, factors)
+    return scaled_rows(matrix, factors)
 
 
 def _constant(writer: ConstantWriter, basis: Basis) -> FoldedTensor:

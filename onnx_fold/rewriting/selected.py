@@ -10,8 +10,9 @@ import numpy as np
 
 from onnx_fold.algebra.completion import Completion
 from onnx_fold.algebra.device import Device, Indices
-from onnx_fold.algebra.expression import Expression, FoldedTensor, Spool, cast, transpose
+from onnx_fold.algebra.expression import Expression, FoldedTensor, cast, transpose
 from onnx_fold.algebra.selection import RowSelection, Selection
+from onnx_fold.algebra.storage import Spool
 from onnx_fold.graph.linear import Linear
 from onnx_fold.rewriting.permute import Hidden, hidden_beside, permute
 from onnx_fold.rewriting.rebase import weights_of
