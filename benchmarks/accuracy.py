@@ -39,7 +39,7 @@ from matrices import KINDS, Matrix, State, StreamWeights
 
 import onnx_fold
 from onnx_fold.algebra.basis import Basis, Side, probe, product_dtype
-from onnx_fold.algebra.expression import Literal, evaluate
+from onnx_fold.algebra.expression import evaluate, literal
 from onnx_fold.algebra.selection import select_blocks
 from onnx_fold.engine.folding import Options
 from onnx_fold.models.config import SkiplessConfig
@@ -143,7 +143,7 @@ def measure_stream(stream: StreamWeights, dtype: ir.DataType) -> dict[str, tuple
         return rounded
 
     def side(before: Matrix, after: Matrix | None) -> Side:
-        return Side(Literal(before), None if after is None else Literal(stored(after)))
+        return Side(literal(before), None if after is None else literal(stored(after)))
 
     product = product_dtype(dtype)
     o, q = stored(stream.o), stored(stream.q)
@@ -156,8 +156,8 @@ def measure_stream(stream: StreamWeights, dtype: ir.DataType) -> dict[str, tuple
 
     errors = {"merge": probe([side(q, None)], [side(r, times(q, r)) for r in others], dtype)}
 
-    basis = Basis(Literal(q))
-    readers = [side(q, None), *(side(r, evaluate(basis.of_reader(Literal(r)))) for r in others)]
+    basis = Basis(literal(q))
+    readers = [side(q, None), *(side(r, evaluate(basis.of_reader(literal(r)))) for r in others)]
     errors["absorb"] = probe([side(o, times(o, q))], readers, dtype)
 
     errors |= interpolated({"O": o, "Q": q, "K": others[0], "V": others[1]}, dtype)
@@ -167,8 +167,8 @@ def measure_stream(stream: StreamWeights, dtype: ir.DataType) -> dict[str, tuple
         columns = select_blocks(heads.copy(), stream.head_dim)[:, None] * stream.head_dim
         chosen = (columns + np.arange(stream.head_dim)).ravel()
         rest = np.delete(heads, chosen, axis=1)
-        basis = Basis(Literal(heads[:, chosen]))
-        solved = evaluate(basis.of_reader(Literal(rest)))
+        basis = Basis(literal(heads[:, chosen]))
+        solved = evaluate(basis.of_reader(literal(rest)))
         readers = [side(heads[:, chosen], None), side(rest, solved)]
         errors["select"] = probe([side(o, times(o, heads[:, chosen]))], readers, dtype)
     return errors
@@ -212,7 +212,7 @@ def stream_results(
     for index in range(count):
         stream = make(index)
         width = len(stream.q)
-        conditions.append(Basis(Literal(stream.q)).condition)
+        conditions.append(Basis(literal(stream.q)).condition)
         for short, dtype in DTYPES.items():
             errors[short].append(measure_stream(stream, _data_type(dtype)))
     for short, runs in errors.items():

@@ -159,14 +159,15 @@ def operations(expressions: Iterable[Expression]) -> dict[str, float]:
             total[node.matrix.dtype.name] += count
             queue.append(node.matrix)
             continue
-        if isinstance(node, Product):
-            total[node.dtype.name] += 2 * node.left.shape[-1] * int(np.prod(node.shape))
-        elif isinstance(node, Factors):
+        if node.operation is Product:
+            total[node.dtype.name] += 2 * node.operands[0].shape[-1] * int(np.prod(node.shape))
+        elif node.operation is Factors:
             total[node.dtype.name] += 2 * node.shape[0] ** 3 / 3
-        elif isinstance(node, Solve):
+        elif node.operation is Solve:
             total[node.dtype.name] += 2 * node.shape[0] ** 2 * node.shape[1]
         queue.extend(node.operands)
-        if isinstance(selection := getattr(node, "selection", None), RowSelection):
+        find = getattr(node.arguments.get("source"), "find", None)
+        if isinstance(selection := getattr(find, "__self__", None), RowSelection):
             queue.append(selection)
     return dict(total)
 

@@ -18,8 +18,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from onnx_fold.algebra.expression import Expression, Spool
+from onnx_fold.algebra.expression import Expression
 from onnx_fold.algebra.rotation import OrthogonalBasis, orthogonal_factor
+from onnx_fold.algebra.storage import Spool
 from onnx_fold.engine.cost import TARGETS, Target
 from onnx_fold.engine.folding import Candidate, FoldPass, Options, Proposal, propose
 from onnx_fold.engine.outcome import CandidateReport

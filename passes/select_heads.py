@@ -60,7 +60,7 @@ class SelectPass(FoldPass):
         """The best heads of ``layers``, found once for the same weights; none if not finite."""
         tensors = tuple(layer.weight.tensor for layer in layers)
         if tensors not in self._selected:
-            matrix = evaluate(Concatenate(tuple(layer.matrix for layer in layers), 1))
+            matrix = evaluate(Concatenate(*(layer.matrix for layer in layers), axis=1))
             is_finite = bool(np.isfinite(matrix).all())
             blocks = select_blocks(matrix, head_dim) if is_finite else np.zeros(0, np.intp)
             self._selected[tensors] = blocks
@@ -81,7 +81,7 @@ def _select(stream: Stream, layers: Sequence[Reader], heads: Indices, head_dim: 
     columns = np.sort((heads[:, None] * head_dim + np.arange(head_dim)).ravel())
     found = list(shares(layers, columns))
     chosen = (take(share.reader.matrix, share.chosen, 1) for share in found)
-    basis = Basis(Concatenate(tuple(chosen), 1))
+    basis = Basis(Concatenate(*chosen, axis=1))
     rewrite = rebase(stream, basis)
     for share in found:
         reader = share.reader

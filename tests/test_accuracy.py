@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from onnx_fold.algebra.basis import Basis
 from onnx_fold.algebra.completion import Completion
 from onnx_fold.algebra.exact import Multiplier, exact, values
-from onnx_fold.algebra.expression import Literal, evaluate, take
+from onnx_fold.algebra.expression import evaluate, literal, take
 from onnx_fold.algebra.selection import RowSelection, select_rows
 
 ROOT = Path(__file__).parents[1]
@@ -148,7 +148,7 @@ def test_rows_that_are_not_free_stay_where_they_are(width, more, kept, is_last, 
     rows = width + more + kept
     matrix = np.random.default_rng(seed).standard_normal((rows, width))
     free = slice(kept, rows) if is_last else slice(0, rows - kept)
-    selection = RowSelection(Literal(matrix), ir.DataType.DOUBLE, free=free, is_last=is_last)
+    selection = RowSelection(literal(matrix), ir.DataType.DOUBLE, free=free, is_last=is_last)
     placed, rest = evaluate(selection.final_order), evaluate(selection.rest)
     fixed = np.delete(np.arange(rows), free)
     np.testing.assert_array_equal(placed[fixed], fixed)
@@ -177,7 +177,7 @@ def test_a_completed_basis_gives_all_rows(width, more, fixed, share, is_last, se
     generator = np.random.default_rng(seed)
     matrix = generator.standard_normal((rows, width)) * 10.0 ** generator.integers(-2, 3, (rows, 1))
     free = slice(fixed, rows) if is_last else slice(0, rows - fixed)
-    whole = RowSelection(Literal(matrix), ir.DataType.DOUBLE, free=free, is_last=is_last)
+    whole = RowSelection(literal(matrix), ir.DataType.DOUBLE, free=free, is_last=is_last)
     part = Completion(whole, width).keeping(kept)
     basis, placed = evaluate(part.basis), evaluate(part.final_order)
     assert sorted(placed) == list(range(rows))
@@ -210,7 +210,7 @@ def test_rows_are_left_out_where_they_cost_most() -> None:
     """One row nearly in the span of the others: without it the basis is orthogonal."""
     matrix = np.vstack([np.eye(8), np.zeros((1, 8))])
     matrix[7] = 1e-3 * np.eye(8)[7] + np.eye(8)[0]
-    whole = RowSelection(Literal(matrix), ir.DataType.DOUBLE)
+    whole = RowSelection(literal(matrix), ir.DataType.DOUBLE)
     assert Basis(whole.basis).condition > 1e3
     assert Basis(Completion(whole, 1).keeping(7).basis).condition < 1.1
 
@@ -251,15 +251,15 @@ def test_a_nearly_singular_basis_is_solved_with_a_small_residual(
     size = np.linalg.norm(matrix)
     generator = np.random.default_rng(0)
     weight = generator.standard_normal((width, 5))
-    writer, reader = Literal(weight.T), Literal(weight)
+    writer, reader = literal(weight.T), literal(weight)
 
-    basis = Basis(Literal(matrix))
+    basis = Basis(literal(matrix))
     assert condition / 3 <= basis.condition <= 1.1 * condition
     solved = evaluate(basis.of_reader(reader))  # T⁻¹ R
     assert np.linalg.norm(matrix @ solved - weight) <= 1e-13 * size * np.linalg.norm(solved)
     np.testing.assert_allclose(evaluate(basis.of_writer(writer)), weight.T @ matrix, rtol=1e-13)
 
-    inverse = Basis(Literal(matrix), inverted=True)
+    inverse = Basis(literal(matrix), inverted=True)
     solved = evaluate(inverse.of_writer(writer))  # W P⁻¹
     assert np.linalg.norm(solved @ matrix - weight.T) <= 1e-13 * size * np.linalg.norm(solved)
     np.testing.assert_allclose(evaluate(inverse.of_reader(reader)), matrix @ weight, rtol=1e-13)
@@ -269,4 +269,4 @@ def test_a_nearly_singular_basis_is_solved_with_a_small_residual(
 def test_a_singular_basis_has_no_finite_condition(scale: float) -> None:
     matrix = scale * np.random.default_rng(0).standard_normal((8, 8))
     matrix[3] = 0.0
-    assert Basis(Literal(matrix)).condition == math.inf
+    assert Basis(literal(matrix)).condition == math.inf

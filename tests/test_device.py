@@ -16,7 +16,7 @@ import onnx_fold
 from onnx_fold import pipeline
 from onnx_fold.algebra.basis import Basis
 from onnx_fold.algebra.device import HOST, TorchDevice, find_device
-from onnx_fold.algebra.expression import FoldedTensor, Literal, cast, evaluate
+from onnx_fold.algebra.expression import FoldedTensor, cast, evaluate, literal
 from onnx_fold.algebra.selection import select_rows
 from onnx_fold.errors import UsageError
 
@@ -41,7 +41,7 @@ def test_arrays_go_there_and_back(dtype: type) -> None:
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, ml_dtypes.bfloat16])
 def test_rounding_is_the_same(dtype: type) -> None:
-    x = cast(Literal(normal(9, 9, dtype=np.float64) * 1e5), dtype)
+    x = cast(literal(normal(9, 9, dtype=np.float64) * 1e5), dtype)
     np.testing.assert_array_equal(evaluate(x, TORCH), evaluate(x), strict=True)
 
 
@@ -56,9 +56,9 @@ def test_selected_rows_are_the_same(dtype: type) -> None:
 
 @pytest.mark.parametrize("inverted", [False, True])
 def test_the_condition_number_is_the_same(inverted: bool) -> None:
-    basis = Basis(Literal(square(9, dtype=np.float64)), inverted)
+    basis = Basis(literal(square(9, dtype=np.float64)), inverted)
     assert basis.factored(TORCH)[1] == pytest.approx(basis.condition, rel=1e-9)
-    assert Basis(Literal(np.zeros((3, 3)))).factored(TORCH)[1] == np.inf
+    assert Basis(literal(np.zeros((3, 3)))).factored(TORCH)[1] == np.inf
 
 
 def block(dtype: type) -> ir.Model:

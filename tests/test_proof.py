@@ -20,14 +20,16 @@ from onnx_fold.algebra.expression import (
     Expression,
     Factors,
     FoldedTensor,
-    Literal,
     Product,
     Scale,
     Solve,
     Sum,
     Take,
     Transpose,
+    cast,
+    literal,
     take,
+    transpose,
 )
 from onnx_fold.check import proof as proof_module
 from onnx_fold.check.proof import prove
@@ -109,13 +111,13 @@ def swapped(expression: Expression) -> Expression:
 
 
 def scaled(factor: float) -> Callable[[Expression], Expression]:
-    return lambda expression: Cast(Scale(expression, factor), expression.dtype)
+    return lambda expression: Cast(Scale(expression, factor=factor), to=expression.dtype)
 
 
 FAULTS: dict[str, Callable[[Expression], Expression]] = {
     "sign": scaled(-1.0),
     "row": swapped,
-    "transpose": lambda expression: Transpose(expression, (1, 0)),
+    "transpose": lambda expression: Transpose(expression, permutation=(1, 0)),
     "small": scaled(1.0 + 1e-6),
     "bias": scaled(0.0),
 }
@@ -211,8 +213,8 @@ def test_a_fold_that_is_right_and_inaccurate_is_taken_back(monkeypatch):
     def coarse(self: Rewrite, editor: Editor) -> None:
         if any(value.name == "p0" for value in self.replaced):
             tensor = next(t for t in self._new_tensors() if t.expression.shape == (D, F))
-            half = Cast(tensor.expression, np.dtype(np.float16))
-            tensor.expression = Cast(half, np.dtype(np.float32))
+            half = Cast(tensor.expression, to=np.dtype(np.float16))
+            tensor.expression = Cast(half, to=np.dtype(np.float32))
         apply(self, editor)
 
     monkeypatch.setattr(Rewrite, "apply", coarse)
@@ -246,9 +248,9 @@ def test_what_is_stored_is_what_was_proved_rounded_to_nearest(kind):
 
 def test_a_weight_that_is_stored_in_float64_may_have_lost_digits():
     skewed = normal(D, D, dtype=np.float64) @ np.diag(np.logspace(0, -5, D))
-    right = Literal(normal(D, 5, dtype=np.float64))
+    right = literal(normal(D, 5, dtype=np.float64))
     expression = Product(
-        Literal(normal(9, D, dtype=np.float64)), Solve(Factors(Literal(skewed)), right)
+        literal(normal(9, D, dtype=np.float64)), Solve(Factors(literal(skewed)), right)
     )
     checked(FoldedTensor(expression, ir.DataType.DOUBLE, "w"))
 
@@ -265,18 +267,19 @@ def test_a_weight_that_is_stored_in_float64_may_have_lost_digits():
 
 
 def expressions() -> Iterator[Expression]:
-    a, b, c = (Literal(normal(6, 6, seed=seed, dtype=np.float64)) for seed in range(3))
-    tall, wide = Literal(normal(9, 6, dtype=np.float64)), Literal(normal(6, 5, dtype=np.float64))
+    a, b, c = (literal(normal(6, 6, seed=seed, dtype=np.float64)) for seed in range(3))
+    tall, wide = literal(normal(9, 6, dtype=np.float64)), literal(normal(6, 5, dtype=np.float64))
     factors = Factors(a)
     index = np.array([3, 0, 3, 1])
-    yield from (a, Product(tall, a), Product(a, wide), Scale(tall, 0.5), Sum((a, b, c)))
+    yield from (a, Product(tall, a), Product(a, wide), Scale(tall, factor=0.5), Sum(a, b, c))
     yield from (Solve(factors, wide), Solve(factors, wide, transposed=True))
-    yield from (Transpose(Product(tall, a), (1, 0)), Take(tall, Literal(index), 0))
-    yield from (Take(Solve(factors, wide), Literal(index), 0), Take(tall, Literal(index), 1))
-    yield from (Concatenate((a, wide), 1), Concatenate((tall, b), 0))
-    yield Diagonal(Literal(np.arange(1.0, 7.0)))
-    yield Product(Transpose(Solve(factors, Transpose(tall, (1, 0))), (1, 0)), Solve(factors, wide))
-    yield exact(Product(Cast(tall, np.dtype(np.float32)), Cast(a, np.dtype(np.float32))))
+    yield from (transpose(Product(tall, a)), Take(tall, literal(index), axis=0))
+    yield Take(Solve(factors, wide), literal(index), axis=0)
+    yield Take(tall, literal(index), axis=1)
+    yield from (Concatenate(a, wide, axis=1), Concatenate(tall, b, axis=0))
+    yield Diagonal(literal(np.arange(1.0, 7.0)))
+    yield Product(transpose(Solve(factors, transpose(tall))), Solve(factors, wide))
+    yield exact(Product(cast(tall, np.float32), cast(a, np.float32)))
 
 
 @pytest.mark.parametrize("number", range(len(list(expressions()))))
@@ -292,7 +295,7 @@ def test_rows_times_a_matrix_that_is_not_evaluated(number):
 def test_a_singular_matrix_is_solved_by_least_squares():
     basis = normal(6, 2, dtype=np.float64) @ normal(2, 6, dtype=np.float64)
     others = normal(3, 6, dtype=np.float64) @ basis
-    solve = Transpose(Solve(Factors(Literal(basis)), Literal(others.T), transposed=True), (1, 0))
+    solve = transpose(Solve(Factors(literal(basis)), literal(others.T), transposed=True))
     np.testing.assert_allclose(values(solve) @ basis, others, atol=1e-12)
     x = np.eye(3)
     np.testing.assert_allclose(Multiplier().times(x, solve) @ basis, others, atol=1e-12)

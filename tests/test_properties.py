@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onnx_fold.algebra.basis import Basis
-from onnx_fold.algebra.expression import FoldedTensor, Literal, evaluate
+from onnx_fold.algebra.expression import FoldedTensor, evaluate, literal
 
 settings.register_profile("engine", derandomize=True, deadline=None, max_examples=60, database=None)
 settings.load_profile("engine")
@@ -158,8 +158,8 @@ def test_any_stream(model, only):
 def test_a_basis_changes_no_product(n, d, m, seed, inverted):
     w, r = double(n, d, seed=seed), double(d, m, seed=seed + 1)
     t = square(d, seed, np.float64)
-    basis = Basis(Literal(t), inverted=inverted)
-    writer, reader = evaluate(basis.of_writer(Literal(w))), evaluate(basis.of_reader(Literal(r)))
+    basis = Basis(literal(t), inverted=inverted)
+    writer, reader = evaluate(basis.of_writer(literal(w))), evaluate(basis.of_reader(literal(r)))
     np.testing.assert_allclose(writer @ reader, w @ r, rtol=1e-9, atol=1e-11)
     assert 0.99 < basis.condition < 1e4
     expected = np.linalg.solve(t.T, w.T).T if inverted else w @ t
@@ -168,12 +168,12 @@ def test_a_basis_changes_no_product(n, d, m, seed, inverted):
 
 def test_a_singular_basis_has_an_infinite_condition_number():
     for matrix in (np.zeros((3, 3)), np.full((3, 3), np.nan), np.full((3, 3), np.inf)):
-        assert Basis(Literal(matrix)).condition == np.inf
+        assert Basis(literal(matrix)).condition == np.inf
 
 
 def test_a_tensor_is_rounded_once():
     third = np.full((2, 2), 1 / 3)
-    tensor = FoldedTensor(Literal(third), ir.DataType.FLOAT16)
+    tensor = FoldedTensor(literal(third), ir.DataType.FLOAT16)
     assert tensor.shape == (2, 2)
     np.testing.assert_array_equal(tensor.numpy(), third.astype(np.float16), strict=True)
     np.testing.assert_array_equal(evaluate(tensor.expression), third)

@@ -14,7 +14,7 @@ from helpers import (
     proto,
 )
 
-from onnx_fold.algebra.expression import FoldedTensor, Literal
+from onnx_fold.algebra.expression import FoldedTensor, literal
 from onnx_fold.graph.edit import Editor
 from onnx_fold.rewriting.record import Present
 from onnx_fold.rewriting.rewrite import Rewrite, Work
@@ -32,7 +32,7 @@ def node(model: ir.Model, output: str) -> ir.Node:
 
 
 def tensor(array: np.ndarray) -> FoldedTensor:
-    return FoldedTensor(Literal(array), ir.DataType.FLOAT)
+    return FoldedTensor(literal(array), ir.DataType.FLOAT)
 
 
 def apply(rewrite: Rewrite, model: ir.Model) -> None:
@@ -46,7 +46,7 @@ def interpolated(model: ir.Model, *, gather: bool = False, bias: bool = False) -
     at = rewrite.before(multiply)
     h = model.graph.inputs[0]
     if gather:
-        h = at("Gather", h, at.integers(Literal(np.arange(F)), "order"), axis=-1)
+        h = at("Gather", h, at.integers(literal(np.arange(F)), "order"), axis=-1)
     h2, h1 = at.split(h, [F - D, D])
     total = at("Add", at("MatMul", h2, at.constant(tensor(normal(F - D, D)), "rest")), h1)
     if bias:

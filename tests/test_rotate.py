@@ -21,8 +21,9 @@ from helpers import (
 
 import onnx_fold
 from onnx_fold.algebra.exact import Multiplier, exact, values
-from onnx_fold.algebra.expression import Literal, ScaledRows, Spool, evaluate, transpose
+from onnx_fold.algebra.expression import evaluate, literal, scaled_rows, transpose
 from onnx_fold.algebra.rotation import OrthogonalBasis, orthogonal_factor
+from onnx_fold.algebra.storage import Spool
 from onnx_fold.check import proof
 from onnx_fold.graph.channels import Group
 from onnx_fold.streams.norms import find_norm_streams
@@ -390,22 +391,22 @@ def test_a_protected_layer_is_left():
 @pytest.mark.parametrize("columns", [3, 6, 9])
 def test_the_factor_is_orthogonal_and_makes_a_triangle(columns):
     matrix = normal(6, columns, seed=18, dtype=np.float64)
-    factor = orthogonal_factor(Literal(matrix), Spool())
+    factor = orthogonal_factor(literal(matrix), Spool())
     rotation = evaluate(factor)
     np.testing.assert_allclose(rotation.T @ rotation, np.eye(6), atol=1e-14)
-    triangle = evaluate(OrthogonalBasis(factor).of_reader(Literal(matrix)))
+    triangle = evaluate(OrthogonalBasis(factor).of_reader(literal(matrix)))
     np.testing.assert_allclose(np.tril(triangle, -1), 0.0, atol=1e-14)
 
 
 def test_scaled_rows_multiply_exactly():
     matrix, factors = normal(6, 4, dtype=np.float64), normal(6, dtype=np.float64)
     x, y = normal(3, 6, dtype=np.float64), normal(3, 4, dtype=np.float64)
-    scaled = exact(ScaledRows(Literal(matrix), Literal(factors)))
+    scaled = exact(scaled_rows(literal(matrix), literal(factors)))
     expected = np.diag(factors) @ matrix
     np.testing.assert_allclose(values(scaled), expected)
     np.testing.assert_allclose(Multiplier().times(x, scaled), x @ expected)
     np.testing.assert_allclose(Multiplier().times(y, transpose(scaled)), y @ expected.T)
-    rows = evaluate(scaled.take(Literal(np.array([2, 0])), 0))
+    rows = evaluate(scaled.take(literal(np.array([2, 0])), 0))
     np.testing.assert_allclose(rows, expected[[2, 0]])
 
 

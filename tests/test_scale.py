@@ -14,8 +14,9 @@ from helpers import fold, graph, normal
 
 from onnx_fold.algebra import expression
 from onnx_fold.algebra.basis import Basis
-from onnx_fold.algebra.expression import Literal, Part, Stored
+from onnx_fold.algebra.expression import literal
 from onnx_fold.algebra.selection import RowSelection
+from onnx_fold.algebra.storage import InFile
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "scale.py"
 
@@ -46,9 +47,9 @@ def test_operations_are_counted_once() -> None:
     scale = importlib.util.module_from_spec(spec)
     sys.modules["scale"] = scale
     spec.loader.exec_module(scale)
-    basis = Basis(Literal(np.eye(4)))
-    readers = [basis.of_reader(Literal(np.ones((4, n)))) for n in (3, 5)]
-    rows = RowSelection(Literal(np.ones((9, 4), np.float32)), ir.DataType.FLOAT16)
+    basis = Basis(literal(np.eye(4)))
+    readers = [basis.of_reader(literal(np.ones((4, n)))) for n in (3, 5)]
+    rows = RowSelection(literal(np.ones((9, 4), np.float32)), ir.DataType.FLOAT16)
     counted = scale.operations([*readers, rows.rest, rows.order])
     assert counted["float64"] == pytest.approx(2 * 4**3 / 3 + 2 * 4**2 * 8)
     assert counted["float32"] == pytest.approx(9 * 4**2 - 4**3 / 3 + 5 * 4**2)
@@ -75,8 +76,8 @@ def test_where_nothing_folds_no_weight_is_read(
         raise AssertionError("a weight was read")
 
     monkeypatch.setattr(ir.ExternalTensor, "numpy", read)
-    monkeypatch.setattr(Stored, "compute", read)
-    monkeypatch.setattr(Part, "compute", read)
+    monkeypatch.setattr(InFile, "read", read)
+    monkeypatch.setattr(InFile, "part", read)
     assert not fold(path).report.folded
 
 
@@ -90,18 +91,19 @@ def test_deciding_reads_samples_of_the_layers(
     text = f"(float[n, 96] h) => (float[n, {width}] y, float[n, 80] z)"
     model = graph(f"{text} {{ s = MatMul(h, O) y = MatMul(s, Q) z = MatMul(s, R) }}", **held)
     read: list[tuple[int, ...]] = []
-    whole, part = Stored.compute, Part.compute
+    whole, part = InFile.read, InFile.part
 
-    def record_whole(self: Stored, *operands: object) -> object:
+    def record_whole(self: InFile) -> np.ndarray:
         read.append(self.shape)
-        return whole(self, *operands)
+        return whole(self)
 
-    def record_part(self: Part, *operands: object) -> object:
-        read.append(self.shape)
-        return part(self, *operands)
+    def record_part(self: InFile, indices: np.ndarray, axis: int) -> np.ndarray:
+        taken = part(self, indices, axis)
+        read.append(taken.shape)
+        return taken
 
-    monkeypatch.setattr(Stored, "compute", record_whole)
-    monkeypatch.setattr(Part, "compute", record_part)
+    monkeypatch.setattr(InFile, "read", record_whole)
+    monkeypatch.setattr(InFile, "part", record_part)
     result = fold(stored(model, tmp_path), only=["absorb"])
     assert [stream.folded.strategy for stream in result.report.folded] == ["absorb"]
     assert set(read) <= {(width, width), (8, width), (width, 8), (8, 8)}

@@ -5,7 +5,7 @@ import onnx_ir as ir
 import pytest
 from helpers import chain, fold, folded, graph, normal, refused, square, stream_of
 
-from onnx_fold.algebra.expression import FoldedTensor, Literal
+from onnx_fold.algebra.expression import FoldedTensor, literal
 from onnx_fold.algebra.precision import unit_roundoff
 from onnx_fold.graph.edit import Editor
 from onnx_fold.rewriting.rewrite import Rewrite
@@ -217,7 +217,7 @@ def test_an_unknown_size_is_not_another_unknown_size_of_the_same_name():
 def test_a_search_meets_nodes_that_a_fold_has_added_since():
     model = chain("m = Identity(p)")
     stream = stream_of(model, "p")
-    vector = FoldedTensor(Literal(normal(4)), ir.DataType.FLOAT)
+    vector = FoldedTensor(literal(normal(4)), ir.DataType.FLOAT)
     value = next(value for value in stream.values if value.name == "p")
     Rewrite(biases={value: vector}).apply(Editor(model.graph))
     again = stream.search.stream(value, -1, 4)

@@ -85,7 +85,7 @@ class Basis:
         return Solve(self._factors, cast(r, np.float64))
 
     @cached_property
-    def _factors(self) -> Factors:
+    def _factors(self) -> Expression:
         return Factors(cast(self.matrix, np.float64))
 
     def factored(

@@ -7,28 +7,28 @@ the rows, completes them. That gives up ``(d - k) d`` of the ``d²`` weights tha
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
-from onnx_fold.algebra.device import HOST, Array, Device, Indices, Shape
+from onnx_fold.algebra.device import HOST, Array, Device, Indices
 from onnx_fold.algebra.expression import (
-    Broadcast,
-    Computed,
     Concatenate,
     Expression,
-    Literal,
+    Leaf,
     Product,
     Spread,
     Sum,
+    broadcast,
     cast,
+    defined,
     evaluate,
+    literal,
     take,
 )
 from onnx_fold.algebra.selection import RowSelection, Selection
+from onnx_fold.algebra.storage import Later, OnDemand, Source
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class Completion:
         return self._parts[kept]
 
     @cached_property
-    def _worst(self) -> tuple[Worst, Expression, Expression]:
+    def _worst(self) -> tuple[Worst, Source, Source]:
         """The worst rows, with their large matrices kept on disk."""
         whole = self.whole
         worst = worst_rows(evaluate(whole.basis, whole.device), self.most, whole.device)
@@ -128,16 +128,16 @@ class Completion:
         """The places of the ``count`` worst rows in the basis."""
         return self._worst[0].rows[:count]
 
-    def complement(self, count: int) -> Expression:
+    def complement(self, count: int) -> Array:
         """What completes all rows but those, ``[count, d]`` float64."""
-        return take(self._worst[1], slice(count), 0)
+        return self._worst[1].mapped()[:count]
 
-    def dropped(self, count: int) -> Expression:
+    def dropped(self, count: int) -> Source:
         """Those rows by the ones that are left and the complement: ``[A, E]``, ``[count, d]``."""
         worst, _, solved = self._worst
         left = np.delete(np.arange(self.whole.kept), worst.rows[:count])
         inside = worst.inside[:count, :count]
-        a = -inside @ evaluate(take(take(solved, slice(count), 0), left, 1))
+        a = -inside @ np.take(solved.mapped()[:count], left, 1)
         both = np.concatenate((a, inside / worst.scale), axis=1)
         return self.whole.spool.add(both.astype(self.whole.matrix.dtype))
 
@@ -159,28 +159,29 @@ class PartialSelection(Selection):
         self._count = count = width - kept
         kind = whole.matrix.dtype
         first = take(self.matrix, take(self.order, slice(kept), 0), 0)
-        wide = np.dtype(np.float64)
-        complement = _Later(whole, (count, width), wide, lambda: completion.complement(count))
-        self.basis = Concatenate((first, cast(complement, kind)), 0)
-        self.rest = Computed(cast(self._rest(), whole.dtype.numpy()), self.formula)
+        complement = OnDemand(
+            (count, width), np.dtype(np.float64), lambda: completion.complement(count)
+        )
+        self.basis = Concatenate(first, cast(Leaf(source=complement), kind), axis=0)
+        self.rest = defined(cast(self._rest(), whole.dtype.numpy()), self.formula)
 
     def _rest(self) -> Expression:
         whole, width, count, kept = self._whole, self._whole.kept, self._count, self.kept
         rows = whole.matrix.shape[0] - kept
         dropped, left, order = (
-            _Later(whole, (size,), np.dtype(np.intp), found)
+            Leaf(source=OnDemand((size,), np.dtype(np.intp), found))
             for size, found in (
-                (count, lambda: Literal(self._completion.rows(count))),
-                (kept, lambda: Literal(self._left)),
-                (rows, lambda: Literal(self._places)),
+                (count, lambda: self._completion.rows(count)),
+                (kept, lambda: self._left),
+                (rows, lambda: self._places),
             )
         )
         spread = Spread(dropped, whole.coefficients, order)
         kind = whole.matrix.dtype
-        a_and_e = _Later(whole, (count, width), kind, lambda: self._completion.dropped(count))
-        zeros = Broadcast(Literal(np.zeros((1, 1), kind)), (rows, count))
-        direct = Concatenate((take(spread, left, 1), zeros), 1)
-        return Sum((direct, Product(take(spread, dropped, 1), a_and_e)))
+        a_and_e = Later((count, width), kind, lambda: self._completion.dropped(count))
+        zeros = broadcast(literal(np.zeros((1, 1), kind)), (rows, count))
+        direct = Concatenate(take(spread, left, 1), zeros, axis=1)
+        return Sum(direct, Product(take(spread, dropped, 1), Leaf(source=a_and_e)))
 
     @property
     def _left(self) -> Indices:
@@ -207,34 +208,3 @@ class PartialSelection(Selection):
         dropped = basis[self._completion.rows(self._count)]
         before, behind = others[: self._fixed], others[self._fixed :]
         return np.concatenate((basis[self._left], before, dropped, behind))
-
-
-@dataclass(frozen=True, eq=False)
-class _Later(Expression):
-    """What is known once rows are selected."""
-
-    selection: RowSelection
-    dims: Shape
-    kind: np.dtype[Any]
-    find: Callable[[], Expression]
-
-    @cached_property
-    def _found(self) -> Expression:
-        return self.find()
-
-    @property
-    def shape(self) -> Shape:
-        return self.dims
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        return self.kind
-
-    def stored(self) -> Array | None:
-        return self._found.stored()
-
-    def compute(self, device: Device, *operands: Any) -> Any:
-        return device.load(evaluate(self._found))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Literal, (evaluate(self._found),)

@@ -10,34 +10,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import scipy.linalg
 
+from onnx_fold.algebra import expression as op
 from onnx_fold.algebra.device import Array, Host, Indices
-from onnx_fold.algebra.expression import (
-    Cast,
-    Computed,
-    Concatenate,
-    Diagonal,
-    Expression,
-    Factors,
-    FoldedTensor,
-    Part,
-    Product,
-    Scale,
-    ScaledRows,
-    Solve,
-    Spread,
-    Sum,
-    Take,
-    Transpose,
-    cast,
-    evaluate,
-    take,
-)
+from onnx_fold.algebra.expression import Expression, FoldedTensor, cast, evaluate, take
 from onnx_fold.algebra.precision import unit_roundoff
 from onnx_fold.errors import WrongWeightError
 
@@ -102,27 +83,19 @@ def _parts(node: Expression, defined: bool) -> Sequence[Expression]:
     """What has to be widened before ``node``."""
     if defined and node.definition is not None:
         return (node.definition,)
-    if isinstance(node, Computed):
-        return (node.x,)
-    return () if isinstance(node, Part) else node.operands
+    return node.operands
 
 
 def _widened(node: Expression, known: Mapping[Expression, Expression], defined: bool) -> Expression:
-    parts = _parts(node, defined)
-    if isinstance(node, Part):
-        return Take(cast(node.source, np.float64), node.indices, node.axis)
-    if not parts:
-        return node if node.dtype.kind in "iub" else cast(node, np.float64)
-    if node.definition is not None or isinstance(node, Cast):
-        return known[parts[0]]
-    changed: dict[str, Any] = {}
-    for each in fields(node):  # type: ignore[arg-type]
-        value = getattr(node, each.name)
-        if isinstance(value, Expression):
-            changed[each.name] = known[value]
-        elif isinstance(value, tuple) and value and isinstance(value[0], Expression):
-            changed[each.name] = tuple(known[part] for part in value)
-    return replace(node, **changed)  # type: ignore[type-var]
+    parts = [known[part] for part in _parts(node, defined)]
+    if (defined and node.definition is not None) or node.operation is op.Cast:
+        return parts[0]
+    if node.operation is op.Leaf:
+        return node if node.dtype.kind in "iub" else cast(op.Leaf(**node.arguments), np.float64)
+    if node.operation is op.Part:
+        source, axis = node.arguments["source"], node.arguments["axis"]
+        return op.Take(exact(op.Leaf(source=source)), *parts, axis=axis)
+    return node.operation(*parts, **node.arguments)
 
 
 def values(expression: Expression) -> Array:
@@ -134,7 +107,7 @@ class Multiplier:
     """Multiplies rows by exact matrices; the last LU factors are kept, for the next product."""
 
     def __init__(self) -> None:
-        self._factors: dict[Factors, Any] = {}
+        self._factors: dict[Expression, Any] = {}
 
     def times(self, x: Array, matrix: Expression, *, transposed: bool = False) -> Array:
         """``x @ matrix``, or ``x @ matrixᵀ``, float64 ``[n, r] @ [r, c]``.
@@ -144,74 +117,96 @@ class Multiplier:
             matrix: An expression made by :func:`exact`, of rank 2.
             transposed: Multiply by its transpose.
         """
-        match matrix:
-            case Transpose():
-                return self.times(x, matrix.x, transposed=not transposed)
-            case Scale():
-                return self.times(x, matrix.x, transposed=transposed) * matrix.factor
-            case ScaledRows():
-                factors = values(matrix.factors)
-                inside = x if transposed else x * factors
-                scaled = self.times(inside, matrix.x, transposed=transposed)
-                return scaled * factors if transposed else scaled
-            case Sum() if all(term.shape == matrix.shape for term in matrix.terms):
-                terms = (self.times(x, term, transposed=transposed) for term in matrix.terms)
+        operands, arguments = matrix.operands, matrix.arguments
+        match matrix.operation:
+            case op.Transpose:
+                return self.times(x, *operands, transposed=not transposed)
+            case op.Scale:
+                factor: float = arguments["factor"]
+                return self.times(x, *operands, transposed=transposed) * factor
+            case op.Times if operands[1].shape == (matrix.shape[0], 1):
+                return self._scaled_rows(x, *operands, transposed=transposed)
+            case op.Sum if all(term.shape == matrix.shape for term in operands):
+                terms = (self.times(x, term, transposed=transposed) for term in operands)
                 return sum(terms, np.zeros(()))
-            case Product():
-                parts = [matrix.left, matrix.right]
-                for part in reversed(parts) if transposed else parts:
+            case op.Product:
+                for part in reversed(operands) if transposed else operands:
                     x = self.times(x, part, transposed=transposed)
                 return x
-            case Solve() if transposed:
-                inside = self.times(x, matrix.rhs, transposed=True)
-                return self._solve(matrix, inside, transposed=matrix.transposed)
-            case Solve():
-                solved = self._solve(matrix, x, transposed=not matrix.transposed)
-                return self.times(solved, matrix.rhs)
-            case Take():
-                return self._taken(x, matrix, transposed)
-            case Concatenate():
-                return self._joined(x, matrix, transposed)
-            case Spread():
-                return self._spread(x, matrix, transposed)
-            case Diagonal():
-                return x * values(matrix.x)
-        leaf = (matrix.x if isinstance(matrix, Cast) else matrix).stored()
+            case op.Solve:
+                is_of_t = bool(arguments.get("transposed"))  # A⁻ᵀ
+                return self._solved(x, *operands, transposed=transposed, inverse_of_t=is_of_t)
+            case op.Take:
+                return self._taken(x, *operands, **arguments, transposed=transposed)
+            case op.Concatenate:
+                return self._joined(x, operands, **arguments, transposed=transposed)
+            case op.Spread:
+                return self._spread(x, *operands, transposed=transposed)
+            case op.Diagonal:
+                return x * values(*operands)
+        leaf = (operands[0] if matrix.operation is op.Cast else matrix).stored
         return _by_blocks(x, values(matrix) if leaf is None else leaf, transposed)
 
-    def _solve(self, node: Solve, rows: Array, *, transposed: bool) -> Array:
-        if node.factors not in self._factors:
+    def _scaled_rows(
+        self, x: Array, w: Expression, column: Expression, *, transposed: bool
+    ) -> Array:
+        factors = values(column)[:, 0]
+        if transposed:
+            return self.times(x, w, transposed=True) * factors
+        return self.times(x * factors, w)
+
+    def _solved(
+        self, x: Array, lu: Expression, y: Expression, *, transposed: bool, inverse_of_t: bool
+    ) -> Array:
+        if transposed:
+            return self._solve(lu, self.times(x, y, transposed=True), transposed=inverse_of_t)
+        return self.times(self._solve(lu, x, transposed=not inverse_of_t), y)
+
+    def _solve(self, lu: Expression, rows: Array, *, transposed: bool) -> Array:
+        if lu not in self._factors:
             while len(self._factors) >= _KEPT:
                 del self._factors[next(iter(self._factors))]
-            self._factors[node.factors] = EXACTLY.lu_factor(values(node.factors.x))
-        return EXACTLY.lu_solve(self._factors[node.factors], rows.T, transposed).T
+            self._factors[lu] = EXACTLY.lu_factor(values(*lu.operands))
+        return EXACTLY.lu_solve(self._factors[lu], rows.T, transposed).T
 
-    def _taken(self, x: Array, matrix: Take, transposed: bool) -> Array:
-        indices: Indices = evaluate(matrix.indices)
-        if (matrix.axis == 1) != transposed:  # columns of the result
-            return self.times(x, matrix.x, transposed=transposed)[:, indices]
-        placed = np.zeros((matrix.x.shape[matrix.axis], len(x)))
+    def _taken(
+        self, x: Array, w: Expression, picked: Expression, *, axis: int, transposed: bool
+    ) -> Array:
+        indices: Indices = evaluate(picked)
+        if (axis == 1) != transposed:  # columns of the result
+            return self.times(x, w, transposed=transposed)[:, indices]
+        placed = np.zeros((w.shape[axis], len(x)))
         np.add.at(placed, indices, x.T)
-        return self.times(placed.T, matrix.x, transposed=transposed)
+        return self.times(placed.T, w, transposed=transposed)
 
-    def _spread(self, x: Array, matrix: Spread, transposed: bool) -> Array:
-        units: Indices = evaluate(matrix.units)
-        own, others = np.split(evaluate(matrix.order), [len(units)])
+    def _spread(
+        self,
+        x: Array,
+        numbers: Expression,
+        rest: Expression,
+        order: Expression,
+        *,
+        transposed: bool,
+    ) -> Array:
+        units: Indices = evaluate(numbers)
+        own, others = np.split(evaluate(order), [len(units)])
         if not transposed:
-            result = self.times(x[:, others], matrix.rest)
+            result = self.times(x[:, others], rest)
             result[:, units] += x[:, own]
             return result
-        result = np.empty((len(x), len(matrix)))
+        result = np.empty((len(x), *order.shape))
         result[:, own] = x[:, units]
-        result[:, others] = self.times(x, matrix.rest, transposed=True)
+        result[:, others] = self.times(x, rest, transposed=True)
         return result
 
-    def _joined(self, x: Array, matrix: Concatenate, transposed: bool) -> Array:
-        if (matrix.axis == 1) != transposed:
-            parts = [self.times(x, part, transposed=transposed) for part in matrix.parts]
-            return np.concatenate(parts, axis=1)
-        ends = np.cumsum([part.shape[matrix.axis] for part in matrix.parts])
-        pieces = zip(np.split(x, ends[:-1], axis=1), matrix.parts, strict=True)
+    def _joined(
+        self, x: Array, parts: Sequence[Expression], *, axis: int, transposed: bool
+    ) -> Array:
+        if (axis == 1) != transposed:
+            found = [self.times(x, part, transposed=transposed) for part in parts]
+            return np.concatenate(found, axis=1)
+        ends = np.cumsum([part.shape[axis] for part in parts])
+        pieces = zip(np.split(x, ends[:-1], axis=1), parts, strict=True)
         products = (self.times(piece, part, transposed=transposed) for piece, part in pieces)
         return sum(products, np.zeros(()))
 

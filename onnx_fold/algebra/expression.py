@@ -1,73 +1,73 @@
 """Matrices that are not evaluated yet: small trees of products, solves and slices over weights.
 
 A folded weight is such a tree, ``T⁻¹ W T'`` say. It knows its shape and type without reading
-anything, can be pickled and sent to another process, and is evaluated once, when it is written. A
-leaf that lies in a file is a path and an offset: whoever evaluates it reads its own bytes.
+anything, can be pickled and sent to another process, and is evaluated once, when it is written.
 
 :meth:`Expression.take` goes down the tree: some columns of a product are the product with some
 columns, some rows of a stored matrix are read and no others. So a sample costs what is sampled.
+
+All nodes are of one type. What an :class:`Operation` does is a row of rules: the shape of its
+result, how it is computed, and which slices of its operands make slices of it.
 """
 
 from __future__ import annotations
 
 import math
-import os
-import tempfile
-import weakref
-from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import partial, reduce
+from operator import add
 from pathlib import Path
 from types import MappingProxyType
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
 from onnx_fold.algebra.device import HOST, Array, Device, Indices, Shape
+from onnx_fold.algebra.storage import InFile, InMemory, OnDemand, OnDisk
 from onnx_fold.errors import NotFiniteError
 
 
-class Expression(ABC):
+@dataclass(frozen=True, eq=False)
+class Expression:
     """A matrix that is evaluated when it is needed; two are the same only if they are one object.
 
+    It is made by its operation: ``Take(x, indices, axis=1)``.
+
     Attributes:
+        operation: What makes it of its operands.
+        operands: What has to be evaluated first.
+        arguments: What else the operation needs to know, by name.
         shape: Its shape.
         dtype: The type that it evaluates to.
+        definition: What it is equal to, where it was computed in another way, and rounded. It is
+            for the proof, and not pickled.
     """
 
-    @property
-    @abstractmethod
-    def shape(self) -> Shape: ...
+    operation: Operation
+    operands: tuple[Expression, ...]
+    arguments: Mapping[str, Any]
+    shape: Shape
+    dtype: np.dtype[Any]
+    definition: Expression | None = None
 
     @property
-    @abstractmethod
-    def dtype(self) -> np.dtype[Any]: ...
-
-    @property
-    def operands(self) -> tuple[Expression, ...]:
-        """What has to be evaluated first."""
-        return ()
-
-    @property
-    def definition(self) -> Expression | None:
-        """What it is equal to, where it was computed in another way, and rounded."""
-        return None
-
     def stored(self) -> Array | None:
         """The numbers of a leaf, mapped into memory where they lie in a file; else None."""
-        return None
-
-    @abstractmethod
-    def compute(self, device: Device, *operands: Any) -> Any:
-        """Evaluate it on ``device``, given the values of its operands there."""
+        return self.arguments["source"].mapped() if self.operation is Leaf else None
 
     def take(self, indices: Expression, axis: int) -> Expression:
         """Some slices along ``axis`` (not negative), in the order of ``indices`` (integers)."""
-        return Take(self, indices, axis)
+        taken = self.operation.take(self, indices, axis) or Take(self, indices, axis=axis)
+        if self.definition is None:
+            return taken
+        return defined(taken, self.definition.take(indices, axis))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial(self.operation, **self.arguments), self.operands
 
 
 def evaluate(
@@ -85,634 +85,285 @@ def evaluate(
         device: Where.
         given: Values on the device that are known already.
     """
-    uses = Counter(id(operand) for node in _nodes(expression) for operand in node.operands)
+    values = dict(given)
+    nodes = _operands_first(expression, given)
+    uses = Counter(operand for node in nodes for operand in node.operands)
+    uses[expression] += 1
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-        return device.fetch(_computed(expression, device, given, uses))
+        for node in nodes:
+            operands = (values[operand] for operand in node.operands)
+            values[node] = node.operation.compute(node, device, *operands, **node.arguments)
+            for operand in node.operands:
+                uses[operand] -= 1
+                if not uses[operand]:
+                    del values[operand]
+    return device.fetch(values[expression])
 
 
-def _computed(
-    root: Expression, device: Device, given: Mapping[Expression, Any], uses: Counter[int]
-) -> Any:
-    """The value of ``root``, operands first; each value is kept while it has more ``uses``."""
-    values: dict[int, Any] = {}
-    stack = [root]
+def _operands_first(root: Expression, given: Container[Expression] = ()) -> Iterable[Expression]:
+    """All objects of the tree that are not ``given``, each once, behind its operands."""
+    found: dict[Expression, None] = {}
+    stack = [root] if root not in given else []
     while stack:
-        node = stack[-1]
-        key = id(node)
-        if key not in values and node in given:
-            values[key] = given[node]
-        if key in values:
-            stack.pop()
-            continue
-        missing = [operand for operand in node.operands if id(operand) not in values]
+        missing = [x for x in stack[-1].operands if x not in found and x not in given]
         if missing:
             stack.extend(reversed(missing))
-            continue
-        values[key] = node.compute(device, *(values[id(operand)] for operand in node.operands))
-        for operand in node.operands:
-            uses[id(operand)] -= 1
-            if not uses[id(operand)]:
-                del values[id(operand)]
-    return values[id(root)]
+        else:
+            found[stack.pop()] = None
+    return found
 
 
-def _nodes(root: Expression) -> Iterator[Expression]:
-    """All objects of the tree, each once."""
-    queue, seen = [root], {id(root)}
-    while queue:
-        node = queue.pop()
-        yield node
-        new = {id(operand): operand for operand in node.operands if id(operand) not in seen}
-        seen |= new.keys()
-        queue.extend(new.values())
+# --- Rules ----------------------------------------------------------------------------------------
 
-
-# --- Leaves ---------------------------------------------------------------------------------------
+TakeRule = Callable[[Expression, Expression, int], Expression | None]
 
 
 @dataclass(frozen=True, eq=False)
-class Literal(Expression):
+class Operation:
+    """What makes an expression of others, as a row of rules.
+
+    Attributes:
+        name: What it is called in this module.
+        compute: ``(node, device, *values, **arguments)``: its value on a device, by those of its
+            operands there.
+        shape: ``(*operands, **arguments)``: the shape of its result, by default the first one's.
+        dtype: The same for the type.
+        take: Slices of a node along an axis, by slices of its operands; None if there are no such.
+    """
+
+    name: str
+    compute: Callable[..., Any]
+    shape: Callable[..., Shape] = lambda x, *_, **__: x.shape
+    dtype: Callable[..., np.dtype[Any]] = lambda x, *_, **__: x.dtype
+    take: TakeRule = lambda node, indices, axis: None
+
+    def __call__(self, *operands: Expression, **arguments: Any) -> Expression:
+        """The result of these operands."""
+        shape, dtype = self.shape(*operands, **arguments), self.dtype(*operands, **arguments)
+        return Expression(self, operands, arguments, shape, dtype)
+
+    def __reduce__(self) -> str:
+        return self.name
+
+
+def _by_slices(axes: Callable[..., Sequence[int | None] | None]) -> TakeRule:
+    """Slices of a result are the result of slices.
+
+    Args:
+        axes: ``(axis, *operands, **arguments)``: the axis of each operand that stands for ``axis``
+            of the result, None if it is used as it is; None if the operands have no such slices.
+    """
+
+    def take(node: Expression, indices: Expression, axis: int) -> Expression | None:
+        found = axes(axis, *node.operands, **node.arguments)
+        if found is None:
+            return None
+        pairs = zip(node.operands, found, strict=True)
+        parts = (x if own is None else x.take(indices, own) for x, own in pairs)
+        return node.operation(*parts, **node.arguments)
+
+    return take
+
+
+def _broadcasting(axis: int, *terms: Expression) -> Sequence[int | None] | None:
+    """Of terms that broadcast, one that is repeated along ``axis`` stays as it is."""
+    shape = np.broadcast_shapes(*(term.shape for term in terms))
+    if shape[axis] == 1 or any(len(term.shape) != len(shape) for term in terms):
+        return None
+    return [None if term.shape[axis] == 1 else axis for term in terms]
+
+
+def _resized(shape: Shape, axis: int, *sizes: int) -> Shape:
+    return (*shape[:axis], *sizes, *shape[axis + 1 :])
+
+
+def _take_again(node: Expression, indices: Expression, along: int) -> Expression:
+    (x, own), axis = node.operands, node.arguments["axis"]
+    if along == axis:
+        return x.take(own.take(indices, 0), axis)
+    return Take(x.take(indices, along), own, axis=axis)
+
+
+def _placed(node: Expression, device: Device, x: Any, positions: Any, **_: Any) -> Any:
+    array = device.zeros(node.shape, node.dtype)
+    array.reshape(-1)[positions] = x.reshape(-1)
+    return array
+
+
+def _spread(node: Expression, device: Device, units: Any, rest: Any, order: Any) -> Any:
+    matrix = device.zeros(node.shape, node.dtype)
+    matrix[order[: len(units)], units] = 1.0
+    matrix[order[len(units) :]] = rest
+    return matrix
+
+
+def _take_spread(node: Expression, indices: Expression, axis: int) -> Expression | None:
+    """Rows are looked up now: it is for samples, of which not all of ``rest`` is read."""
+    if axis == 1:
+        return None
+    numbers, order = evaluate(node.operands[0]), evaluate(node.operands[2])
+    place = np.argsort(order)[evaluate(indices)]
+    is_unit = place < len(numbers)
+    return Spread(
+        literal(numbers[place[is_unit]]),
+        node.operands[1].take(literal(place[~is_unit] - len(numbers)), 0),
+        literal(np.argsort(~is_unit, kind="stable")),
+    )
+
+
+_elementwise = _by_slices(lambda axis, *operands, **_: [axis] * len(operands))
+
+# --- Operations -----------------------------------------------------------------------------------
+
+Part = Operation(  # slices of the array of a source, of which no others are read
+    "Part",
+    lambda _, device, picked, source, axis: device.load(source.part(device.fetch(picked), axis)),
+    shape=lambda picked, source, axis: _resized(source.shape, axis, *picked.shape),
+    dtype=lambda picked, source, axis: source.dtype,
+    take=_by_slices(lambda along, picked, source, axis: (0,) if along == axis else None),
+)
+Leaf = Operation(  # the array of a source
+    "Leaf",
+    lambda _, device, source: device.load(source.read()),
+    shape=lambda source: source.shape,
+    dtype=lambda source: source.dtype,
+    take=lambda leaf, indices, axis: Part(indices, axis=axis, **leaf.arguments),
+)
+Cast = Operation(  # x, rounded or widened to another type
+    "Cast",
+    lambda _, device, x, to: device.cast(x, to),
+    dtype=lambda x, to: to,
+    take=_elementwise,
+)
+Scale = Operation(  # x times a number
+    "Scale",
+    lambda _, device, x, factor: x * factor,
+    take=_elementwise,
+)
+Transpose = Operation(  # x with its axes in another order
+    "Transpose",
+    lambda _, device, x, permutation: device.transpose(x, permutation),
+    shape=lambda x, permutation: tuple(x.shape[axis] for axis in permutation),
+    take=_by_slices(lambda axis, x, permutation: (permutation[axis],)),
+)
+Reshape = Operation(  # x in another shape of as many elements
+    "Reshape",
+    lambda _, device, x, shape: x.reshape(shape),
+    shape=lambda x, shape: shape,
+)
+Broadcast = Operation(  # x repeated along axes of size one
+    "Broadcast",
+    lambda _, device, x, shape: device.broadcast(x, shape),
+    shape=lambda x, shape: shape,
+)
+Diagonal = Operation(  # [n, n] with x, [n], on its diagonal
+    "Diagonal",
+    lambda node, device, x: _placed(node, device, x, slice(None, None, len(x) + 1)),
+    shape=lambda x: (*x.shape, *x.shape),
+)
+Placed = Operation(  # the elements of x at positions of an array of zeros, in row-major order
+    "Placed",
+    _placed,
+    shape=lambda x, positions, shape: shape,
+)
+Take = Operation(  # slices of x along an axis, by their indices (integers)
+    "Take",
+    lambda _, device, x, indices, axis: device.take(x, indices, axis),
+    shape=lambda x, indices, axis: _resized(x.shape, axis, *indices.shape),
+    take=_take_again,
+)
+Concatenate = Operation(  # expressions side by side along an axis
+    "Concatenate",
+    lambda _, device, *parts, axis: device.concatenate(parts, axis),
+    shape=lambda *parts, axis: _resized(parts[0].shape, axis, sum(x.shape[axis] for x in parts)),
+    take=_by_slices(lambda along, *parts, axis: None if along == axis else [along] * len(parts)),
+)
+Sum = Operation(  # x + y + ..., of one type; they broadcast
+    "Sum",
+    lambda _, device, *terms: reduce(add, terms),
+    shape=lambda *terms: np.broadcast_shapes(*(term.shape for term in terms)),
+    take=_by_slices(_broadcasting),
+)
+Times = Operation(  # x · y, element by element, of one type; they broadcast
+    "Times",
+    lambda _, device, x, y: x * y,
+    shape=lambda x, y: np.broadcast_shapes(x.shape, y.shape),
+    take=_by_slices(_broadcasting),
+)
+Product = Operation(  # x @ y, [..., n] @ [n, m], of one type
+    "Product",
+    lambda _, device, x, y: x @ y,
+    shape=lambda x, y: (*x.shape[:-1], *y.shape[1:]),
+    take=_by_slices(lambda axis, x, y: (None, 1) if axis == len(x.shape) - 1 else (axis, None)),
+)
+Factors = Operation(  # LU factors of x, [d, d] float64, as the device makes them
+    "Factors",
+    lambda _, device, x: device.lu_factor(x),
+)
+Solve = Operation(  # A⁻¹ y, or A⁻ᵀ y (transposed), by the LU factors of A; y is [d, n] float64
+    "Solve",
+    lambda _, device, lu, y, transposed=False: device.lu_solve(lu, y, transposed),
+    shape=lambda lu, y, transposed=False: y.shape,
+    dtype=lambda lu, y, transposed=False: y.dtype,
+    take=_by_slices(lambda axis, *_, **__: None if axis == 0 else (None, 1)),
+)
+Spread = Operation(  # row order[i] is the unit vector units[i], then the next row of rest: [n, d]
+    "Spread",
+    _spread,
+    shape=lambda units, rest, order: (*order.shape, rest.shape[1]),
+    dtype=lambda units, rest, order: rest.dtype,
+    take=_take_spread,
+)
+
+
+# --- Making them ----------------------------------------------------------------------------------
+
+
+def literal(array: Array) -> Expression:
     """An array in memory."""
-
-    array: Array
-
-    @property
-    def shape(self) -> Shape:
-        return self.array.shape
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        return self.array.dtype
-
-    def stored(self) -> Array:
-        return self.array
-
-    def compute(self, device: Device, *operands: Any) -> Any:
-        return device.load(self.array)
+    return Leaf(source=InMemory(array))
 
 
-@dataclass(frozen=True, eq=False)
-class Initializer(Expression):
-    """A tensor of a model in memory; it is pickled by value."""
-
-    tensor: ir.TensorProtocol
-
-    @property
-    def shape(self) -> Shape:
-        return tuple(self.tensor.shape.numpy())
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        return self.tensor.dtype.numpy()
-
-    def stored(self) -> Array:
-        return self.tensor.numpy()
-
-    def compute(self, device: Device, *operands: Any) -> Any:
-        return device.load(self.tensor.numpy())
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Literal, (self.tensor.numpy(),)
-
-
-@dataclass(frozen=True, eq=False)
-class _OnDisk(Expression):
-    offset: int
-    storage: np.dtype[Any]
-    dims: Shape
-
-    @property
-    def shape(self) -> Shape:
-        return self.dims
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        return self.storage
-
-    @abstractmethod
-    def mapped(self) -> Array:
-        """The file mapped into memory: only what is looked at is read."""
-
-    def stored(self) -> Array:
-        return self.mapped()
-
-    def take(self, indices: Expression, axis: int) -> Expression:
-        return Part(self, indices, axis)
-
-
-@dataclass(frozen=True, eq=False)
-class Stored(_OnDisk):
-    """A tensor in a file: ``storage`` values from byte ``offset`` on."""
-
-    path: Path
-
-    def mapped(self) -> Array:
-        return np.memmap(self.path, self.storage, "r", self.offset, self.dims)
-
-    def compute(self, device: Device, *operands: Any) -> Any:
-        count = math.prod(self.dims)
-        array = np.fromfile(self.path, self.storage, count, offset=self.offset)
-        return device.load(array.reshape(self.dims))
-
-
-class Spool:
-    """Arrays kept on disk, in a file without a name that goes with the last of them."""
-
-    def __init__(self, in_memory: int = 2**20) -> None:
-        """Keep arrays of up to ``in_memory`` bytes in memory."""
-        self._in_memory = in_memory
-
-    @cached_property
-    def file(self) -> IO[bytes]:
-        """Where the arrays lie."""
-        file = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as this object is
-        weakref.finalize(self, file.close)
-        return file
-
-    def add(self, array: Array) -> Expression:
-        """``array`` as an expression that does not hold it in memory if it is large."""
-        if array.nbytes <= self._in_memory:
-            return Literal(array)
-        offset = self.file.seek(0, os.SEEK_END)
-        np.ascontiguousarray(array).tofile(self.file)
-        return Spooled(offset, array.dtype, array.shape, self)
-
-
-@dataclass(frozen=True, eq=False)
-class Spooled(_OnDisk):
-    """An array in a :class:`Spool`; it is pickled by value."""
-
-    spool: Spool
-
-    def mapped(self) -> Array:
-        return np.memmap(self.spool.file, self.storage, "r", self.offset, self.dims)
-
-    def compute(self, device: Device, *operands: Any) -> Any:
-        return device.load(np.array(self.mapped()))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Literal, (np.array(self.mapped()),)
-
-
-@dataclass(frozen=True, eq=False)
-class Part(Expression):
-    """Slices of an array on disk; no others are read."""
-
-    source: _OnDisk
-    indices: Expression
-    axis: int
-
-    @property
-    def shape(self) -> Shape:
-        return _taken(self.source.shape, self.indices, self.axis)
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        return self.source.dtype
-
-    @property
-    def operands(self) -> tuple[Expression, ...]:
-        return (self.indices,)
-
-    def compute(self, device: Device, *operands: Any) -> Any:
-        (indices,) = operands
-        taken = np.take(self.source.mapped(), device.fetch(indices), self.axis)
-        return device.load(taken.view(np.ndarray))
-
-
-def _taken(shape: Shape, indices: Expression, axis: int) -> Shape:
-    return (*shape[:axis], *indices.shape, *shape[axis + 1 :])
+def defined(x: Expression, formula: Expression) -> Expression:
+    """``x``, which was computed ahead of time and rounded, and the formula that defines it."""
+    return replace(x, definition=formula)
 
 
 def of_tensor(tensor: ir.TensorProtocol) -> Expression:
     """The values of an initializer; a folded weight is not rounded to its own type first."""
     if isinstance(tensor, FoldedTensor):
         return tensor.expression
+    shape, dtype = tuple(tensor.shape.numpy()), tensor.dtype.numpy()
     if isinstance(tensor, ir.ExternalTensor):
-        shape = tuple(tensor.shape.numpy())
-        return Stored(tensor.offset or 0, tensor.dtype.numpy(), shape, Path(tensor.path))
-    return Initializer(tensor)
-
-
-# --- Operations -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class _Unary(Expression):
-    x: Expression
-
-    @property
-    def shape(self) -> Shape:
-        return self.x.shape
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        return self.x.dtype
-
-    @property
-    def operands(self) -> tuple[Expression, ...]:
-        return (self.x,)
-
-
-@dataclass(frozen=True, eq=False)
-class Cast(_Unary):
-    """``x``, rounded or widened to another type. Made by :func:`cast`."""
-
-    to: np.dtype[Any]
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        return self.to
-
-    def compute(self, device: Device, *operands: Any) -> Any:
-        return device.cast(operands[0], self.to)
-
-    def take(self, indices: Expression, axis: int) -> Expression:
-        return Cast(self.x.take(indices, axis), self.to)
-
-
-@dataclass(frozen=True, eq=False)
-class Scale(_Unary):
-    """``x`` times a number. Made by :func:`scale`."""
-
-    factor: float
-
-    def compute(self, device: Device, *operands: Any) -> Any:
-        return operands[0] * self.factor
-
-    def take(self, indices: Expression, axis: int) -> Expression:
-        return Scale(self.x.take(indices, axis), self.factor)
-
-
-@dataclass(frozen=True, eq=False)
-class Transpose(_Unary):
-    """``x`` with its axes in another order. Made by :func:`transpose`."""
-
-    permutation: tuple[int, ...]
-
-    @property
-    def shape(self) -> Shape:
-        return tuple(self.x.shape[axis] for axis in self.permutation)
-
-    def compute(self, device: Device, *operands: Any) -> Any:
-        return device.transpose(operands[0], self.permutation)
-
-    def take(self, indices: Expression, axis: int) -> Expression:
-        return Transpose(self.x.take(indices, self.permutation[axis]), self.permutation)
-
-
-@dataclass(frozen=True, eq=False)
-class Reshape(_Unary):
-    """``x`` in another shape of as many elements. Made by :func:`reshape`."""
-
-    dims: Shape
-
-    @property
-    def shape(self) -> Shape:
-        return self.dims
-
-    def compute(self, device: Device, *operands: Any) -> Any:
-        return operands[0].reshape(self.dims)
-
-
-@dataclass(frozen=True, eq=False)
-class Computed(_Unary):
-    """``x``, which was computed ahead of time and rounded, and the ``formula`` that defines it."""
-
-    formula: Expression
-
-    @property
-    def definition(self) -> Expression:
-        return self.formula
-
-    def compute(self, device: Device, *operands: Any) -> Any:
-        return operands[0]
-
-    def take(self, indices: Expression, axis: int) -> Expression:
-        return Computed(self.x.take(indices, axis), self.formula.take(indices, axis))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return cast, (self.x, self.x.dtype)  # the formula is for the proof, which nobody sends
-
-
-@dataclass(frozen=True, eq=False)
-class Diagonal(_Unary):
-    """The matrix ``[n, n]`` with ``x``, ``[n]``, on its diagonal."""
-
-    @property
-    def shape(self) -> Shape:
-        return (*self.x.shape, *self.x.shape)
-
-    def compute(self, device: Device, *operands: Any) -> Any:
-        matrix = device.zeros(self.shape, self.dtype)
-        matrix.reshape(-1)[:: self.shape[0] + 1] = operands[0]
-        return matrix
-
-
-@dataclass(frozen=True, eq=False)
-class ScaledRows(_Unary):
-    """``diag(factors) x``: row ``i`` of ``x``, ``[n, m]``, times ``factors[i]``."""
-
-    factors: Expression
-
-    @property
-    def operands(self) -> tuple[Expression, ...]:
-        return self.x, self.factors
-
-    def compute(self, device: Device, *operands: Any) -> Any:
-        x, factors = operands
-        return x * factors[:, None]
-
-    def take(self, indices: Expression, axis: int) -> Expression:
-        factors = self.factors if axis == 1 else self.factors.take(indices, 0)
-        return ScaledRows(self.x.take(indices, axis), factors)
-
-
-@dataclass(frozen=True, eq=False)
-class Broadcast(_Unary):
-    """``x`` repeated along axes of size one. Made by :func:`broadcast`."""
-
-    dims: Shape
-
-    @property
-    def shape(self) -> Shape:
-        return self.dims
-
-    def compute(self, device: Device, *operands: Any) -> Any:
-        return device.broadcast(operands[0], self.dims)
-
-
-@dataclass(frozen=True, eq=False)
-class Take(_Unary):
-    """Slices of ``x`` along an axis, ``indices`` (integers) of them. Made by :func:`take`."""
-
-    indices: Expression
-    axis: int
-
-    @property
-    def shape(self) -> Shape:
-        return _taken(self.x.shape, self.indices, self.axis)
-
-    @property
-    def operands(self) -> tuple[Expression, ...]:
-        return self.x, self.indices
-
-    def compute(self, device: Device, *operands: Any) -> Any:
-        x, indices = operands
-        return device.take(x, indices, self.axis)
-
-    def take(self, indices: Expression, axis: int) -> Expression:
-        if axis == self.axis:
-            return self.x.take(self.indices.take(indices, 0), axis)
-        return Take(self.x.take(indices, axis), self.indices, self.axis)
-
-
-@dataclass(frozen=True, eq=False)
-class Concatenate(Expression):
-    """Expressions side by side along ``axis``."""
-
-    parts: tuple[Expression, ...]
-    axis: int
-
-    @property
-    def shape(self) -> Shape:
-        size = sum(part.shape[self.axis] for part in self.parts)
-        first = self.parts[0].shape
-        return (*first[: self.axis], size, *first[self.axis + 1 :])
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        return self.parts[0].dtype
-
-    @property
-    def operands(self) -> tuple[Expression, ...]:
-        return self.parts
-
-    def compute(self, device: Device, *operands: Any) -> Any:
-        return device.concatenate(operands, self.axis)
-
-    def take(self, indices: Expression, axis: int) -> Expression:
-        if axis == self.axis:
-            return super().take(indices, axis)
-        return Concatenate(tuple(part.take(indices, axis) for part in self.parts), self.axis)
-
-
-@dataclass(frozen=True, eq=False)
-class Sum(Expression):
-    """The sum of expressions of one type, which broadcast."""
-
-    terms: tuple[Expression, ...]
-
-    @property
-    def shape(self) -> Shape:
-        return np.broadcast_shapes(*(term.shape for term in self.terms))
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        return self.terms[0].dtype
-
-    @property
-    def operands(self) -> tuple[Expression, ...]:
-        return self.terms
-
-    def compute(self, device: Device, *operands: Any) -> Any:
-        total = operands[0]
-        for term in operands[1:]:
-            total = total + term
-        return total
-
-    def take(self, indices: Expression, axis: int) -> Expression:
-        """A term that is broadcast along ``axis`` stays as it is."""
-        rank, size = len(self.shape), self.shape[axis]
-        if size == 1 or any(len(term.shape) != rank for term in self.terms):
-            return super().take(indices, axis)
-        parts = (t if t.shape[axis] == 1 else t.take(indices, axis) for t in self.terms)
-        return Sum(tuple(parts))
-
-
-@dataclass(frozen=True, eq=False)
-class _Binary(Expression):
-    left: Expression
-    right: Expression
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        return self.left.dtype
-
-    @property
-    def operands(self) -> tuple[Expression, ...]:
-        return self.left, self.right
-
-
-@dataclass(frozen=True, eq=False)
-class Times(_Binary):
-    """``left · right``, element by element, of one type; they broadcast and have one rank."""
-
-    @property
-    def shape(self) -> Shape:
-        return np.broadcast_shapes(self.left.shape, self.right.shape)
-
-    def compute(self, device: Device, *operands: Any) -> Any:
-        left, right = operands
-        return left * right
-
-    def take(self, indices: Expression, axis: int) -> Expression:
-        parts = (self.left, self.right)
-        return Times(*(x if x.shape[axis] == 1 else x.take(indices, axis) for x in parts))
-
-
-@dataclass(frozen=True, eq=False)
-class Placed(_Unary):
-    """The elements of ``x`` at ``positions`` of an array of zeros, counted in row-major order."""
-
-    positions: Expression
-    dims: Shape
-
-    @property
-    def shape(self) -> Shape:
-        return self.dims
-
-    @property
-    def operands(self) -> tuple[Expression, ...]:
-        return self.x, self.positions
-
-    def compute(self, device: Device, *operands: Any) -> Any:
-        x, positions = operands
-        array = device.zeros(self.dims, self.dtype)
-        array.reshape(-1)[positions.reshape(-1)] = x.reshape(-1)
-        return array
-
-
-@dataclass(frozen=True, eq=False)
-class Product(_Binary):
-    """``left @ right``, ``[..., n] @ [n, m]``, both of one type. Made by :func:`product`."""
-
-    @property
-    def shape(self) -> Shape:
-        return (*self.left.shape[:-1], *self.right.shape[1:])
-
-    def compute(self, device: Device, *operands: Any) -> Any:
-        left, right = operands
-        return left @ right
-
-    def take(self, indices: Expression, axis: int) -> Expression:
-        if axis == len(self.shape) - 1:
-            return Product(self.left, self.right.take(indices, 1))
-        return Product(self.left.take(indices, axis), self.right)
-
-
-@dataclass(frozen=True, eq=False)
-class Factors(_Unary):
-    """LU factors of ``x``, ``[d, d]`` float64; its value is what the device makes of them."""
-
-    def compute(self, device: Device, *operands: Any) -> Any:
-        return device.lu_factor(operands[0])
-
-
-@dataclass(frozen=True, eq=False)
-class Solve(Expression):
-    """``A⁻¹ rhs``, or ``A⁻ᵀ rhs`` (``transposed``), by the LU factors of ``A``.
-
-    ``rhs`` is ``[d, n]`` float64.
-    """
-
-    factors: Factors
-    rhs: Expression
-    transposed: bool = False
-
-    @property
-    def shape(self) -> Shape:
-        return self.rhs.shape
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        return self.rhs.dtype
-
-    @property
-    def operands(self) -> tuple[Expression, ...]:
-        return self.factors, self.rhs
-
-    def compute(self, device: Device, *operands: Any) -> Any:
-        factors, rhs = operands
-        return device.lu_solve(factors, rhs, self.transposed)
-
-    def take(self, indices: Expression, axis: int) -> Expression:
-        if axis == 0:
-            return super().take(indices, axis)
-        return Solve(self.factors, self.rhs.take(indices, 1), self.transposed)
-
-
-@dataclass(frozen=True, eq=False)
-class Spread(Expression):
-    """Rows of the identity and rows of ``rest``, in any order: ``[n, d]``.
-
-    Row ``order[i]`` is the unit vector ``units[i]`` while there are units, and then the next row of
-    ``rest``.
-    """
-
-    units: Expression
-    rest: Expression
-    order: Expression
-
-    @property
-    def shape(self) -> Shape:
-        return len(self), self.rest.shape[1]
-
-    def __len__(self) -> int:
-        return self.order.shape[0]
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        return self.rest.dtype
-
-    @property
-    def operands(self) -> tuple[Expression, ...]:
-        return self.units, self.rest, self.order
-
-    def compute(self, device: Device, *operands: Any) -> Any:
-        units, rest, order = operands
-        matrix = device.zeros(self.shape, self.dtype)
-        matrix[order[: len(units)], units] = 1.0
-        matrix[order[len(units) :]] = rest
-        return matrix
-
-    def take(self, indices: Expression, axis: int) -> Expression:
-        """Rows are looked up now: it is for samples, of which not all of ``rest`` is read."""
-        if axis == 1:
-            return super().take(indices, axis)
-        units = evaluate(self.units)
-        place = np.argsort(evaluate(self.order))[evaluate(indices)]
-        is_unit = place < len(units)
-        return Spread(
-            Literal(units[place[is_unit]]),
-            self.rest.take(Literal(place[~is_unit] - len(units)), 0),
-            Literal(np.argsort(~is_unit, kind="stable")),
-        )
-
-
-# --- Making them ----------------------------------------------------------------------------------
+        return Leaf(source=InFile(shape, dtype, tensor.offset or 0, Path(tensor.path)))
+    return Leaf(source=OnDemand(shape, dtype, tensor.numpy))
 
 
 def cast(x: Expression, dtype: npt.DTypeLike) -> Expression:
     """``x`` as ``dtype``; where ``x`` was widened before it is cast in one step."""
     to = np.dtype(dtype)
-    if isinstance(x, Cast) and x.x.dtype.itemsize < x.to.itemsize:
-        x = x.x
-    return x if x.dtype == to else Cast(x, to)
+    if _is_plain(x, Cast) and x.operands[0].dtype.itemsize < x.dtype.itemsize:
+        (x,) = x.operands
+    return x if x.dtype == to else Cast(x, to=to)
+
+
+def _is_plain(x: Expression, operation: Operation) -> bool:
+    """Whether an operation can be looked through: what is defined in another way stays as it is."""
+    return x.operation is operation and x.definition is None
 
 
 def scale(x: Expression, factor: float) -> Expression:
     """``x`` times a number."""
-    return x if factor == 1.0 else Scale(x, factor)
+    return x if factor == 1.0 else Scale(x, factor=factor)
 
 
 def transpose(x: Expression, permutation: Sequence[int] = (1, 0)) -> Expression:
     """``x`` with its axes in another order, by default those of a matrix exchanged."""
     order = tuple(permutation)
-    if isinstance(x, Transpose):
-        order = tuple(x.permutation[axis] for axis in order)
-        x = x.x
-    return x if order == tuple(range(len(order))) else Transpose(x, order)
+    if _is_plain(x, Transpose):
+        order = tuple(x.arguments["permutation"][axis] for axis in order)
+        (x,) = x.operands
+    return x if order == tuple(range(len(order))) else Transpose(x, permutation=order)
 
 
 def reshape(x: Expression, shape: Sequence[int]) -> Expression:
@@ -723,16 +374,16 @@ def reshape(x: Expression, shape: Sequence[int]) -> Expression:
         sizes[sizes.index(-1)] = math.prod(x.shape) // known
     if tuple(sizes) == x.shape:
         return x
-    if isinstance(x, _OnDisk):
-        return replace(x, dims=tuple(sizes))
-    if isinstance(x, Cast):
-        return Cast(reshape(x.x, sizes), x.to)
-    return Reshape(x, tuple(sizes))
+    if _is_plain(x, Leaf) and isinstance(source := x.arguments["source"], OnDisk):
+        return Leaf(source=replace(source, shape=tuple(sizes)))
+    if _is_plain(x, Cast):
+        return Cast(reshape(x.operands[0], sizes), **x.arguments)
+    return Reshape(x, shape=tuple(sizes))
 
 
 def broadcast(x: Expression, shape: Sequence[int]) -> Expression:
     """``x`` repeated along axes of size one, or axes in front of those that it has."""
-    return x if tuple(shape) == x.shape else Broadcast(x, tuple(shape))
+    return x if tuple(shape) == x.shape else Broadcast(x, shape=tuple(shape))
 
 
 def take(x: Expression, indices: Expression | Indices | slice, axis: int) -> Expression:
@@ -740,12 +391,17 @@ def take(x: Expression, indices: Expression | Indices | slice, axis: int) -> Exp
     axis %= len(x.shape)
     if isinstance(indices, slice):
         indices = np.arange(*indices.indices(x.shape[axis]))
-    return x.take(indices if isinstance(indices, Expression) else Literal(indices), axis)
+    return x.take(indices if isinstance(indices, Expression) else literal(indices), axis)
 
 
 def product(left: Expression, right: Expression) -> Expression:
     """``left @ right``, in the type of ``left``."""
     return Product(left, cast(right, left.dtype))
+
+
+def scaled_rows(x: Expression, factors: Expression) -> Expression:
+    """``diag(factors) x``: row ``i`` of ``x``, ``[n, m]``, times ``factors[i]``."""
+    return Times(x, reshape(factors, (-1, 1)))
 
 
 SAMPLE = 256
@@ -824,9 +480,8 @@ class FoldedTensor(ir.LazyTensor):
 
     def _is_computed(self) -> bool:
         """Whether its values are results; else they only come in another order."""
-        return any(
-            isinstance(node, Product | ScaledRows | Solve | Sum) for node in _nodes(self.expression)
-        )
+        nodes = _operands_first(self.expression)
+        return any(node.operation in (Product, Solve, Sum, Times) for node in nodes)
 
     def _evaluated(self) -> ir.TensorProtocol:
         return ir.Tensor(self.evaluated(), dtype=self.dtype)

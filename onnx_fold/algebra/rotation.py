@@ -9,24 +9,23 @@ decomposition in float64 (Golub and Van Loan, "Matrix Computations", section 5.2
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from functools import partial
 
 import numpy as np
 import scipy.linalg
 
 from onnx_fold.algebra.basis import Basis
-from onnx_fold.algebra.device import Array, Device, Shape
+from onnx_fold.algebra.device import Array
 from onnx_fold.algebra.expression import (
     Expression,
-    Literal,
-    Spool,
+    Leaf,
     cast,
     evaluate,
     product,
     reshape,
     transpose,
 )
+from onnx_fold.algebra.storage import InMemory, Later, Source, Spool
 
 __all__ = ["OrthogonalBasis", "orthogonal_factor"]
 
@@ -61,46 +60,24 @@ def orthogonal_factor(matrix: Expression, spool: Spool, *, keeps_ones: bool = Fa
         spool: Where to keep ``T``.
         keeps_ones: Whether ``T`` is to leave the vector of ones as it is.
     """
-    return _Factor(matrix, spool, keeps_ones)
+    width = matrix.shape[0]
+    find = partial(_factor, matrix, spool, keeps_ones=keeps_ones)
+    return Leaf(source=Later((width, width), np.dtype(np.float64), find))
 
 
-@dataclass(frozen=True, eq=False)
-class _Factor(Expression):
-    source: Expression
-    spool: Spool
-    keeps_ones: bool
-
-    @property
-    def shape(self) -> Shape:
-        return self.source.shape[0], self.source.shape[0]
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        return np.dtype(np.float64)
-
-    @cached_property
-    def found(self) -> Expression:
-        """``T``, once it is known; NaN where ``A`` is not finite, so that no such fold is taken."""
-        matrix = evaluate(cast(self.source, np.float64))
-        width = len(matrix)
-        if not np.isfinite(matrix).all():
-            return Literal(np.full((width, width), np.nan))
-        if not self.keeps_ones:
-            return self.spool.add(_orthogonal(matrix[:, :width]))
-        ones = np.full((width, 1), 1.0)
-        across = _orthogonal(np.hstack((ones, matrix[:, : width - 1])))[:, 1:]
-        factor: Array = across @ _centred_units(width).T
-        factor += 1.0 / width
-        return self.spool.add(factor)
-
-    def stored(self) -> Array | None:
-        return self.found.stored()
-
-    def compute(self, device: Device, *operands: Any) -> Any:
-        return self.found.compute(device)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Literal, (evaluate(self.found),)
+def _factor(source: Expression, spool: Spool, *, keeps_ones: bool) -> Source:
+    """``T``; NaN where ``A`` is not finite, so that no such fold is taken."""
+    matrix = evaluate(cast(source, np.float64))
+    width = len(matrix)
+    if not np.isfinite(matrix).all():
+        return InMemory(np.full((width, width), np.nan))
+    if not keeps_ones:
+        return spool.add(_orthogonal(matrix[:, :width]))
+    ones = np.full((width, 1), 1.0)
+    across = _orthogonal(np.hstack((ones, matrix[:, : width - 1])))[:, 1:]
+    factor: Array = across @ _centred_units(width).T
+    factor += 1.0 / width
+    return spool.add(factor)
 
 
 def _orthogonal(matrix: Array) -> Array:

@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-from onnx_fold.algebra.device import HOST, Array, Device, Indices, Shape, converted, subtract
+from onnx_fold.algebra.device import HOST, Array, Device, Indices, converted, subtract
 from onnx_fold.algebra.expression import (
-    Computed,
     Expression,
     Factors,
-    Literal,
+    Leaf,
     Solve,
-    Spool,
     Spread,
     cast,
+    defined,
     evaluate,
+    literal,
     take,
     transpose,
 )
+from onnx_fold.algebra.storage import Later, OnDemand, Source, Spool
 
 
 class Selection(ABC):
@@ -49,10 +48,14 @@ class Selection(ABC):
         self.free = free
         self.kept = kept
         self.is_last = is_last
-        self.order: Expression = _Order(self, "order")
-        self.final_order: Expression = _Order(self, "final_order")
-        self.final_order_of_free: Expression = _Order(self, "final_order_of_free")
-        self.places: Expression = _Order(self, "places")
+        rows, places = matrix.shape[0], free.stop - free.start
+        self.order = self._later("order", rows)
+        self.final_order = self._later("final_order", rows)
+        self.final_order_of_free = self._later("final_order_of_free", places)
+        self.places = self._later("places", rows)
+
+    def _later(self, name: str, size: int) -> Expression:
+        return Leaf(source=OnDemand((size,), np.dtype(np.intp), lambda: self.orders[name]))
 
     @abstractmethod
     def found(self) -> Indices:
@@ -80,7 +83,7 @@ class Selection(ABC):
 
     def rebuilt(self, rest: Expression) -> Expression:
         """``[I; B]`` with its rows where they were, ``[f, d]``."""
-        return Spread(Literal(np.arange(self.kept)), rest, self.order)
+        return Spread(literal(np.arange(self.kept)), rest, self.order)
 
 
 class RowSelection(Selection):
@@ -114,17 +117,23 @@ class RowSelection(Selection):
         self.dtype = dtype
         self.spool = spool or Spool()
         self.device = device
-        self.coefficients: Expression = _Coefficients(self)
-        self.rest = cast(self.coefficients, dtype.numpy())
-        self.basis = take(matrix, take(self.order, slice(matrix.shape[1]), 0), 0)
         self._seen = seen
+        rows, width = matrix.shape
+        self.basis = take(matrix, take(self.order, slice(width), 0), 0)
+        found = Leaf(source=Later((rows - width, width), matrix.dtype, self.found_rest))
+        self.coefficients = defined(found, self.formula)
+        self.rest = cast(self.coefficients, dtype.numpy())
 
     def found(self) -> Indices:
         """The order of all rows, the basis first."""
         return self.selected[0]
 
+    def found_rest(self) -> Source:
+        """``B`` before it is rounded."""
+        return self.selected[1]
+
     @cached_property
-    def selected(self) -> tuple[Indices, Expression]:
+    def selected(self) -> tuple[Indices, Source]:
         """The order of the rows, and ``B`` before it is rounded."""
         order, rest = self._select()
         return order, self.spool.add(converted(rest, rest.dtype))
@@ -156,63 +165,6 @@ class RowSelection(Selection):
             parts.reverse()  # those that stay come behind
         places, coefficients = zip(*parts, strict=True)
         return np.concatenate((order[:width], *places)), np.concatenate(coefficients)
-
-
-@dataclass(frozen=True, eq=False)
-class _Order(Expression):
-    selection: Selection
-    name: str
-
-    @property
-    def shape(self) -> Shape:
-        free = self.selection.free
-        return (
-            free.stop - free.start
-            if self.name == "final_order_of_free"
-            else self.selection.matrix.shape[0],
-        )
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        return np.dtype(np.intp)
-
-    def compute(self, device: Device, *operands: Any) -> Any:
-        return device.load(self.selection.orders[self.name])
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Literal, (self.selection.orders[self.name],)
-
-
-@dataclass(frozen=True, eq=False)
-class _Coefficients(Expression):
-    selection: RowSelection
-
-    @property
-    def shape(self) -> Shape:
-        rows, width = self.selection.matrix.shape
-        return rows - width, width
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        return self.selection.matrix.dtype
-
-    @property
-    def definition(self) -> Expression:
-        return self.selection.formula
-
-    def stored(self) -> Array | None:
-        return self.selection.selected[1].stored()
-
-    def compute(self, device: Device, *operands: Any) -> Any:
-        return self.selection.selected[1].compute(device)
-
-    def take(self, indices: Expression, axis: int) -> Expression:
-        """Some rows or columns; they are selected now if they were not before."""
-        taken = self.selection.selected[1].take(indices, axis)
-        return Computed(taken, self.definition.take(indices, axis))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Literal, (evaluate(self.selection.selected[1]),)
 
 
 def select_rows(

@@ -18,7 +18,7 @@ import onnx_ir as ir
 
 from onnx_fold.algebra.device import Array
 from onnx_fold.algebra.exact import Multiplier, exact, values
-from onnx_fold.algebra.expression import Expression, Literal, of_tensor, take, transpose
+from onnx_fold.algebra.expression import Expression, literal, of_tensor, take, transpose
 from onnx_fold.algebra.precision import is_float
 from onnx_fold.check import kernels
 from onnx_fold.graph.widen import widen
@@ -160,7 +160,7 @@ def _gather(
         return None
     axis = node.attributes.get_int("axis", 0) % len(table.shape)
     flat = np.where(indices < 0, indices + table.shape[axis], indices).ravel()
-    taken = values(take(table, Literal(flat.astype(np.intp)), axis))
+    taken = values(take(table, literal(flat.astype(np.intp)), axis))
     shape = table.shape
     return taken.reshape(*shape[:axis], *indices.shape, *shape[axis + 1 :])
 

@@ -208,83 +208,57 @@ def verify(
         InvalidModelError: One of the models cannot be read, or the original cannot be loaded. A
             folded model that ONNX Runtime does not load or run is a failed report.
     """
-    source: Any = original  # torch, and so what a module is, may not be there
     close = _allclose(atol, rtol, tolerance)
-    inner = {*several(at)}
     if greedy is not None and (close is not None or any_float):
         raise UsageError("greedy decoding has a rule of its own: not with atol, rtol, any_float")
-    if is_module(source):
-        if map or inner or any_float:
+    if is_module(original):
+        if map or at or any_float:
             raise UsageError("map, at and any_float are for two ONNX models, not for a module")
-        if args is None and kwargs is None:
-            raise UsageError("a module needs args or kwargs: what it is called with")
         if inputs is not None or greedy is not None:
             raise UsageError("a module runs on its args: inputs and greedy are for ONNX models")
-        before = after = load(folded)
-        module = ModuleFunction.of(source, () if args is None else args, kwargs, after)
-    else:
-        if args is not None or kwargs is not None:
-            raise UsageError("args and kwargs are for a torch.nn.Module; pass inputs")
-        before, after, module = load(source), load(folded), None
+    pair = _Pair.of(original, folded, args, kwargs)
     provider = sessions.resolve_provider(provider)
-    report = ParityReport(False, provider=provider, dtype=precision(before).name)
-    report.environment = environment(provider)
-    report.against = "" if module is None else "the PyTorch module"
-    report.names = headings(original, folded)
-    if map:
-        folded = after = renamed(before, after, map)
-    report.reason = signature_difference(before, after, any_float=any_float)
+    report = ParityReport(
+        False,
+        provider=provider,
+        dtype=precision(pair.before).name,
+        environment=environment(provider),
+        against="" if pair.module is None else "the PyTorch module",
+        names=headings(original, folded),
+    )
+    pair = pair.renamed(map or {})
+    report.reason = signature_difference(pair.before, pair.after, any_float=any_float)
     if report.reason:
         return report
+    if any_float:
+        pair = replace(pair, types=_other_floats(pair.before, pair.after))
     check = None
     if greedy is not None:
-        decoder = Decoder.of(before)
+        decoder = Decoder.of(pair.before)
         check = GreedyCheck(decoder, decoder.start(inputs, seed), greedy)
         inputs = None if inputs is None else check.start
-    sizes = None if shapes is None else several(shapes)
-    if module is not None:
-        feeds = _module_feeds(module, after, sizes, samples, seed)
-    else:
-        feeds = make_feeds(before, inputs, sizes, samples, seed)
-    free = inputs is None and shapes is None and module is None
-    more = frozen_feeds(before, seed) if free else ()
-    types = _other_floats(before, after) if any_float else {}
-    if types:
-        feeds, more = list(_held_by(types, feeds)), _held_by(types, more)
-    whole = before, after
-    inner -= {str(value.name) for value in before.graph.outputs}
-    if inner:
-        before, after = source, folded = with_outputs(whole, inner)
-    run = _Runner(provider, emulate, report.notes, check, more, module, types, progress)
+    feeds, more = _feeds(pair, inputs, shapes, samples, seed)
+    whole, pair = pair, pair.comparing(several(at))
+    run = _Runner(pair, provider, emulate, report.notes, check, more, progress)
     try:
-        runs = run.pair((source, before), (folded, after), feeds)
+        runs = run.both(feeds)
     except _FoldedFailedError as error:
         report.reason = f"the folded model does not run where the original does: {error}"
         return report
-    if types:
-        report.notes.append(
-            "the models are of different float types: both were given inputs that either type holds"
-        )
-    if close is not None:
-        report.notes.append(
-            "the rule is NumPy's allclose: |a - b| <= atol + rtol |a| for every element,"
-            f" with atol {close[0]:g} and rtol {close[1]:g}"
-        )
-    elif types:
-        report.notes.append("the rule is the tolerance of the coarser type")
-    reference &= close is None and not types
+    report.notes += _rule(pair, close)
+    reference &= close is None and not pair.types
     if reference:
-        run.reference(before, runs)
-    report.shapes = [pair.feed.label for pair in runs]
-    max_ratio = basis.max_ratio(precision(before)) if max_ratio is None else max_ratio
-    other = after if types else None
-    judge = Judge(before, tolerance, max_ratio, report.notes, other, close, inner)
+        run.reference(runs)
+    report.shapes = [each.feed.label for each in runs]
+    max_ratio = basis.max_ratio(precision(pair.before)) if max_ratio is None else max_ratio
+    other = pair.after if pair.types else None
+    judge = Judge(pair.before, tolerance, max_ratio, report.notes, other, close, pair.inner)
     report.outputs = [judge.output(name, runs) for name in runs[0].original]
     failed = [
         f"output '{output.name}': {output.reason}" for output in report.outputs if output.reason
     ]
-    if reference and not failed and module is None:
-        report.stored = run.stored(*whole, runs)
+    if reference and not failed and pair.module is None:
+        report.stored = run.stored(whole, runs)
         if report.stored is not None and not report.stored.ok:
             failed.append(str(report.stored))
     if check is not None:
@@ -294,6 +268,97 @@ def verify(
     report.ok = not failed
     report.reason = "; ".join(failed[:3])
     return report
+
+
+def _rule(pair: _Pair, close: tuple[float, float] | None) -> Iterator[str]:
+    """Say which rule holds where it is not the one of the ratio."""
+    if pair.types:
+        yield (
+            "the models are of different float types: both were given inputs that either type holds"
+        )
+    if close is not None:
+        yield (
+            "the rule is NumPy's allclose: |a - b| <= atol + rtol |a| for every element,"
+            f" with atol {close[0]:g} and rtol {close[1]:g}"
+        )
+    elif pair.types:
+        yield "the rule is the tolerance of the coarser type"
+
+
+# --- Before the run: models, signatures and inputs -----------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """Two models that are to be compared.
+
+    Attributes:
+        original: What the original runs from: a file, a model, or a module.
+        folded: The same of the other one.
+        before: The original; the folded model, where the original is a module.
+        after: The folded model, with the original's names.
+        module: The module that stands for the original, as a function.
+        types: The float types of the folded model's inputs, where they are not the original's.
+        inner: Inner values that are compared, and so outputs of ``before`` and ``after``.
+    """
+
+    original: Any
+    folded: ModelSource
+    before: ir.Model
+    after: ir.Model
+    module: ModuleFunction | None = None
+    types: Mapping[str, ir.DataType] = field(default_factory=dict)
+    inner: frozenset[str] = frozenset()
+
+    @classmethod
+    def of(cls, original: Any, folded: ModelSource, args: Any, kwargs: Any) -> _Pair:
+        """Read both.
+
+        Raises:
+            UsageError: There are arguments without a module, or a module without arguments.
+        """
+        if not is_module(original):
+            if args is not None or kwargs is not None:
+                raise UsageError("args and kwargs are for a torch.nn.Module; pass inputs")
+            return cls(original, folded, load(original), load(folded))
+        if args is None and kwargs is None:
+            raise UsageError("a module needs args or kwargs: what it is called with")
+        model = load(folded)
+        module = ModuleFunction.of(original, () if args is None else args, kwargs, model)
+        return cls(original, folded, model, model, module)
+
+    def renamed(self, names: Mapping[str, str]) -> _Pair:
+        """With the original's names of these values in both."""
+        if not names:
+            return self
+        after = renamed(self.before, self.after, names)
+        return replace(self, folded=after, after=after)
+
+    def comparing(self, names: Iterable[str]) -> _Pair:
+        """With inner values as outputs, too."""
+        inner = frozenset(names) - {str(value.name) for value in self.before.graph.outputs}
+        if not inner:
+            return self
+        a, b = with_outputs((self.before, self.after), inner)
+        return replace(self, original=a, folded=b, before=a, after=b, inner=inner)
+
+
+def _feeds(
+    pair: _Pair,
+    inputs: str | os.PathLike[str] | Mapping[str, Array] | None,
+    shapes: Mapping[str, int] | Iterable[Mapping[str, int]] | None,
+    samples: int,
+    seed: int,
+) -> tuple[list[Feed], Iterable[Feed]]:
+    """What to run on, and of what to run the first that goes, where nothing of that does."""
+    sizes = None if shapes is None else several(shapes)
+    if pair.module is not None:
+        return _module_feeds(pair.module, pair.after, sizes, samples, seed), ()
+    feeds = make_feeds(pair.before, inputs, sizes, samples, seed)
+    more = frozen_feeds(pair.before, seed) if inputs is None and shapes is None else ()
+    if pair.types:
+        return list(_held_by(pair.types, feeds)), _held_by(pair.types, more)
+    return feeds, more
 
 
 def _module_feeds(
@@ -308,9 +373,6 @@ def _module_feeds(
     if shapes or (shapes is None and input_symbols(model)):
         feeds += make_feeds(model, None, shapes, samples, seed)
     return feeds
-
-
-# --- Before the run: signatures and inputs -------------------------------------------------------
 
 
 def _allclose(
@@ -416,13 +478,12 @@ class _FoldedFailedError(Exception):
 class _Runner:
     """Runs models one after another, each in a session that is dropped before the next is made."""
 
+    pair: _Pair
     provider: Provider
     emulate: bool | None
     notes: list[str]
     greedy: GreedyCheck | None = None
     more: Iterable[Feed] = ()
-    module: ModuleFunction | None = None
-    types: Mapping[str, ir.DataType] = field(default_factory=dict)
     progress: Report = ignore
 
     def _tell(self, which: str, feed: Feed | None = None) -> None:
@@ -431,30 +492,26 @@ class _Runner:
 
     @property
     def _all(self) -> str:
-        return "both models" if self.module is None else "the folded model"
+        return "both models" if self.pair.module is None else "the folded model"
 
-    def pair(
-        self,
-        original: tuple[ModelSource, ir.Model],
-        folded: tuple[ModelSource, ir.Model],
-        feeds: list[Feed],
-    ) -> list[Run]:
+    def both(self, feeds: list[Feed]) -> list[Run]:
         """Run both models in the same way: as they are, emulated, or by onnx.reference."""
+        pair, models = self.pair, (self.pair.before, self.pair.after)
         if self.emulate:
-            return self._emulated(original[1], folded[1], feeds)
+            return self._emulated(*models, feeds)
         try:
-            return self._both(self._session, original[0], folded[0], feeds)
+            return self._both(self._session, pair.original, pair.folded, feeds)
         except MissingKernelError as error:
             if self.emulate is False:
                 raise
             logger.debug("no kernel: %s", error)
             self.notes.clear()
-            if _has_sixteen_bits(original[1]) or (self.types and _has_sixteen_bits(folded[1])):
-                return self._emulated(original[1], folded[1], feeds)
-            if max(weight_bytes(model) for model in (original[1], folded[1])) > EVALUATOR_LIMIT:
+            if any(map(_has_sixteen_bits, models if pair.types else models[:1])):
+                return self._emulated(*models, feeds)
+            if max(map(weight_bytes, models)) > EVALUATOR_LIMIT:
                 raise
             self.notes.append(f"{self._all} ran in onnx.reference: {error}")
-            return self._both(evaluator, original[1], folded[1], feeds)
+            return self._both(evaluator, *models, feeds)
 
     def _emulated(self, original: ir.Model, folded: ir.Model, feeds: list[Feed]) -> list[Run]:
         narrow = next((m for m in (original, folded) if _has_sixteen_bits(m)), None)
@@ -482,7 +539,7 @@ class _Runner:
     ) -> list[Run]:
         """Run both models, on floats widened ``to`` the type that they expect."""
         self._tell("the original")
-        function = self.module or _widening(engine(original), to)
+        function = self.pair.module or _widening(engine(original), to)
         runs = self._original(function, feeds)
         if self.greedy is not None:
             self._tell("the text that the original writes")
@@ -490,7 +547,7 @@ class _Runner:
         del function  # one model at a time
         try:
             self._tell("the folded model")
-            function = _converting(_widening(engine(folded), to), self.types)
+            function = _converting(_widening(engine(folded), to), self.pair.types)
             for run in runs:
                 self._tell("the folded model", run.feed)
                 run.folded = function(run.feed.arrays)
@@ -498,7 +555,7 @@ class _Runner:
                 self._tell("the text that the folded model writes")
                 self.greedy.run_folded(function)
         except (InvalidModelError, RunFailedError) as error:
-            is_alike = self.module is None and not self.types
+            is_alike = self.pair.module is None and not self.pair.types
             if isinstance(error, MissingKernelError) and not is_alike:
                 raise  # of an original that is alike it would have been raised above
             raise _FoldedFailedError(str(error)) from error
@@ -528,9 +585,9 @@ class _Runner:
         self.notes += failed
         return runs
 
-    def reference(self, model: ir.Model, runs: list[Run]) -> None:
-        """Run ``model`` in a wider type where that can be done, else say why not."""
-        to, size = _wider(model)
+    def reference(self, runs: list[Run]) -> None:
+        """Run the original in a wider type where that can be done, else say why not."""
+        to, size = _wider(self.pair.before)
         if to is None or size > REFERENCE_LIMIT:
             why = (
                 "no wider type" if to is None else f"its weights would take {size / 2**30:.0f} GiB"
@@ -540,10 +597,10 @@ class _Runner:
         feeds = [run.feed for run in runs]
         self._tell(f"the reference in {to.name.lower()}")
         try:
-            if self.module is not None:
-                outputs = self._run_wide(self.module.widened(to), feeds, to)
+            if self.pair.module is not None:
+                outputs = self._run_wide(self.pair.module.widened(to), feeds, to)
             else:
-                outputs = self._wide_outputs(widen(model, to), feeds, to, size)
+                outputs = self._wide_outputs(widen(self.pair.before, to), feeds, to, size)
         except (InvalidModelError, UsageError) as error:
             logger.debug("no reference", exc_info=True)
             self.notes.append(f"no reference in {to.name} ({error}): the tolerance decides")
@@ -551,10 +608,9 @@ class _Runner:
         for run, reference in zip(runs, outputs, strict=True):
             run.reference = reference
 
-    def stored(
-        self, original: ir.Model, folded: ir.Model, runs: Sequence[Run]
-    ) -> StoredParity | None:
+    def stored(self, whole: _Pair, runs: Sequence[Run]) -> StoredParity | None:
         """Compare the weights as stored, where that can be done in time and in memory."""
+        original, folded = whole.before, whole.after
         to, size = _wider(original)
         if to is None or precision(original) == to:
             return None

@@ -17,7 +17,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.convenience import replace_all_uses_with
 
-from onnx_fold.algebra.expression import Diagonal, ImpliedTensor, Literal, Sum, evaluate, reshape
+from onnx_fold.algebra.expression import Diagonal, ImpliedTensor, Sum, evaluate, literal, reshape
 from onnx_fold.graph.channels import ports
 from onnx_fold.graph.commute import Port
 from onnx_fold.graph.constants import FLOATS, Constant, constant
@@ -179,13 +179,13 @@ def _matrix(node: ir.Node, affine: Affine, stream: Stream) -> ImpliedTensor:
     if affine.gain is None:
         width, value = stream.width, node.outputs[0]
         dtype = stream.shapes.dtype(value) or stream.dtype
-        centre = Sum((Diagonal(Literal(np.ones(width))), Literal(np.full((1, 1), -1.0 / width))))
+        centre = Sum(Diagonal(literal(np.ones(width))), literal(np.full((1, 1), -1.0 / width)))
         return ImpliedTensor(centre, dtype, 0)
     held = affine.gain
     vector = reshape(held.wide(), (held.size,))
     if operator(node) == "Div":
         with np.errstate(divide="ignore"):
-            vector = Literal(1.0 / evaluate(vector))
+            vector = literal(1.0 / evaluate(vector))
     return ImpliedTensor(Diagonal(vector), held.dtype, held.size)
 
 

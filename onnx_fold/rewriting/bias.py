@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from onnx_fold.algebra.expression import FoldedTensor, Literal, Sum, product, reshape, scale
+from onnx_fold.algebra.expression import FoldedTensor, Sum, literal, product, reshape, scale
 from onnx_fold.graph.channels import channels
 from onnx_fold.graph.constants import constant, scalar
 from onnx_fold.graph.operators import contrib, only_user, operator
@@ -61,7 +61,7 @@ def take_gains(stream: Stream, rewrite: Rewrite) -> None:
         for each in ends:
             held = each.weight
             if held.value not in filled:
-                filled[held.value] = FoldedTensor(Literal(np.full(held.shape, number)), held.dtype)
+                filled[held.value] = FoldedTensor(literal(np.full(held.shape, number)), held.dtype)
             rewrite.stored[each.edge] = filled[held.value]
     arriving = _carry(stream, stream.carried) if stream.carried else {}
     for reader in stream.readers if stream.carried else ():
@@ -164,14 +164,14 @@ def _add_bias(rewrite: Rewrite, reader: Reader, carried: Carried) -> None:
     if reader.is_padded:
         raise CannotRewriteError(f"{reader.label} reads zeros around its input, without the bias")
     vectors = (scale(reshape(c.matrix, (-1,)), factor) for c, factor in carried.items())
-    through = product(Sum(tuple(vectors)), reader.behind_gain)
+    through = product(Sum(*vectors), reader.behind_gain)
     dtype, width = reader.weight.dtype, reader.out_features
     node, edge = reader.node, reader.bias
     if reader.beta != 0.0 and (edge is not None or operator(node) == "Gemm"):
         held = constant(node.inputs[edge[1]]) if edge is not None else None
         if edge is None or held is not None:
-            own = held.wide() if held is not None else Literal(np.zeros(width))
-            total = Sum((own, scale(through, 1.0 / reader.beta)))
+            own = held.wide() if held is not None else literal(np.zeros(width))
+            total = Sum(own, scale(through, 1.0 / reader.beta))
             rewrite.stored[edge or (node, 2)] = FoldedTensor(total, dtype)
             return
     shape = reader.vector_shape
@@ -182,6 +182,6 @@ def _add_bias(rewrite: Rewrite, reader: Reader, carried: Carried) -> None:
         is_sum = operator(add) in _ADDS_BIAS and len(add.inputs) == 2
         held = constant(add.inputs[1 - index]) if is_sum else None
         if held is not None and held.dtype == dtype and held.is_vector and held.size == width:
-            rewrite.stored[add, 1 - index] = FoldedTensor(Sum((held.wide(), through)), dtype)
+            rewrite.stored[add, 1 - index] = FoldedTensor(Sum(held.wide(), through), dtype)
             return
     rewrite.biases[reader.y] = FoldedTensor(reshape(through, shape), dtype)

@@ -141,7 +141,7 @@ class Triangle:
         found = tuple(each.layer.matrix for each in self.panels)
         if self.is_writer:
             return transpose(take(found[0], slice(width), 0))
-        return found[0] if len(found) == 1 else Concatenate(found, 1)
+        return found[0] if len(found) == 1 else Concatenate(*found, axis=1)
 
     def stored(self, panels: Panels, factor: Expression) -> list[FoldedTensor]:
         """What each panel stores: rows and columns of ``Tᵀ G R``, or of ``W T``."""
@@ -168,7 +168,7 @@ class Triangle:
         columns = take(factor, channels, 1)
         if not self.stream.keeps_ones:
             return columns
-        return Sum((columns, scale(take(factor, slice(-1, None), 1), -1.0)))
+        return Sum(columns, scale(take(factor, slice(-1, None), 1), -1.0))
 
 
 def triangles(stream: Stream) -> Iterator[Triangle]:

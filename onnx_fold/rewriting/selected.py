@@ -10,8 +10,9 @@ import numpy as np
 
 from onnx_fold.algebra.completion import Completion
 from onnx_fold.algebra.device import Device, Indices
-from onnx_fold.algebra.expression import FoldedTensor, Spool, transpose
+from onnx_fold.algebra.expression import FoldedTensor, transpose
 from onnx_fold.algebra.selection import RowSelection, Selection
+from onnx_fold.algebra.storage import Spool
 from onnx_fold.rewriting.permute import Hidden, hidden_beside, permute
 from onnx_fold.rewriting.record import Held, Operand, Recorder
 from onnx_fold.rewriting.rewrite import Rewrite

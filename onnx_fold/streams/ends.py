@@ -16,9 +16,9 @@ from onnx_fold.algebra.device import Array
 from onnx_fold.algebra.expression import (
     Expression,
     FoldedTensor,
-    ScaledRows,
     broadcast,
     reshape,
+    scaled_rows,
     transpose,
 )
 from onnx_fold.graph.constants import Constant
@@ -85,10 +85,12 @@ class Reader(Linear):
     @property
     def matrix(self) -> Expression:
         """``G R``: what it multiplies the stream by, the gain ``G`` in front of it included."""
+        matrix = self.behind_gain
         if self.gain is None:
-            return self.behind_gain
-        factors = self.gain.weight.wide(self.behind_gain.dtype)
-        return ScaledRows(self.behind_gain, reshape(factors, (self.in_features,)))
+            return matrix
+        return scaled_rows(
+            matrix, reshape(self.gain.weight.wide(matrix.dtype), (self.in_features,))
+        )
 
     @property
     def identity(self) -> tuple[object, ...]:
@@ -132,7 +134,8 @@ class ConstantWriter(Weight):
     @property
     def matrix(self) -> Expression:
         """Its rows, float64 ``[n, d]``."""
-        return self.unpack(self.weight.wide())
+        rows = self.unpack(self.weight.wide())
+        return broadcast(rows, (rows.shape[0], self.width))
 
     @property
     def identity(self) -> tuple[object, ...]:
@@ -140,17 +143,12 @@ class ConstantWriter(Weight):
         return type(self), self.weight.leaf, self.weight.permutation, self.axis, self.width
 
     def unpack(self, stored: Expression) -> Expression:
-        """Its rows when it holds ``stored``, in which a channel axis of 1 is for all channels."""
+        """Its rows when it holds ``stored``."""
         if not self.is_table:
-            vector = reshape(stored, (1, -1))
-            return broadcast(vector, (1, max(self.width, vector.shape[1])))
-        rank = len(self._dims)
-        values = reshape(stored, [1] * (rank - len(stored.shape)) + list(stored.shape))
-        if values.shape[self.axis] == 1:
-            dims = [*self._dims]
-            dims[self.axis] = self.width
-            values = broadcast(values, dims)
-        last = transpose(values, self._order)
+            return reshape(stored, (1, -1))
+        dims = list(self._dims)
+        dims[self.axis] = -1
+        last = transpose(reshape(stored, dims), self._order)
         return reshape(last, (-1, last.shape[-1]))
 
     def store(self, matrix: Expression) -> FoldedTensor:

@@ -18,12 +18,12 @@ import onnx_ir as ir
 from onnx_fold.algebra.device import Indices
 from onnx_fold.algebra.expression import (
     Expression,
-    Literal,
     Placed,
     Sum,
     Times,
     broadcast,
     evaluate,
+    literal,
     product,
     reshape,
     scale,
@@ -138,12 +138,12 @@ class LinearMap:
             return second.bias
         weighted = Times(second.kernel, _inputs(self.bias, second))
         rows = reshape(weighted, (second.out_features, -1))
-        carried = reshape(product(rows, Literal(np.ones((rows.shape[1], 1)))), (-1,))
-        return carried if second.bias is None else Sum((carried, second.bias))
+        carried = reshape(product(rows, literal(np.ones((rows.shape[1], 1)))), (-1,))
+        return carried if second.bias is None else Sum(carried, second.bias)
 
     def shifted(self, vector: Expression) -> LinearMap:
         """The map with ``vector``, ``[out]``, added to its result."""
-        return replace(self, bias=vector if self.bias is None else Sum((self.bias, vector)))
+        return replace(self, bias=vector if self.bias is None else Sum(self.bias, vector))
 
     def scaled(self, factor: float) -> LinearMap:
         """The map times a number."""
@@ -153,7 +153,7 @@ class LinearMap:
 
 def identity(axis: int, width: int) -> LinearMap:
     """The map that changes nothing."""
-    return _gain(axis, Literal(np.ones(width)))
+    return _gain(axis, literal(np.ones(width)))
 
 
 def add(maps: Sequence[LinearMap]) -> LinearMap | None:
@@ -184,8 +184,8 @@ def add(maps: Sequence[LinearMap]) -> LinearMap | None:
     )
     kernels = tuple(_placed(each, divided, window, offsets[each] or ()) for each in maps)
     biases = tuple(each.bias for each in maps if each.bias is not None)
-    bias = None if not biases else biases[0] if len(biases) == 1 else Sum(biases)
-    kernel = kernels[0] if len(kernels) == 1 else Sum(kernels)
+    bias = None if not biases else biases[0] if len(biases) == 1 else Sum(*biases)
+    kernel = kernels[0] if len(kernels) == 1 else Sum(*kernels)
     return LinearMap(first.axis, kernel, divided, bias, first.strides, dilations, before, behind)
 
 
@@ -226,7 +226,7 @@ def _placed(
         shape[2 + axis] = size
         places.append((np.arange(size) + start).reshape(shape))
     positions = np.ravel_multi_index(np.broadcast_arrays(*places), dims)
-    return Placed(each.kernel, Literal(positions.reshape(-1)), dims)
+    return Placed(each.kernel, literal(positions.reshape(-1)), shape=dims)
 
 
 def _column(kernel: Expression, like: Expression) -> Expression:
@@ -353,7 +353,7 @@ def _batch_norm(node: ir.Node, axis: int, shapes: Shapes) -> tuple[ir.Value, Lin
         gain = gain / np.sqrt(variance + node.attributes.get_float("epsilon", 1e-5))
     if not np.isfinite(gain).all():
         return None
-    return x, replace(_gain(axis, Literal(gain)), bias=Literal(shift - mean * gain))
+    return x, replace(_gain(axis, literal(gain)), bias=literal(shift - mean * gain))
 
 
 def _with_constant(node: ir.Node, axis: int, shapes: Shapes) -> tuple[ir.Value, LinearMap] | None:
@@ -378,7 +378,7 @@ def _with_constant(node: ir.Node, axis: int, shapes: Shapes) -> tuple[ir.Value, 
                 inverse = 1.0 / evaluate(vector)
             if not np.isfinite(inverse).all():
                 return None
-            vector = Literal(inverse)
+            vector = literal(inverse)
         return x, _gain(axis, vector)
     return None
 
@@ -389,7 +389,7 @@ def _numbers(value: ir.Value | None, shapes: Shapes) -> Expression | None:
     if held is not None:
         return held.wide() if held.dtype in FLOATS else None
     found = None if value is None else fixed(value, shapes)
-    return None if found is None else Literal(found)
+    return None if found is None else literal(found)
 
 
 def as_vector(numbers: Expression, axis: int, width: int, rank: int) -> Expression | None:
