@@ -2,7 +2,7 @@
 
 ``O = [I; B] O₁`` with ``O₁`` ``d`` well-chosen rows of O and ``B = O₂ O₁⁻¹``. The stream becomes
 ``x' = h₁ + h₂ B`` and its readers ``O₁ Q``, ``O₁ K``, ``O₁ V``: the same ``d²`` weights go as when
-a square reader is absorbed, but nothing is inverted, the coefficients are at most 1.5, and no
+a square reader is absorbed, but nothing is inverted, the coefficients are at most 1.01, and no
 square matrix is needed. Rows that condition it badly may be left out: ``O₁ = [O_S; C]`` with ``k``
 rows and an orthonormal complement of their span, ``x' = [h_S, 0] + h_R B``, saves ``k d`` weights.
 In the same way ``M = M₁ [I, C]`` for the wide first layer of an FFN: its
@@ -70,14 +70,16 @@ def _rows_of(stream: Stream, writer: Linear, rows: Rows) -> Iterator[Proposal]:
         candidate = _sum(stream, rows, Rewrite(stored=rebased.stored), rebased, text)
         if isinstance(own, FoldedTensor):
             _add(own, candidate.rewrite, writer)
-        yield replace(candidate, basis=basis if len(rebased.writers) > 1 else None)
+        inverted = basis if len(rebased.writers) > 1 else None
+        yield replace(candidate, basis=inverted, degree_of=(writer.edge, "own bias"))
 
     def plan() -> Candidate:
         readers = {reader.edge: rebased.stored[reader.edge] for reader in stream.readers}
         carried = Rewrite(stored=readers)
         carry_biases(stream, writer, carried)
         without = replace(rebased, writers=[s for s in rebased.writers if isinstance(s, Side)])
-        return _sum(stream, rows, carried, without, text)
+        candidate = _sum(stream, rows, carried, without, text)
+        return replace(candidate, degree_of=(writer.edge, "carried bias"))
 
     if len(stream.writers) == 1 and stream.constants:
         yield propose(InterpolatePass.name, text, plan)

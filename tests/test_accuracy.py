@@ -48,7 +48,7 @@ def check_schema(data: dict) -> None:
         assert model.keys() == KEYS["models"]
         assert {"paper", "merge + interpolate", "automatic"} <= model["strategies"].keys()
     for model in data["deep"]:
-        assert {"paper", "automatic", "size"} == model["strategies"].keys()
+        assert {"paper", "automatic"} == model["strategies"].keys()
     for model in data["models"] + data["deep"]:
         for folded in model["strategies"].values():
             assert folded.keys() == KEYS["folded"]

@@ -216,7 +216,7 @@ class _Coefficients(Expression):
 
 
 def select_rows(
-    matrix: Array, bound: float = 1.1, max_rounds: int = 100, device: Device = HOST
+    matrix: Array, bound: float = 1.01, max_rounds: int = 100, device: Device = HOST
 ) -> tuple[Indices, Array]:
     """Find rows of ``matrix`` that are a good basis of all its rows.
 
