@@ -354,7 +354,8 @@ def table(results: Iterable[ScaleResult]) -> str:
     lines += [
         f"| {r.preset} | {r.layers} | {r.dtype} | {r.objective} | {r.clock} |"
         f" {r.weights / 1e9:.2f} B | {r.weights_removed / r.weights:.0%} |"
-        f" {r.seconds:.0f} s | {r.floor:.0f} s | {r.ratio:.2f}x | {r.peak / 2**30:.2f} GiB | {r.bound / 2**30:.2f} GiB |"
+        f" {r.seconds:.0f} s | {r.floor:.0f} s | {r.ratio:.2f}x |"
+        f" {r.peak / 2**30:.2f} GiB | {r.bound / 2**30:.2f} GiB |"
         for r in results
     ]
     return HEAD + "\n".join(lines) + "\n"
