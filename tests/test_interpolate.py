@@ -11,7 +11,7 @@ from onnx_fold.algebra.exact import checked
 from onnx_fold.algebra.expression import FoldedTensor
 from onnx_fold.check import interpreter, proof
 from onnx_fold.check.proof import prove
-from onnx_fold.engine.folding import Candidate
+from onnx_fold.engine.folding import Candidate, Options, fold_streams
 from onnx_fold.errors import UsageError
 from onnx_fold.passes import InterpolatePass
 from onnx_fold.streams.stream import find_streams
@@ -407,6 +407,20 @@ def test_parts_are_bisected(monkeypatch):
     taken = stream.folded.weights_removed
     larger = min(each.weights_removed for each in offered if each.weights_removed > taken)
     assert errors[larger] > 3 * stream.folded.error_original  # the next larger one was ruled out
+
+
+def test_a_part_that_is_taken_back_leaves_a_smaller_one():
+    """What the judgement of the whole model takes back is given up by a degree, not whole."""
+    held = {"O": normal(1200, 336, seed=2), "M": normal(N, 1200, seed=1), "R": normal(336, 96)}
+    taken_back: dict[str, str] = {}
+    rows = []
+    for _ in range(3):
+        options = Options(target="cpu", taken_back=dict(taken_back))
+        streams = fold_streams(wide_model(**held), [InterpolatePass(options)], options)
+        (taken,) = (stream.folded for stream in streams if stream.folded)
+        rows.append(taken.weights_removed // 336)
+        taken_back[taken.name] = "with it, the model is too far off"
+    assert rows == sorted({*rows}, reverse=True)
 
 
 def test_all_of_a_stream_goes_before_a_part_of_it():
