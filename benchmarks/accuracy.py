@@ -5,9 +5,10 @@ the tables of ``docs/accuracy.md`` up to date; ``--quick`` measures the small ca
 
 Every figure is an error ratio: the relative error of the folded model over that of the original in
 the same precision, both against a wider reference. Two levels are measured. *Streams*: O writes
-``x``, Q, K and V read it, errors of q, k and v by ``onnx_fold.algebra.basis.probe``. *Models*:
-whole skipless transformers, exported, folded and run in ONNX Runtime, errors of the logits by
-``onnx_fold.verify``; 16 bits are emulated, each operator's result is rounded.
+``x``, Q, K and V read it; the passes fold it and predict the errors of q, k and v. *Models*: whole
+skipless transformers, exported, folded and run in ONNX Runtime, errors of the logits by
+``onnx_fold.verify``; 16 bits are emulated, each operator's result is rounded. *Deep*: the same for
+models of many blocks.
 """
 
 from __future__ import annotations
@@ -25,25 +26,24 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import matrices
 import numpy as np
-import onnx
 import onnx.parser
 import onnx_ir as ir
 from matrices import KINDS, Matrix, State, StreamWeights
 
 import onnx_fold
-from onnx_fold.algebra.basis import Basis, Side, probe, product_dtype
-from onnx_fold.algebra.expression import evaluate, literal
-from onnx_fold.algebra.selection import select_blocks
-from onnx_fold.engine.folding import Options
+from onnx_fold.algebra.basis import MAX_RATIO, Basis, max_ratio
+from onnx_fold.algebra.expression import literal
+from onnx_fold.engine.folding import Candidate, FoldPass, Options
+from onnx_fold.engine.outcome import CandidateReport
 from onnx_fold.models.config import SkiplessConfig
-from onnx_fold.passes import PASSES, InterpolatePass
+from onnx_fold.passes import AbsorbPass, InterpolatePass, MergePass, SelectPass
 from onnx_fold.rewriting.selected import SHARES
 from onnx_fold.streams.stream import find_streams
 
@@ -53,16 +53,31 @@ if TYPE_CHECKING:
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 """Storage types: the names in the tables, and those of torch and onnx_fold."""
 
-SEEDS = {256: 8, 512: 8, 1024: 4, 2048: 1, 4096: 1}
+SEEDS = {256: 4, 512: 4, 1024: 2, 2048: 1, 4096: 1}
 """Widths of the random streams, and how many of each kind are measured."""
 
-SELECT_UP_TO = 2048
-"""Widest random stream on which the selection of heads is measured: it is slow."""
+WIDE = 2048
+"""Random streams of this width and more are measured in fp16 only, without selection of heads."""
+
+DEPTHS: tuple[tuple[str, int, int, Sequence[str]], ...] = (
+    ("gaussian", 256, 8, tuple(DTYPES)),
+    ("gaussian", 512, 8, tuple(DTYPES)),
+    ("gaussian", 512, 32, ("fp16",)),
+    ("orthogonal", 512, 8, ("fp16",)),
+    ("gaussian", 1024, 8, ("fp16",)),
+)
+"""Deep models: weights, width, blocks, storage types."""
+
+RUN = {"batch": 4, "seq": 32}
+"""What models are run on: one random input."""
 
 HEAD_DIM = {"char-gqa": 40, "MiniLM": 32}
 
 TARGETS = {"fp32": 4.0, "fp16": 6.0}
 """Largest ratio of MiniLM, merged and interpolated, that the project promises."""
+
+PARTS = ("streams", "models", "deep")
+"""What can be measured alone: one stream, whole models, and deep ones."""
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -80,6 +95,7 @@ class StreamResult:
         error_original: Relative error of q, k or v, whichever is largest, before the fold.
         ratio: Error after the fold over that, by strategy.
         worst: The largest ratio, by strategy.
+        taken: The share of the rows of O that ``fold`` takes, the least of all, by objective.
     """
 
     weights: str
@@ -90,6 +106,7 @@ class StreamResult:
     error_original: float
     ratio: dict[str, float]
     worst: dict[str, float]
+    taken: dict[str, float]
 
 
 @dataclass
@@ -104,6 +121,7 @@ class Folded:
         folds: Number of streams that each pass folded.
         condition: The largest condition number of what was inverted; None if nothing was.
         top1_agreement: Share of positions with the same largest logit as the original.
+        kl_divergence: Of the next token from that of the original, mean, in nats.
     """
 
     error: float | None
@@ -113,6 +131,7 @@ class Folded:
     folds: dict[str, int]
     condition: float | None
     top1_agreement: float | None
+    kl_divergence: float | None
 
 
 @dataclass
@@ -130,76 +149,83 @@ class ModelResult:
 
 # --- Streams --------------------------------------------------------------------------------------
 
+SERIAL = """
+    <ir_version: 10, opset_import: ["": 23]>
+    stream (float[b, t, 1] x) => (float[b, t, n] y) {
+        a = MatMul(x, M)
+        h = Relu(a)
+        s = MatMul(h, O)
+        q = MatMul(s, Q)
+        k = MatMul(s, K)
+        v = MatMul(s, V)
+        y = Attention <q_num_heads = %d, kv_num_heads = %d> (q, k, v)
+    }
+"""
+"""An FFN's last two layers and the attention behind it: O writes a stream, Q, K and V read it."""
+
+PAIR = """
+    <ir_version: 10, opset_import: ["": 23]>
+    stream (float[b, t, n] x) => (float[b, t, m] k, float[b, t, m] v) {
+        p = MatMul(x, Q)
+        k = MatMul(p, K)
+        v = MatMul(p, V)
+    }
+"""
+"""Q stands in for P, and K and V for the layers behind it."""
+
 
 def measure_stream(stream: StreamWeights, dtype: ir.DataType) -> dict[str, tuple[float, float]]:
-    """Errors after and before the fold, by strategy, with all weights stored as ``dtype``.
+    """Errors after and before the fold, as the passes predict them, by strategy.
 
-    In the merge Q stands in for P, and K and V for the layers behind it.
+    All weights are stored as ``dtype``. Of an interpolated stream each part that the pass offers
+    counts as a strategy.
     """
-
-    def stored(matrix: Matrix) -> Matrix:
-        with np.errstate(over="ignore"):  # the error is then infinite
-            rounded: Matrix = matrix.astype(dtype.numpy()).astype(np.float64)
-        return rounded
-
-    def side(before: Matrix, after: Matrix | None) -> Side:
-        return Side(literal(before), None if after is None else literal(stored(after)))
-
-    product = product_dtype(dtype)
-    o, q = stored(stream.o), stored(stream.q)
-    others = [stored(stream.k), stored(stream.v)]
-    width = len(q)
-
-    def times(left: Matrix, right: Matrix) -> Matrix:
-        result: Matrix = left.astype(product) @ right.astype(product)
-        return result
-
-    errors = {"merge": probe([side(q, None)], [side(r, times(q, r)) for r in others], dtype)}
-
-    basis = Basis(literal(q))
-    readers = [side(q, None), *(side(r, evaluate(basis.of_reader(literal(r)))) for r in others)]
-    errors["absorb"] = probe([side(o, times(o, q))], readers, dtype)
-
-    errors |= interpolated({"O": o, "Q": q, "K": others[0], "V": others[1]}, dtype)
-
-    if width <= SELECT_UP_TO:
-        heads = np.hstack([q, *others])
-        columns = select_blocks(heads.copy(), stream.head_dim)[:, None] * stream.head_dim
-        chosen = (columns + np.arange(stream.head_dim)).ravel()
-        rest = np.delete(heads, chosen, axis=1)
-        basis = Basis(literal(heads[:, chosen]))
-        solved = evaluate(basis.of_reader(literal(rest)))
-        readers = [side(heads[:, chosen], None), side(rest, solved)]
-        errors["select"] = probe([side(o, times(o, heads[:, chosen]))], readers, dtype)
+    width, heads = len(stream.q), (stream.q.shape[1], stream.k.shape[1])
+    weights = {"O": stream.o, "Q": stream.q, "K": stream.k, "V": stream.v}
+    graphs: list[tuple[str, list[type[FoldPass]]]] = [(PAIR, [MergePass])]
+    wide: list[type[FoldPass]] = [AbsorbPass, InterpolatePass]
+    if width < WIDE:
+        wide.append(SelectPass)
+    graphs.append((SERIAL % tuple(size // stream.head_dim for size in heads), wide))
+    options = Options(pivot="q", force=True)
+    errors: dict[str, tuple[float, float]] = {}
+    for text, passes in graphs:
+        model = _model(text, {"M": np.ones((1, len(stream.o))), **weights}, dtype)
+        (found,) = (each for each in find_streams(model) if each.is_closed)
+        for make in passes:
+            for candidate in make(options).proposals(found):
+                assert isinstance(candidate, Candidate)
+                report = candidate.judged(found, options, {})
+                error = math.inf if report.error is None else report.error
+                errors[_strategy(report, width)] = error, report.error_original or math.nan
     return errors
 
 
-def interpolated(
-    weights: Mapping[str, Matrix], dtype: ir.DataType
-) -> dict[str, tuple[float, float]]:
-    """What the pass itself predicts, for all rows of O and for the parts that it offers."""
-    f, d = weights["O"].shape
-    heads = "".join(f", float[n, {weights[name].shape[1]}] {name.lower()}" for name in "KV")
-    text = f"stream (float[n, 1] x) => (float[n, {d}] q{heads})"
-    text += " { a = MatMul(x, M) h = Relu(a) s = MatMul(h, O)"
-    text += " q = MatMul(s, Q) k = MatMul(s, K) v = MatMul(s, V) }"
-    held = {"M": np.ones((1, f)), **weights}
-    proto = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["": 18]> {text}')
-    for name, array in held.items():
-        tensor = ir.tensor(array.astype(dtype.numpy()), name=name)
-        proto.graph.initializer.append(ir.to_proto(tensor))
-    model = ir.from_proto(proto)
-    (stream,) = (each for each in find_streams(model) if each.width == d and each.is_closed)
-    errors = {}
-    for candidate in InterpolatePass().candidates(stream):
-        rows = int(candidate.text.partition(" ")[0])
-        report = candidate.judged(stream, Options(force=True), {})
-        assert report.error is not None
-        assert report.error_original is not None
-        share = min(SHARES, key=lambda share: abs(share - rows / d))
-        name = "interpolate" if rows == d else f"{share:.0%} of it"
-        errors.setdefault(name, (report.error, report.error_original))
-    return errors
+def _model(text: str, weights: Mapping[str, Matrix], dtype: ir.DataType) -> ir.Model:
+    """The graph ``text`` with those of ``weights`` that it reads, stored as ``dtype``."""
+    proto = onnx.parser.parse_model(text)
+    for name, weight in weights.items():
+        if f", {name})" in text:
+            with np.errstate(over="ignore"):  # the error is then infinite
+                tensor = ir.tensor(weight.astype(dtype.numpy()), name=name)
+            proto.graph.initializer.append(ir.to_proto(tensor))
+    return ir.from_proto(proto)
+
+
+def _strategy(report: CandidateReport, width: int) -> str:
+    """The name of the pass, and the share of the rows of O if these are not all."""
+    rows = report.text.partition(" ")[0]
+    if report.strategy != "interpolate" or int(rows) == width:
+        return report.strategy
+    return f"{min(SHARES, key=lambda share: abs(share - int(rows) / width)):.0%} of it"
+
+
+def _taken(run: Mapping[str, tuple[float, float]], dtype: ir.DataType, *, for_size: bool) -> float:
+    """The largest share of the rows of O that is within the limit of a stream; 0 if none is."""
+    shares = {"interpolate": 1.0, **{f"{share:.0%} of it": share for share in SHARES}}
+    most = max_ratio(dtype, for_size=for_size)
+    within = (shares[s] for s, (a, b) in run.items() if s in shares and round(a / b, 1) <= most)
+    return max(within, default=0.0)
 
 
 def stream_results(
@@ -213,8 +239,8 @@ def stream_results(
         stream = make(index)
         width = len(stream.q)
         conditions.append(Basis(literal(stream.q)).condition)
-        for short, dtype in DTYPES.items():
-            errors[short].append(measure_stream(stream, _data_type(dtype)))
+        for short in DTYPES if width < WIDE else ("fp16",):
+            errors[short].append(measure_stream(stream, _data_type(DTYPES[short])))
     for short, runs in errors.items():
         ratios = {s: [after / before for after, before in (r[s] for r in runs)] for s in runs[0]}
         yield StreamResult(
@@ -226,6 +252,12 @@ def stream_results(
             statistics.median(run["absorb"][1] for run in runs),
             {strategy: statistics.median(values) for strategy, values in ratios.items()},
             {strategy: max(values) for strategy, values in ratios.items()},
+            {
+                objective: min(
+                    _taken(r, _data_type(DTYPES[short]), for_size=for_size) for r in runs
+                )
+                for objective, for_size in (("speed", False), ("size", True))
+            },
         )
 
 
@@ -254,25 +286,27 @@ def _data_type(name: str) -> ir.DataType:
 # --- Models ---------------------------------------------------------------------------------------
 
 
-def strategies() -> dict[str, dict[str, Any]]:
-    """Options of ``fold``: the paper's own, merge with each other pass, and the automatic choice.
+STRATEGIES: dict[str, dict[str, Any]] = {
+    "paper": {"strategy": "absorb", "pivot": "q", "force": True},
+    "merge + interpolate": {"strategy": "interpolate", "force": True},
+    "merge + select": {"strategy": "select", "force": True},
+    "automatic": {},
+    "size": {"objective": "size"},
+}
+"""Options of ``fold``: the paper's own, merge with another pass, whatever error is predicted; and
+what is chosen by itself, for speed and for size."""
 
-    All but the last are taken whatever error is predicted.
-    """
-    options: dict[str, dict[str, Any]] = {
-        "paper": {"strategy": "absorb", "pivot": "q", "force": True}
-    }
-    for each in PASSES:
-        if each.name not in ("merge", "absorb"):
-            options[f"merge + {each.name}"] = {"strategy": each.name, "force": True}
-    options["automatic"] = {}
-    return options
+DEEP = ("paper", "automatic")
+"""The strategies that deep models are folded by."""
 
 
 def measure_model(
-    name: str, model: SkiplessTransformer, dtypes: Iterable[str] = DTYPES
+    name: str,
+    model: SkiplessTransformer,
+    dtypes: Iterable[str] = DTYPES,
+    names: Iterable[str] = STRATEGIES,
 ) -> Iterator[ModelResult]:
-    """Fold and judge a float32 model in each of these storage types."""
+    """Fold and judge a float32 model in each of these storage types, by these strategies."""
     import torch
 
     from onnx_fold.models.export import export_module
@@ -282,16 +316,25 @@ def measure_model(
             path = Path(folder, "model.onnx")
             narrow = copy.deepcopy(model).to(getattr(torch, DTYPES[short]))
             export_module(narrow, path)
-            yield measure_file(name, short, model.config, path)
+            del narrow
+            yield measure_file(name, short, model.config, path, names)
 
 
-def measure_file(name: str, dtype: str, config: SkiplessConfig, path: Path) -> ModelResult:
+def measure_file(
+    name: str,
+    dtype: str,
+    config: SkiplessConfig,
+    path: Path,
+    names: Iterable[str] = STRATEGIES,
+) -> ModelResult:
     """Fold and judge a model that is stored as ``dtype``."""
     width = config.hidden_size
     result: ModelResult | None = None
-    for strategy, options in strategies().items():
-        folded = onnx_fold.fold(path, verify=False, **options)
-        parity = onnx_fold.verify(path, folded.model, emulate=dtype != "fp32", samples=2)
+    for strategy in names:
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder, "folded.onnx")
+            folded = onnx_fold.fold(path, output=file, verify=False, **STRATEGIES[strategy])
+            parity = onnx_fold.verify(path, file, emulate=dtype != "fp32", shapes=RUN)
         logits = parity.outputs[0]
         saving, done = folded.report.saving, folded.report.folded
         if result is None:
@@ -300,29 +343,31 @@ def measure_file(name: str, dtype: str, config: SkiplessConfig, path: Path) -> M
             )
             result.error_original = logits.error_original
         taken = [stream.folded for stream in done if stream.folded is not None]
-        names = [each.strategy for each in taken]
+        passes = [each.strategy for each in taken]
         conditions = [each.condition for each in taken if each.condition is not None]
         result.strategies[strategy] = Folded(
             error=logits.error_folded,
             ratio=logits.ratio,
             weights_removed=saving.weights,
             squares_removed=saving.weights / width**2,
-            folds={each: names.count(each) for each in dict.fromkeys(names)},
+            folds={each: passes.count(each) for each in dict.fromkeys(passes)},
             condition=max(conditions, default=None),
             top1_agreement=logits.top1_agreement,
+            kl_divergence=logits.kl_divergence,
         )
     assert result is not None
     return result
 
 
-def random_model(width: int, init: str) -> SkiplessTransformer:
-    """Two blocks, GQA, a GLU that is linear in scale; f and the heads as in Mistral-7B."""
+def random_model(width: int, init: str, blocks: int = 2) -> SkiplessTransformer:
+    """GQA, a GLU that is linear in scale; f and the heads as in Mistral-7B."""
     from onnx_fold.models.skipless import SkiplessTransformer
 
     return SkiplessTransformer(
         SkiplessConfig(
             vocab_size=2 * width,  # wide enough that merging O and the head would save nothing
             hidden_size=width,
+            num_hidden_layers=blocks,
             num_attention_heads=width // 64,
             num_key_value_heads=width // 256,
             head_dim=64,
@@ -347,10 +392,11 @@ def char_gqa_model(state: State) -> SkiplessTransformer:
 
 def all_models(quick: bool, trained: Mapping[str, State]) -> Iterator[ModelResult]:
     """Measure random models, and trained ones."""
-    for width in (256,) if quick else (256, 512, 1024):
+    for width in (256,) if quick else (256, 512):
         yield from measure_model("gaussian", random_model(width, "gaussian"))
     if not quick:
-        yield from measure_model("orthogonal", random_model(512, "orthogonal"))
+        yield from measure_model("gaussian", random_model(1024, "gaussian"), ("fp16",))
+        yield from measure_model("orthogonal", random_model(512, "orthogonal"), ("fp16",))
     char_gqa = char_gqa_model(trained["char-gqa"])
     yield measure_file("char-gqa", "fp32", char_gqa.config, matrices.CHAR_GQA)
     if not quick:
@@ -358,6 +404,26 @@ def all_models(quick: bool, trained: Mapping[str, State]) -> Iterator[ModelResul
         import minilm
 
         yield from measure_model("MiniLM", minilm.build(trained["MiniLM"]))
+
+
+def deep_models(quick: bool) -> Iterator[ModelResult]:
+    """Measure random models of many blocks, and two blocks of the shape of Mistral-7B."""
+    for kind, width, blocks, dtypes in DEPTHS[:1] if quick else DEPTHS:
+        yield from measure_model(kind, random_model(width, kind, blocks), dtypes, DEEP)
+    if not quick:
+        yield preset("mistral-7b", 2, "fp16")
+
+
+def preset(name: str, blocks: int, dtype: str) -> ModelResult:
+    """A preset with Gaussian weights, drawn as they are written."""
+    from onnx_fold.models.export import export
+    from onnx_fold.models.presets import PRESETS
+
+    config = replace(PRESETS[name], num_hidden_layers=blocks)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "model.onnx")
+        export(name, path, layers=blocks, dtype=DTYPES[dtype])
+        return measure_file(name, dtype, config, path, DEEP)
 
 
 def targets(models: Iterable[ModelResult]) -> list[dict[str, Any]]:
@@ -409,8 +475,8 @@ def _cpu() -> str:
 
 
 def measure(part: str, quick: bool) -> dict[str, Any]:
-    """Measure one part, ``"streams"`` or ``"models"``, and return it as JSON-ready data."""
-    start = time.perf_counter()
+    """Measure one of ``PARTS``, and return it as JSON-ready data."""
+    start = time.process_time()
     trained = {"char-gqa": matrices.char_gqa()}
     if not quick:
         import minilm
@@ -420,6 +486,8 @@ def measure(part: str, quick: bool) -> dict[str, Any]:
     if part == "streams":
         streams = _shown(all_streams({256: 2} if quick else SEEDS, trained))
         data["streams"] = [_rounded(asdict(each)) for each in streams]
+    elif part == "deep":
+        data["deep"] = [_rounded(asdict(each)) for each in _shown(deep_models(quick))]
     else:
         models = list(_shown(all_models(quick, trained)))
         data["models"] = [_rounded(asdict(each)) for each in models]
@@ -427,7 +495,7 @@ def measure(part: str, quick: bool) -> dict[str, Any]:
     quickly = " --quick" if quick else ""
     data[f"{part}_measured"] = {
         **environment(f"python benchmarks/accuracy.py{quickly} --only {part}"),
-        "seconds": round(time.perf_counter() - start),
+        "seconds": round(time.process_time() - start),
     }
     return data
 
@@ -457,9 +525,9 @@ def tables(data: Mapping[str, Any]) -> dict[str, str]:
     """Markdown tables by name."""
     return {
         "models": _models_table(data["models"]),
+        "deep": _models_table(data["deep"]),
         "streams": _streams_table(data["streams"]),
-        "streams measured": _environment_text(data["streams_measured"]),
-        "models measured": _environment_text(data["models_measured"]),
+        **{f"{part} measured": _environment_text(data[f"{part}_measured"]) for part in PARTS},
     }
 
 
@@ -475,32 +543,46 @@ def _models_table(models: Sequence[Mapping[str, Any]]) -> str:
         for name in names:
             folded = model["strategies"][name]
             row.append(f"{_times(folded['ratio'])} ({folded['squares_removed']:.3g})")
+        row += [_tokens(model["strategies"][name]) for name in ("paper", "automatic")]
         rows.append(row)
-    return _table(["model", "storage", "original", *names], rows)
+    tokens = ["paper: KL, top-1", "automatic: KL, top-1"]
+    return _table(["model", "storage", "original", *names, *tokens], rows)
+
+
+def _tokens(folded: Mapping[str, Any]) -> str:
+    """KL divergence of the next token, and the share of positions at which it is the same."""
+    kl, top1 = folded["kl_divergence"], folded["top1_agreement"]
+    return "" if kl is None or top1 is None else f"{kl:.0e}, {top1:.1%}"
 
 
 def _streams_table(streams: Sequence[Mapping[str, Any]]) -> str:
-    names = list(dict.fromkeys(name for each in streams for name in each["ratio"]))
+    known = {name for each in streams for name in each["ratio"]}
+    names = [name for name in ORDER if name in known]
     rows = []
     for key in dict.fromkeys((each["weights"], each["d"]) for each in streams):
         group = [each for each in streams if (each["weights"], each["d"]) == key]
         cells = [
             " / ".join(_number(each["ratio"][name]) for each in group)
             + f" ({_number(_worst(group, name))})"
-            if name in group[0]["ratio"]
+            if all(name in each["ratio"] for each in group)
             else ""
             for name in names
         ]
         first = group[0]
+        cells += [
+            " / ".join(f"{each['taken'][objective]:.0%}" for each in group)
+            for objective in ("speed", "size")
+        ]
         rows.append([key[0], str(key[1]), str(first["count"]), f"{first['condition']:.1e}", *cells])
-    return _table(["weights", "d", "streams", "cond(Q)", *names], rows)
+    taken = ["taken", "taken for size"]
+    return _table(["weights", "d", "streams", "cond(Q)", *names, *taken], rows)
 
 
 def _environment_text(data: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
     return (
-        f"Measured on {data['date']} by `{data['command']}` in {data['seconds']} s on"
-        f" {data['cpu']} ({data['cores']} cores, {data['platform']}); {versions}."
+        f"Measured on {data['date']} by `{data['command']}` in {data['seconds']} s of processor"
+        f" time on {data['cpu']} ({data['cores']} cores, {data['platform']}); {versions}."
     )
 
 
@@ -535,6 +617,12 @@ def write_tables(page: Path, data: Mapping[str, Any]) -> None:
         text = f"{head}{start}{table}\n{end}{tail}"
     page.write_text(text, encoding="utf-8")
 
+
+ORDER = (
+    *("merge", "absorb", "select", "interpolate"),
+    *(f"{share:.0%} of it" for share in SHARES),
+)
+"""The ways to fold a stream, as the table has them."""
 
 COLOURS = {
     "absorb": "#c1440e",
@@ -572,7 +660,7 @@ def _plot_streams(figure: Any, streams: Sequence[Mapping[str, Any]]) -> None:
     figure.suptitle("One stream: error of q, k, v after the fold / before (median)")
     axes = figure.subplots(1, len(KINDS), sharey=True)
     styles = dict(zip(DTYPES, ("-", "--", ":"), strict=True))
-    names = list(streams[0]["ratio"])
+    names = [name for name in ORDER if any(name in each["ratio"] for each in streams)]
     for axis, kind in zip(axes, KINDS, strict=True):
         for dtype, style in styles.items():
             group = [each for each in streams if (each["weights"], each["dtype"]) == (kind, dtype)]
@@ -583,7 +671,7 @@ def _plot_streams(figure: Any, streams: Sequence[Mapping[str, Any]]) -> None:
         axis.set(xscale="log", yscale="log", title=f"{kind} weights", xlabel="d")
         axis.set_xticks(list(SEEDS), [str(width) for width in SEEDS])
         axis.minorticks_off()
-        _grid(axis, onnx_fold.algebra.basis.MAX_NARROW_RATIO)
+        _grid(axis, max_ratio(ir.DataType.FLOAT16, for_size=False))
     axes[0].set_ylabel("error ratio")
     handles = [Line2D([], [], color=COLOURS[name], label=name) for name in names]
     handles += [Line2D([], [], color="black", ls=ls, label=name) for name, ls in styles.items()]
@@ -603,7 +691,7 @@ def _plot_models(figure: Any, models: Sequence[Mapping[str, Any]]) -> None:
         labels = [f"{each['model']} {each['d']}" for each in group]
         axis.set_xticks(range(len(group)), labels, rotation=40, ha="right")
         axis.set(yscale="log", title=dtype)
-        _grid(axis, onnx_fold.algebra.basis.MAX_RATIO)
+        _grid(axis, MAX_RATIO)
     axes[0].set_ylabel("error ratio")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False)
@@ -622,20 +710,20 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="small random models and char-gqa")
     parser.add_argument("--render", action="store_true", help="draw and write the tables anew only")
     parser.add_argument("--output", type=Path, help="folder to write to; by default docs")
-    parser.add_argument("--only", choices=("streams", "models"), help="keep the other part")
+    parser.add_argument("--only", choices=PARTS, help="keep the other parts")
     arguments = parser.parse_args()
     folder = arguments.output or (None if arguments.quick else DOCS)
     file = None if folder is None else folder / "accuracy.json"
     data: dict[str, Any] = {}
     if file is not None and file.exists() and (arguments.only or arguments.render):
         data = json.loads(file.read_text(encoding="utf-8"))
-    for part in ("streams", "models"):
+    for part in PARTS:
         if not arguments.render and arguments.only in (None, part):
             data.update(measure(part, arguments.quick))
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    if "streams" not in data or "models" not in data:
+    if any(part not in data for part in PARTS):
         return
     print(*tables(data).values(), sep="\n\n")
     if folder is not None and not arguments.quick:

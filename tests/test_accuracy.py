@@ -23,19 +23,21 @@ from onnx_fold.algebra.selection import RowSelection, select_rows
 ROOT = Path(__file__).parents[1]
 DTYPES = ("fp32", "fp16", "bf16")
 KEYS = {
-    "top": {"streams", "streams_measured", "models", "models_measured", "targets"},
+    "top": {"streams", "streams_measured", "models", "models_measured", "targets"}
+    | {"deep", "deep_measured"},
     "measured": {"command", "date", "cpu", "cores", "platform", "versions", "seconds"},
-    "streams": {"weights", "d", "dtype", "count", "condition", "error_original", "ratio", "worst"},
+    "streams": {"weights", "d", "dtype", "count", "condition", "error_original", "ratio", "worst"}
+    | {"taken"},
     "models": {"model", "d", "blocks", "dtype", "weights", "error_original", "strategies"},
     "folded": {"error", "ratio", "weights_removed", "squares_removed", "folds", "condition"}
-    | {"top1_agreement"},
+    | {"top1_agreement", "kl_divergence"},
     "targets": {"dtype", "ratio", "ratio_limit", "squares_removed", "squares_least", "met"},
 }
 
 
 def check_schema(data: dict) -> None:
     assert data.keys() == KEYS["top"]
-    for part in ("streams_measured", "models_measured"):
+    for part in ("streams_measured", "models_measured", "deep_measured"):
         assert data[part].keys() == KEYS["measured"]
     for stream in data["streams"]:
         assert stream.keys() == KEYS["streams"]
@@ -45,6 +47,9 @@ def check_schema(data: dict) -> None:
     for model in data["models"]:
         assert model.keys() == KEYS["models"]
         assert {"paper", "merge + interpolate", "automatic"} <= model["strategies"].keys()
+    for model in data["deep"]:
+        assert {"paper", "automatic"} == model["strategies"].keys()
+    for model in data["models"] + data["deep"]:
         for folded in model["strategies"].values():
             assert folded.keys() == KEYS["folded"]
             assert folded["squares_removed"] == pytest.approx(

@@ -11,6 +11,7 @@ from onnx_fold.algebra.exact import checked
 from onnx_fold.algebra.expression import FoldedTensor
 from onnx_fold.check import interpreter, proof
 from onnx_fold.check.proof import prove
+from onnx_fold.engine.folding import Candidate, Options, fold_streams
 from onnx_fold.errors import UsageError
 from onnx_fold.passes import InterpolatePass
 from onnx_fold.streams.stream import find_streams
@@ -383,6 +384,43 @@ def test_the_largest_part_within_the_limit_is_taken():
             assert each.weights_removed > taken.weights_removed
             assert "--objective size takes up to 6.0" in each.refused
     assert refusals
+
+
+def test_parts_are_bisected(monkeypatch):
+    """Of parts that differ in degree only, each probe rules out half."""
+    probed = []
+    measured = Candidate._measured
+
+    def recorded(self, *given):
+        probed.append(self.text)
+        return measured(self, *given)
+
+    monkeypatch.setattr(Candidate, "_measured", recorded)
+    held = {"O": normal(1200, 336, seed=2), "M": normal(N, 1200, seed=1), "R": normal(336, 96)}
+    result = fold(wide_model(**held), only=["interpolate"], objective="speed")
+    (stream,) = result.report.folded
+    assert len(probed) <= 1 + 3  # all rows, and three of the parts
+    errors = {each.weights_removed: each.error for each in stream.candidates}
+    assert sorted(errors.values()) == [errors[size] for size in sorted(errors)]
+    (closed,) = (each for each in find_streams(result.original) if each.is_closed)
+    offered = [each for each in InterpolatePass().candidates(closed) if each.degree_of]
+    taken = stream.folded.weights_removed
+    larger = min(each.weights_removed for each in offered if each.weights_removed > taken)
+    assert errors[larger] > 3 * stream.folded.error_original  # the next larger one was ruled out
+
+
+def test_a_part_that_is_taken_back_leaves_a_smaller_one():
+    """What the judgement of the whole model takes back is given up by a degree, not whole."""
+    held = {"O": normal(1200, 336, seed=2), "M": normal(N, 1200, seed=1), "R": normal(336, 96)}
+    taken_back: dict[str, str] = {}
+    rows = []
+    for _ in range(3):
+        options = Options(target="cpu", taken_back=dict(taken_back))
+        streams = fold_streams(wide_model(**held), [InterpolatePass(options)], options)
+        (taken,) = (stream.folded for stream in streams if stream.folded)
+        rows.append(taken.weights_removed // 336)
+        taken_back[taken.name] = "with it, the model is too far off"
+    assert rows == sorted({*rows}, reverse=True)
 
 
 def test_all_of_a_stream_goes_before_a_part_of_it():

@@ -168,7 +168,7 @@ class RowSelection(Selection):
 
 
 def select_rows(
-    matrix: Array, bound: float = 1.1, max_rounds: int = 100, device: Device = HOST
+    matrix: Array, bound: float = 1.01, max_rounds: int = 100, device: Device = HOST
 ) -> tuple[Indices, Array]:
     """Find rows of ``matrix`` that are a good basis of all its rows.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import operator
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -79,7 +80,7 @@ Memo = dict[tuple[object, ...], tuple[CandidateReport, tuple[ir.TensorProtocol, 
 """Verdicts by candidate and the tensors of its stream, kept so that their ids stay theirs."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Candidate:
     """One way to fold one stream.
 
@@ -88,12 +89,15 @@ class Candidate:
         text: What is folded into what, for people.
         rewrite: The change.
         basis: The basis that is inverted, if one is.
+        degree_of: What it shares with candidates that differ from it in degree only: of these the
+            ones that save less are more accurate. None if there are no such.
     """
 
     strategy: str
     text: str
     rewrite: Rewrite
     basis: Basis | None = None
+    degree_of: object = None
 
     @cached_property
     def weights_removed(self) -> int:
@@ -146,6 +150,17 @@ class Candidate:
 
     def judged(self, stream: Subject, options: Options, memo: Memo) -> CandidateReport:
         """Weigh it: cheap checks first, the weights are evaluated last, and once."""
+        report = self.priced(stream, options)
+        if report.refused is not None:
+            return report
+        tensors = tuple(member.weight.tensor for member in stream.members)
+        key = (self.strategy, self.text, self.weights_removed, self.nodes, *map(id, tensors))
+        if key not in memo:
+            memo[key] = self._measured(report, stream, options), tensors
+        return memo[key][0]
+
+    def priced(self, stream: Subject, options: Options) -> CandidateReport:
+        """Weigh it without its error, for which weights are evaluated."""
         report = CandidateReport(
             strategy=self.strategy,
             text=self.text,
@@ -164,11 +179,7 @@ class Candidate:
         target = None if options.force else options.target
         if target is not None and target in report.slower_on:
             return replace(report, refused=self._price(report.slower_on, target))
-        tensors = tuple(member.weight.tensor for member in stream.members)
-        key = (self.strategy, self.text, self.weights_removed, self.nodes, *map(id, tensors))
-        if key not in memo:
-            memo[key] = self._measured(report, stream, options), tensors
-        return memo[key][0]
+        return report
 
     def _measured(
         self, report: CandidateReport, stream: Subject, options: Options
@@ -465,7 +476,19 @@ def _choose(
     passes = [each for each in passes if not (is_implied and each.is_basis_change)]
     passes = [each for each in passes if each.group == stream.group]
     later = [each for each in later if each.group == stream.group]
-    for group in _ranked(stream, passes, later, judged):
+
+    def is_accurate(candidate: Candidate) -> bool:
+        verdict = candidate.judged(stream, options, memo)
+        if verdict.refused is not None:
+            judged.append(verdict)
+        return verdict.refused is None
+
+    def narrowed(candidates: Sequence[Candidate]) -> list[Candidate]:
+        free = [each for each in candidates if each.priced(stream, options).refused is None]
+        dear = [each for each in candidates if each not in free]
+        return [*_accurate(free, is_accurate), *dear]
+
+    for group in _ranked(stream, passes, later, judged, narrowed):
         accepted: list[tuple[CandidateReport, Candidate]] = []
         for candidate in sorted(group, key=lambda candidate: candidate.basis is not None):
             verdict = candidate.judged(stream, options, memo)
@@ -495,6 +518,7 @@ def _ranked(
     passes: Sequence[FoldPass],
     later: Sequence[FoldPass],
     refused: list[CandidateReport],
+    narrowed: Callable[[Sequence[Candidate]], Sequence[Candidate]],
 ) -> Iterator[list[Candidate]]:
     """Candidates that tie, those that gain most first, of those the ones with fewest operators.
 
@@ -512,7 +536,22 @@ def _ranked(
         others = [proposal for each in later for proposal in each.proposals(stream)]
         savings = [each.weights_removed for each in others if isinstance(each, Candidate)]
         waiting = [each for each in waiting if each.weights_removed >= max(savings, default=0)]
-    yield from _ties(waiting)
+    yield from _ties(narrowed(waiting))
+
+
+def _accurate(
+    candidates: Sequence[Candidate], is_accurate: Callable[[Candidate], bool]
+) -> Iterator[Candidate]:
+    """Those that differ in degree from the first accurate one on, found by bisection; all others.
+
+    What differs in degree is the more accurate the less it saves.
+    """
+    degrees: dict[object, list[Candidate]] = {}
+    for candidate in sorted(candidates, key=operator.attrgetter("gain")):
+        degrees.setdefault(candidate.degree_of or id(candidate), []).append(candidate)
+    for alike in degrees.values():
+        first = bisect_left(alike, True, key=is_accurate) if len(alike) > 1 else 0
+        yield from alike[first:]
 
 
 def _is_full(candidate: Candidate, stream: Subject) -> bool:

@@ -19,7 +19,7 @@ from onnx_fold.rewriting.rewrite import Rewrite
 from onnx_fold.streams.ends import Reader, Writer
 from onnx_fold.streams.stream import Stream
 
-SHARES = (0.98, 0.95, 0.92, 0.88, 0.85)
+SHARES = (0.98, 0.95, 0.92, 0.9, 0.88, 0.85)
 """Of the rows of a basis, what is kept where all of them are not accurate enough."""
 
 
