@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import onnx_ir as ir
 import pytest
 from helpers import (
     assert_close,
     assert_same_function,
+    feeds,
     fold,
     folded,
     graph,
@@ -286,6 +289,77 @@ def test_a_mean_that_is_used_for_more_forbids_a_triangular_writer():
     model = stream(body, "float[b, t, 16] q, float[b, t, 1] m")
     (report,) = folded(model, saved(D, 4), **ROTATE).report.folded
     assert report.folded.text == "triangle of MatMul -> q (4 panels) into MatMul -> s"
+
+
+# --- The norm of a sum, as ONNX Runtime's optimizers write it --------------------------------------
+
+SKIPS = {
+    "rms": "{y} = com.microsoft.SkipSimplifiedLayerNormalization<epsilon = 0.1>({x}, {g}{c})",
+    "layer": "{y} = com.microsoft.SkipLayerNormalization<epsilon = 0.1>({x}, {g}, b{c})",
+}
+SUM = "n, mean, deviation, sum"
+RESULTS = "float[b, t, 16] q, float[b, t, 8] k"
+
+
+def sum_and_norm(
+    kind: str, body: str, results: str = RESULTS, y: str = "n", c: str = "", **held: np.ndarray
+) -> ir.Model:
+    """``x W + z U (+ f)`` and its norm, as one operator; ``y`` are its outputs."""
+    given = {"W": normal(FFN, D, seed=1), "U": normal(FFN, D, seed=25), "f": normal(D, seed=26)}
+    given |= {"Q": normal(D, D, seed=3), "K": normal(D, 8, seed=4), "O": normal(D, 7, seed=5)}
+    given |= {"g": gain(2), "h": gain(11)} | BIASES | held
+    text = f"(float[b, t, {FFN}] x, float[b, t, {FFN}] z) => ({results}) {{ s = MatMul(x, W)"
+    text += f" r = MatMul(z, U) {SKIPS[kind].format(x='s, r', y=y, g='g', c=c)} {body} }}"
+    words = set(re.findall(r"\w+", text))
+    return graph(text, **{name: given[name] for name in sorted(words & set(given))})
+
+
+def assert_rotates(model: ir.Model, *, matrices: int) -> None:
+    """It folds, to ``matrices`` weights less but for biases, and the operator stays."""
+    result = fold(model, **ROTATE)
+    inputs = feeds(model)
+    for before, after in zip(
+        *(outputs(each, **inputs).values() for each in (model, result.model)), strict=True
+    ):
+        assert_close(after, before)
+    (report,) = result.report.folded
+    assert result.report.saving.weights == matrices
+    assert report.folded.error < 3 * report.folded.error_original
+    (name,) = (each for each in operators(model) if each.startswith("Skip"))
+    assert operators(result.model).count(name) == 1
+
+
+@pytest.mark.parametrize("kind", SKIPS)
+@pytest.mark.parametrize("c", ["", ", f"])
+def test_a_norm_of_a_sum_is_one_operator(kind, c):
+    """The bias ``f`` in front of it is rotated, the one behind the gain goes into the readers."""
+    assert_rotates(sum_and_norm(kind, BIASED, c=c), matrices=saved(D, 4))
+
+
+@pytest.mark.parametrize("kind", SKIPS)
+def test_the_sum_in_front_of_the_norm_may_be_read_too(kind):
+    """It is in the stream, without the gain: as where GPT-NeoX's two norms read one sum."""
+    body = """o0 = MatMul(sum, O) o = Softmax(o0) m = LayerNormalization(sum, h)
+        p0 = MatMul(m, J) p = Softmax(p0) """
+    results = f"{RESULTS}, float[b, t, 7] o, float[b, t, 16] p"
+    model = sum_and_norm(kind, body + BIASED, results, SUM, J=normal(D, D, seed=27))
+    assert_rotates(model, matrices=saved(D, 4))
+
+
+@pytest.mark.parametrize("kind", SKIPS)
+def test_a_sum_in_front_of_the_norm_that_is_looked_at(kind):
+    results = f"{RESULTS}, float[b, t, 16] o"
+    text = reason(sum_and_norm(kind, BIASED + " o = Relu(sum)", results, SUM))
+    assert "'sum' is read by Relu" in text
+    results = f"{RESULTS}, float[b, t, 16] sum"
+    assert "'sum' is a graph output" in reason(sum_and_norm(kind, BIASED, results, SUM))
+
+
+@pytest.mark.parametrize("kind", SKIPS)
+def test_a_norm_of_a_sum_whose_gain_is_computed(kind):
+    computed = "i = Relu(h) " + SKIPS[kind].format(x="s, r", y="m", g="i", c="")
+    model = sum_and_norm(kind, f"{computed} {BIASED.replace('n, ', 'm, ')}", y="unused")
+    assert "has a gain that is not constant" in reason(model)
 
 
 def test_gemms_with_biases():
