@@ -1,8 +1,8 @@
 """Train the small skipless character model that ships with the package.
 
-``python -m onnx_fold.models.train -o models/char-gqa.onnx --minutes 22``, and its twin that keeps an
-RMSNorm in front of attention, FFN and head:
-``python -m onnx_fold.models.train --norms -o models/char-gqa-norms.onnx --minutes 22``
+``python -m onnx_fold.models.train -o models/char-gqa.onnx --minutes 22``, and its twin that keeps
+an RMSNorm in front of attention, FFN and head:
+``python -m onnx_fold.models.train --norms -o models/char-gqa-norms.onnx --minutes 25``
 
 The text is the Python standard library's own source, every twentieth file held out. Matrices are
 trained with orthogonalised momentum (Muon: Jordan et al. 2024), the rest with Adam. Nothing but

@@ -36,8 +36,11 @@ from onnx_fold.rewriting.rewrite import Rewrite, Work
 from onnx_fold.streams.heads import head_layout
 from onnx_fold.streams.stream import Stream
 
-PANELS = (4, 2, 1)
+PANELS = (8, 4, 2, 1)
 """Into how many panels a triangle is cut; each further one saves less and costs as much."""
+
+USUAL = 4
+"""As many are cut where a fold is forced, and what may be gained is told of so many."""
 
 
 @dataclass(frozen=True)
@@ -123,11 +126,13 @@ class Triangle:
 
     Attributes:
         stream: The stream.
+        count: Into how many panels the ``d`` columns or rows were to be cut, but for heads.
         panels: How they are cut.
         is_writer: Whether it is a writer.
     """
 
     stream: Stream
+    count: int
     panels: tuple[Panels, ...]
     is_writer: bool = False
 
@@ -141,6 +146,10 @@ class Triangle:
         """What the operators that come do, less the ones that go."""
         nodes = sum(each.nodes for each in self.panels)
         return Work(nodes, copied=sum(each.copied for each in self.panels))
+
+    def size(self) -> tuple[int, int, int]:
+        """Sorts what saves most weights last; of what saves as many, the fewest operators."""
+        return self.weights, -self.work.nodes, -self.work.copied
 
     @property
     def text(self) -> str:
@@ -207,10 +216,10 @@ def triangles(stream: Stream) -> Iterator[Triangle]:
                 if offset < width:
                     panels.append(_columns_of(stream, reader, offset, count))
                 offset += reader.out_features
-            yield Triangle(stream, tuple(panels))
+            yield Triangle(stream, count, tuple(panels))
         for writer in filter(can_be_cut, stream.writers):
             if writer.in_features >= width and (stream.ignores_ones or not stream.keeps_ones):
-                yield Triangle(stream, (_rows_of(stream, writer, count),), is_writer=True)
+                yield Triangle(stream, count, (_rows_of(stream, writer, count),), is_writer=True)
 
 
 def _is_free(stream: Stream, reader: Linear) -> bool:
