@@ -60,9 +60,6 @@ PRESETS: Final[dict[str, SkiplessConfig]] = {
         num_attention_heads=3, num_key_value_heads=1, parallel=True, activation="sigmoid"
     ),
     "tiny-norms": SkiplessConfig(norm="rms"),
-    "tiny-parallel-norms": SkiplessConfig(
-        parallel=True, attention_gain=0.6, ffn_gain=0.8, norm="rms"
-    ),
     "tiny-layer-norms": SkiplessConfig(
         num_key_value_heads=4,
         ffn="mlp",

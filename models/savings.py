@@ -76,6 +76,9 @@ def predicted(config: SkiplessConfig, streams_per_block: int | None = None) -> S
 def presets_table() -> Table:
     """What folding saves of each preset, by its shape; for the large ones the paper's table.
 
+    "L" is the number of blocks, "of d²" the share of d² that each stream loses (all,
+    or 7/16 where norms stay).
+
     The paper (arXiv 2404.12362) counts P and Q of parallel blocks too. That is an architecture to
     train; an exact rewrite of a trained parallel model removes one of them.
     """
@@ -83,9 +86,7 @@ def presets_table() -> Table:
     table.add_column("preset", no_wrap=True)
     table.add_column("attention")
     table.add_column("block", no_wrap=True)
-    table.add_column("norms", no_wrap=True)
-    columns = ("d", "layers", "streams", "weights", "folded", "saved", "decode", "by the paper")
-    for column in columns:
+    for column in ("d", "L", "of d²", "weights", "folded", "saved", "decode", "paper"):
         table.add_column(column, justify="right")
     for name, shape in PRESETS.items():
         exact, paper = predicted(shape), predicted(shape, streams_per_block=2)
@@ -94,10 +95,9 @@ def presets_table() -> Table:
             name,
             f"{attention_kind(heads, kv_heads)} {heads}/{kv_heads}",
             f"{'parallel' if shape.parallel else 'serial'} {shape.ffn}",
-            {"none": "", "rms": "RMS", "layer": "Layer"}[shape.kept_norm],
             str(shape.hidden_size),
             str(shape.num_hidden_layers),
-            _removed(shape),
+            f"{_share(shape):.3g}",
             _short(exact.before.weights),
             _short(exact.after.weights),
             f"{exact.share:.0%}",
@@ -107,11 +107,10 @@ def presets_table() -> Table:
     return table
 
 
-def _removed(shape: SkiplessConfig) -> str:
-    """Number of streams, and what each loses in the mean."""
-    count = _streams(shape)
+def _share(shape: SkiplessConfig) -> float:
+    """What a stream loses of d², in the mean."""
     removed = closed_streams(shape) + rotated(shape) / shape.hidden_size**2
-    return f"{count} · {removed / count:.3g} d²"
+    return removed / _streams(shape)
 
 
 def _short(count: int) -> str:

@@ -20,7 +20,7 @@ from onnx_fold.models.export import export
 TINY = sorted(
     name for name, shape in PRESETS.items() if name.startswith("tiny-") and shape.norm == "none"
 )
-NORMED = ("tiny-norms", "tiny-parallel-norms", "tiny-layer-norms")
+NORMED = ("tiny-norms", "tiny-layer-norms")
 EXPORTERS = [("dynamo", 20), ("torchscript", 17)]
 
 

@@ -33,7 +33,7 @@ from onnx_fold.graph.linear import Linear, compact
 from onnx_fold.rewriting.rebase import behind_gain, weights_of
 from onnx_fold.rewriting.record import Operand, Present
 from onnx_fold.rewriting.rewrite import Rewrite, Work
-from onnx_fold.streams.heads import head_layout
+from onnx_fold.streams.heads import head_layout, roles
 from onnx_fold.streams.stream import Stream
 
 PANELS = (8, 4, 2, 1)
@@ -232,14 +232,20 @@ def _columns_of(stream: Stream, reader: Linear, offset: int, count: int) -> Pane
 
     They end where an equal share of the ``d`` columns does, or with the head behind it.
     """
-    width, size = stream.width, reader.out_features
-    layout = head_layout(reader.y, size, stream.shapes)
-    unit = 1 if layout is None else layout.head_dim
+    width, size, unit = stream.width, reader.out_features, _head_dim(stream, reader)
     cuts = {-(-(share * width // count - offset) // unit) * unit for share in range(1, count)}
     inside = sorted(cut for cut in cuts if 0 < cut < size and cut + offset < width)
     ends = [*inside, size]
     parts = zip([0, *inside], ends, strict=True)
     return Panels(reader, tuple((a, b, 0, min(width, offset + b)) for a, b in parts))
+
+
+def _head_dim(stream: Stream, reader: Linear) -> int:
+    """Columns that stay together; the three parts of packed Q, K and V are no heads."""
+    layout = head_layout(reader.y, reader.out_features, stream.shapes)
+    if layout is None or (layout.heads == 3 and len(roles(reader.y)) > 1):
+        return 1
+    return layout.head_dim
 
 
 def _rows_of(stream: Stream, writer: Linear, count: int) -> Panels:
