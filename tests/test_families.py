@@ -172,7 +172,7 @@ NORMED_CASES = [
 
 
 def rotated(name: str) -> int:
-    """3/8 d² for each stream that a norm reads, but where one head is half of Q, K and V (gemma)."""
+    """3/8 d² for each stream that a norm reads; gemma has one head of half the width for K, V."""
     streams = FAMILIES[name].streams - (name in WITHOUT_LAST_NORM)
     return streams * 3 * WIDTH**2 // 8 - WIDTH**2 // 8 * (name == "gemma")
 
