@@ -6,7 +6,7 @@ An RMSNorm lets every orthogonal basis through, ``RMS(x T) = RMS(x)`` with ``T�
 triangle ``R``. Its columns ``[c₁, c₂)`` have nothing below row ``c₂``: as ``b`` panels, each of
 which reads only the first channels, ``n[:c₂] R[:c₂, c₁:c₂]``, it stores ``(1 - 1/b) / 2 · d²``
 weights less. ``T`` has ``d (d - 1) / 2`` free numbers, so no choice can save more than half of d².
-Panels cost operators: ``b`` is what saves most time, of 1, 2, 4 and 8, or most weights.
+Panels cost operators: ``b`` is what saves most time, of 1, 2 and 4, or eight for size.
 
 The ``d`` columns may be those of several readers side by side: where K and V are narrow (GQA), K
 reads only its own number of channels, V as many more, and no output has to be put together. Or the
@@ -53,8 +53,9 @@ class RotatePass(FoldPass):
         found = [each for each in triangles(stream) if each.weights > 0]
         if not found:
             return
-        usual = max((each for each in found if each.count <= USUAL), key=Triangle.size)
-        best, why = self._best(found, usual), ""
+        few = [each for each in found if each.count <= USUAL]
+        usual = max(few, key=Triangle.size)
+        best, why = self._best(found if self.options.target is None else few), ""
         if is_residual(stream):
             why = "does not pay in a residual model"
         elif self.options.target and _saved(best, TARGETS[self.options.target]) <= 0:
@@ -65,11 +66,9 @@ class RotatePass(FoldPass):
             return
         yield propose(self.name, best.text, lambda: _rotate(stream, best, self._factor(best)))
 
-    def _best(self, found: list[Triangle], usual: Triangle) -> Triangle:
-        if self.options.target is None:
+    def _best(self, found: list[Triangle]) -> Triangle:
+        if self.options.target is None or self.options.force:
             return max(found, key=Triangle.size)
-        if self.options.force:
-            return usual
         target = TARGETS[self.options.target]
         return max(found, key=lambda each: (_saved(each, target), -each.work.copied))
 

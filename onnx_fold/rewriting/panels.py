@@ -40,7 +40,7 @@ PANELS = (8, 4, 2, 1)
 """Into how many panels a triangle is cut; each further one saves less and costs as much."""
 
 USUAL = 4
-"""As many are cut where a fold is forced, and what may be gained is told of so many."""
+"""As many at the most where time counts; what might be gained is told of so many, too."""
 
 
 @dataclass(frozen=True)
