@@ -26,10 +26,10 @@ HEAD = """# What norms that stay leave to gain
 
 `python benchmarks/norms.py` exports skipless models of two blocks that keep their norms, folds them
 with the defaults (strategy `rotate`), and times them in pairs: {length} tokens in prefill, decode
-at batch 1 behind {length} others. *d²* is what each stream loses, in the mean; with four panels it
-is 0.375. *error* is the folded model's own over the original's, of whole outputs, the worst of
-them. *read* is the ratio of the bytes that a token reads: what decode can gain. In brackets is the
-95 % interval. {machine}.
+at batch 1 behind {length} others. *d²* is what each stream loses, in the mean: (1 - 1/b)/2 in b
+panels, 0.375 in four, 0.438 in eight. *error* is the folded model's own over the original's, of
+whole outputs, the worst of them. *read* is the ratio of the bytes that a token reads: what decode
+can gain. In brackets are the 95 % interval and, where they were counted, the pairs. {machine}.
 
 | norm | d | type | streams | d² | error | bytes | read | prefill | decode |
 |---|---|---|---|---|---|---|---|---|---|
@@ -83,7 +83,9 @@ def measure(norm: str, width: int, dtype: str, args: argparse.Namespace) -> dict
         "bytes": times.bytes_ratio,
         "read": times.read_ratio,
         "threads": args.threads,
-        "phases": {each.name: [each.speedup, each.low, each.high] for each in times.phases},
+        "phases": {
+            each.name: [each.speedup, each.low, each.high, each.pairs] for each in times.phases
+        },
     }
 
 
@@ -91,11 +93,16 @@ def row(each: dict[str, Any]) -> str:
     """A line of the table."""
     name = {"rms": "RMSNorm", "layer": "LayerNorm"}[each["norm"]]
     squares = each["weights"] / max(1, each["streams"]) / each["width"] ** 2
-    phases = each["phases"]
-    times = ("{:.3f}x ({:.2f}-{:.2f})".format(*phases[phase]) for phase in ("prefill", "decode"))
+    times = (told(*each["phases"][phase]) for phase in ("prefill", "decode"))
     cells = (name, each["width"], each["dtype"], each["streams"], f"{squares:.3f}")
     cells += (f"{each['error']:.2f}", f"{each['bytes']:.3f}x", f"{each['read']:.3f}x", *times)
     return "| " + " | ".join(map(str, cells)) + " |\n"
+
+
+def told(speedup: float, low: float, high: float, pairs: int | None = None) -> str:
+    """A speed-up with its interval, and of how many pairs it is the median."""
+    counted = "" if pairs is None else f", {pairs}"
+    return f"{speedup:.3f}x ({low:.2f}-{high:.2f}{counted})"
 
 
 def main() -> None:

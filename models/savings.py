@@ -8,6 +8,7 @@ from onnx_fold.base.tables import new_table
 from onnx_fold.engine.cost import Cost, Saving
 from onnx_fold.models.config import SkiplessConfig, num_parameters
 from onnx_fold.models.presets import PRESETS
+from onnx_fold.rewriting.panels import PANELS
 from onnx_fold.streams.heads import attention_kind
 
 
@@ -22,7 +23,7 @@ def closed_streams(config: SkiplessConfig) -> int:
 
 
 def norm_streams(config: SkiplessConfig) -> int:
-    """Number of streams with a norm that lose ``3/8 d²`` weights each, those of the same places.
+    """Number of streams with a norm that a rotation passes through, those of the same places.
 
     A residual model has one that runs through all blocks, and it is left alone.
     """
@@ -33,10 +34,29 @@ def _streams(config: SkiplessConfig) -> int:
     return config.num_hidden_layers * (1 if config.parallel else 2) + 1
 
 
+def panels(config: SkiplessConfig) -> int:
+    """Into how many panels a triangle is cut that only Q, K and V can be: heads stay whole."""
+    heads = config.hidden_size // config.head_dim
+    return next(count for count in PANELS if heads % count == 0)
+
+
+def rotated(config: SkiplessConfig) -> int:
+    """Weights that rotation removes for size: ``(1 - 1/b) / 2 · d²`` a stream, with ``b`` panels.
+
+    There are eight of them but where only a table writes the stream and only attention reads it, in
+    front of the first block if it is serial.
+    """
+    streams, square = norm_streams(config), config.hidden_size**2
+    counts = [PANELS[0]] * streams
+    if streams and not config.parallel:
+        counts[0] = panels(config)
+    return sum((count - 1) * square // (2 * count) for count in counts)
+
+
 def predicted(config: SkiplessConfig, streams_per_block: int | None = None) -> Saving:
     """Saving of a shape, by the formula, at two bytes a weight.
 
-    That is ``d²`` for each closed stream, and ``3/8 d²`` (four panels) for one with a norm.
+    That is ``d²`` for each closed stream, and :func:`rotated` for those with a norm.
 
     Args:
         config: The shape.
@@ -46,7 +66,7 @@ def predicted(config: SkiplessConfig, streams_per_block: int | None = None) -> S
     """
     weights = num_parameters(config)
     square = config.hidden_size**2
-    removed = closed_streams(config) * square + norm_streams(config) * 3 * square // 8
+    removed = closed_streams(config) * square + rotated(config)
     if streams_per_block is not None:
         removed = config.num_hidden_layers * streams_per_block * square
     left = weights - removed
@@ -56,6 +76,9 @@ def predicted(config: SkiplessConfig, streams_per_block: int | None = None) -> S
 def presets_table() -> Table:
     """What folding saves of each preset, by its shape; for the large ones the paper's table.
 
+    "L" is the number of blocks, "of d²" the share of d² that each stream loses (all,
+    or 7/16 where norms stay).
+
     The paper (arXiv 2404.12362) counts P and Q of parallel blocks too. That is an architecture to
     train; an exact rewrite of a trained parallel model removes one of them.
     """
@@ -63,7 +86,7 @@ def presets_table() -> Table:
     table.add_column("preset", no_wrap=True)
     table.add_column("attention")
     table.add_column("block", no_wrap=True)
-    for column in ("d", "layers", "weights", "folded", "saved", "decode", "by the paper"):
+    for column in ("d", "L", "of d²", "weights", "folded", "saved", "decode", "paper"):
         table.add_column(column, justify="right")
     for name, shape in PRESETS.items():
         exact, paper = predicted(shape), predicted(shape, streams_per_block=2)
@@ -74,6 +97,7 @@ def presets_table() -> Table:
             f"{'parallel' if shape.parallel else 'serial'} {shape.ffn}",
             str(shape.hidden_size),
             str(shape.num_hidden_layers),
+            f"{_share(shape):.3g}",
             _short(exact.before.weights),
             _short(exact.after.weights),
             f"{exact.share:.0%}",
@@ -81,6 +105,12 @@ def presets_table() -> Table:
             f"{paper.share:.0%}, {paper.speedup:.2f}x",
         )
     return table
+
+
+def _share(shape: SkiplessConfig) -> float:
+    """What a stream loses of d², in the mean."""
+    removed = closed_streams(shape) + rotated(shape) / shape.hidden_size**2
+    return removed / _streams(shape)
 
 
 def _short(count: int) -> str:

@@ -1,17 +1,22 @@
 """Train the small skipless character model that ships with the package.
 
-``python -m onnx_fold.models.train -o models/char-gqa.onnx --minutes 22``
+``python -m onnx_fold.models.train -o models/char-gqa.onnx --minutes 22``, and its twin that keeps
+an RMSNorm in front of attention, FFN and head:
+``python -m onnx_fold.models.train --norms -o models/char-gqa-norms.onnx --minutes 25``
 
 The text is the Python standard library's own source, every twentieth file held out. Matrices are
 trained with orthogonalised momentum (Muon: Jordan et al. 2024), the rest with Adam. Nothing but
 the weights sets the scale of a stream without norms, so each matrix keeps the norm it started with.
 In a serial skipless block only ``O Q`` and ``P M`` matter, so keeping Q and P orthogonal costs no
 expressiveness; they are pulled back after each step, and a fold that solves with Q stays exact.
+With norms neither is needed, and the rate can be larger: their gains set the scale, and a rotation
+solves with nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import logging
 import math
@@ -44,10 +49,13 @@ CONFIG: Final = SkiplessConfig(
     positions="alibi",
     alibi_slope=2.0,
 )
+NORMED: Final = dataclasses.replace(CONFIG, norm="rms")
 SKIPPED: Final = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 CONTEXT: Final = 256  # characters of a training window
 BATCH: Final = 8  # windows of a step
 HELD_OUT_WINDOWS: Final = 256
+RATES: Final = {"none": 0.01, "rms": 0.03}
+"""The largest step of a matrix, by the norms that are kept."""
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +113,7 @@ def orthogonalize(matrix: Tensor, steps: int = 5) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Orthogonalised Nesterov momentum; then each matrix gets the norm back that it started with.
 
-    The ``orthogonal`` ones are also pulled to the nearest orthogonal matrix.
+    The ``orthogonal`` ones are pulled to the nearest orthogonal matrix instead.
     """
 
     def __init__(
@@ -150,14 +158,15 @@ def train(model: SkiplessTransformer, tokens: Tensor, minutes: float, seed: int 
     model.train().scale_to_data(batch()[0])
     with torch.no_grad():
         model.lm_head.weight.mul_(0.3)
-    matrices = dict(model.layers.named_parameters())
-    square = [
-        matrices.pop(n) for n in list(matrices) if n.endswith(("q_proj.weight", ".p_proj.weight"))
-    ]
-    tables = [model.embed_tokens.weight, model.lm_head.weight]
+    has_norms = model.config.norm != "none"
+    matrices = {n: p for n, p in model.layers.named_parameters() if p.ndim == 2}
+    names = () if has_norms else ("q_proj.weight", ".p_proj.weight")
+    square = [matrices.pop(n) for n in list(matrices) if n.endswith(names)]
+    gains = [p for p in model.parameters() if p.ndim == 1]
+    others = [model.embed_tokens.weight, model.lm_head.weight, *gains]
     optimizers = [
-        Muon([*matrices.values()], square, lr=0.01),
-        torch.optim.Adam(tables, lr=3e-3, betas=(0.9, 0.95)),
+        Muon([*matrices.values()], square, lr=RATES[model.config.norm]),
+        torch.optim.Adam(others, lr=3e-3, betas=(0.9, 0.95)),
     ]
     peaks = [(group, group["lr"]) for o in optimizers for group in o.param_groups]
     start, step, average = time.perf_counter(), 0, math.log(len(VOCABULARY))
@@ -184,19 +193,24 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=22.0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--norms", action="store_true", help="keep an RMSNorm in front of each part"
+    )
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(arguments.threads)
 
     training, held_out = read_corpus()
-    model = SkiplessTransformer(CONFIG, seed=arguments.seed)
-    logger.info("%d parameters, %d characters", num_parameters(CONFIG), len(training))
+    config = NORMED if arguments.norms else CONFIG
+    model = SkiplessTransformer(config, seed=arguments.seed)
+    logger.info("%d parameters, %d characters", num_parameters(config), len(training))
     characters = train(model, training, arguments.minutes, arguments.seed)
     loss = validate(model, held_out)
     metadata = {
         "onnx_fold.vocab": json.dumps(VOCABULARY),
         "onnx_fold.val_loss": f"{loss:.4f}",
-        "onnx_fold.description": "Skipless GQA character model of Python source (standard library)",
+        "onnx_fold.description": "Skipless GQA character model of Python source (standard library)"
+        + ", with RMSNorm" * arguments.norms,
     }
     export_module(model, arguments.output, opset=20, kv_cache=True, metadata=metadata)
     for name, weight in model.named_parameters():

@@ -562,9 +562,10 @@ def presets() -> None:
 @cli.command(short_help="Fold a small trained model, and time it.")
 @click.option("--prompt", help="Text that both models continue.")
 @click.option("--tokens", default=96, show_default=True, help="Characters to write.")
+@click.option("--norms", is_flag=True, help="The model that keeps its norms, folded for size.")
 @_PROVIDER
 def demo(**options: Any) -> None:
-    """Fold the small trained model that comes along, compare the text it writes, and time it."""
+    """Fold a small trained model that comes along, compare the text it writes, and time it."""
     from onnx_fold.demo import run_demo
 
     if not run_demo(_console(), **options):

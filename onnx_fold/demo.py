@@ -1,4 +1,4 @@
-"""The whole story on the small trained model that comes along: fold, compare texts, time both."""
+"""The whole story on a small trained model that comes along: fold, compare texts, time both."""
 
 from __future__ import annotations
 
@@ -29,15 +29,21 @@ TEMPERATURE, SEED = 0.5, 0
 
 
 def run_demo(
-    console: Console, *, prompt: str | None = None, tokens: int = 96, provider: Provider = "auto"
+    console: Console,
+    *,
+    prompt: str | None = None,
+    tokens: int = 96,
+    provider: Provider = "auto",
+    norms: bool = False,
 ) -> bool:
-    """Fold the shipped model, let both models continue ``prompt``, time both.
+    """Fold a shipped model, let both models continue ``prompt``, time both.
 
     Args:
         console: Where to print.
         prompt: Text to continue; None for a piece of Python.
         tokens: Characters to write.
         provider: ``"cpu"``, ``"cuda"`` or ``"auto"``.
+        norms: Take the model that keeps its norms. It is narrow, so it is folded for size.
 
     Returns:
         Whether both wrote the same text.
@@ -47,21 +53,25 @@ def run_demo(
         UsageError: The prompt has characters that the model does not know.
     """
     provider = resolve_provider(provider)
-    with resources.as_file(resources.files("onnx_fold.models") / "char-gqa.onnx") as path:
-        return _tell(console, path, prompt or PROMPT, tokens, provider)
+    name = "char-gqa-norms.onnx" if norms else "char-gqa.onnx"
+    with resources.as_file(resources.files("onnx_fold.models") / name) as path:
+        return _tell(console, path, prompt or PROMPT, tokens, provider, norms)
 
 
-def _tell(console: Console, path: Path, prompt: str, tokens: int, provider: Provider) -> bool:
+def _tell(
+    console: Console, path: Path, prompt: str, tokens: int, provider: Provider, norms: bool
+) -> bool:
     original = load(path)
     vocabulary = json.loads(original.metadata_props["onnx_fold.vocab"])
     decoder = Decoder.of(original)
     start = decoder.inputs(encode(prompt, vocabulary))
     loss = float(original.metadata_props["onnx_fold.val_loss"])
     console.print(
-        f"A skipless GQA transformer, trained on Python source ({loss:.2f} nats a character), its"
-        f" projections towards orthogonal ones: {path.name}, {path.stat().st_size / 1e6:.1f} MB.\n"
+        f"A skipless GQA transformer, trained on Python source ({loss:.2f} nats a character),"
+        f" {'with RMSNorm' if norms else 'its projections towards orthogonal ones'}:"
+        f" {path.name}, {path.stat().st_size / 1e6:.1f} MB.\n"
     )
-    result = fold(path, provider=provider)
+    result = fold(path, provider=provider, objective="size" if norms else "speed")
     console.print(result.report)
     with TemporaryDirectory() as folder:
         folded = Path(folder) / "folded.onnx"

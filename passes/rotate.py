@@ -6,6 +6,7 @@ An RMSNorm lets every orthogonal basis through, ``RMS(x T) = RMS(x)`` with ``T�
 triangle ``R``. Its columns ``[c₁, c₂)`` have nothing below row ``c₂``: as ``b`` panels, each of
 which reads only the first channels, ``n[:c₂] R[:c₂, c₁:c₂]``, it stores ``(1 - 1/b) / 2 · d²``
 weights less. ``T`` has ``d (d - 1) / 2`` free numbers, so no choice can save more than half of d².
+Panels cost operators: ``b`` is what saves most time, of 1, 2 and 4, or eight for size.
 
 The ``d`` columns may be those of several readers side by side: where K and V are narrow (GQA), K
 reads only its own number of channels, V as many more, and no output has to be put together. Or the
@@ -26,7 +27,7 @@ from onnx_fold.engine.folding import Candidate, FoldPass, Options, Proposal, pro
 from onnx_fold.engine.outcome import CandidateReport
 from onnx_fold.graph.channels import Group
 from onnx_fold.rewriting.bias import take_gains
-from onnx_fold.rewriting.panels import Triangle, cut, triangles
+from onnx_fold.rewriting.panels import USUAL, Triangle, cut, triangles
 from onnx_fold.rewriting.rebase import rebase
 from onnx_fold.streams.norms import is_residual, squares
 from onnx_fold.streams.stream import Stream
@@ -45,24 +46,28 @@ class RotatePass(FoldPass):
         self._factors: dict[tuple[object, ...], Expression] = {}
 
     def candidates(self, stream: Stream) -> Iterator[Proposal]:
-        """Yield the triangle that saves most time, or with ``force`` most weights."""
-        provider = self.options.target or "cpu"
+        """Yield the triangle that saves most time; for size, or with ``force``, most weights."""
         found = [each for each in triangles(stream) if each.weights > 0]
         if not found:
             return
-        largest = max(found, key=lambda each: (each.weights, -each.work.nodes, -each.work.copied))
-        best = max(found, key=lambda each: (_saved(each, TARGETS[provider]), -each.work.copied))
-        why = "does not pay in a residual model" if is_residual(stream) else ""
-        if not why and _saved(best, TARGETS[provider]) <= 0:
-            why = f"does not pay in time on {provider}"
-        if self.options.force:
-            best = largest
-        elif why:
-            text = f"{largest.weights / stream.width**2:.3g} d² by rotation"
-            nodes = largest.work.nodes
-            yield CandidateReport(self.name, text, largest.weights, nodes, refused=why)
+        few = [each for each in found if each.count <= USUAL]
+        usual = max(few, key=Triangle.size)
+        best, why = self._best(found if self.options.target is None else few), ""
+        if is_residual(stream):
+            why = "does not pay in a residual model"
+        elif self.options.target and _saved(best, TARGETS[self.options.target]) <= 0:
+            why = f"does not pay in time on {self.options.target}"
+        if why and not self.options.force:
+            text = f"{usual.weights / stream.width**2:.3g} d² by rotation"
+            yield CandidateReport(self.name, text, usual.weights, usual.work.nodes, refused=why)
             return
         yield propose(self.name, best.text, lambda: _rotate(stream, best, self._factor(best)))
+
+    def _best(self, found: list[Triangle]) -> Triangle:
+        if self.options.target is None or self.options.force:
+            return max(found, key=Triangle.size)
+        target = TARGETS[self.options.target]
+        return max(found, key=lambda each: (_saved(each, target), -each.work.copied))
 
     def _factor(self, triangle: Triangle) -> Expression:
         """``T``, found once for the same weights."""

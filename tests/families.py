@@ -135,6 +135,41 @@ def normed_bert_output(self, hidden_states, input_tensor):
     return self.LayerNorm(self.dense(hidden_states))
 
 
+def normed_falcon_block(self, hidden_states, *args, **kwargs):
+    """One norm in front of both branches, or in the new architecture one for each."""
+    names = ("ln_attn", "ln_mlp") if self.config.new_decoder_architecture else ()
+    names = names or ("input_layernorm", "input_layernorm")
+    forward = normed_in_parallel("self_attention", "mlp", names, returns_tuple=True)
+    return forward(self, hidden_states, *args, **kwargs)
+
+
+def normed_whisper_encoder_layer(self, hidden_states, attention_mask, **kwargs):
+    normed = self.self_attn_layer_norm(hidden_states)
+    attended, _ = self.self_attn(normed, attention_mask=attention_mask, **kwargs)
+    return whisper_ffn(self, self.final_layer_norm(attended))
+
+
+def normed_whisper_decoder_layer(
+    self,
+    hidden_states,
+    attention_mask,
+    encoder_hidden_states,
+    encoder_attention_mask=None,
+    past_key_values=None,
+    **kwargs,
+):
+    kwargs["past_key_values"] = past_key_values
+    normed = self.self_attn_layer_norm(hidden_states)
+    attended, _ = self.self_attn(normed, attention_mask=attention_mask, **kwargs)
+    normed = self.encoder_attn_layer_norm(attended)
+    attended, _ = self.encoder_attn(normed, key_value_states=encoder_hidden_states, **kwargs)
+    return whisper_ffn(self, self.final_layer_norm(attended))
+
+
+def normed_gained_block(self, x):
+    return gained_block(self, self.norm1(x))
+
+
 LLAMA_LIKE = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Mixtral")
 SKIPLESS: dict[str, Forward] = {
     **{f"{name}DecoderLayer": in_series("self_attn", "mlp") for name in LLAMA_LIKE},
@@ -164,6 +199,10 @@ NORMED: dict[str, Forward] = {
     "GPT2Block": normed_gpt2_block,
     "BertSelfOutput": normed_bert_output,
     "BertOutput": normed_bert_output,
+    "FalconDecoderLayer": normed_falcon_block,
+    "WhisperEncoderLayer": normed_whisper_encoder_layer,
+    "WhisperDecoderLayer": normed_whisper_decoder_layer,
+    "ParallelBlock": normed_gained_block,
     "SerialBlock": normed_in_series("attention", "ffn", "norm1", "norm2"),
 }
 """Blocks without skips whose norms stay."""

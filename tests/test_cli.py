@@ -724,6 +724,14 @@ def test_demo_tells_the_same_story_twice(run):
     assert "Folded (9 streams)" in out
 
 
+def test_demo_of_the_model_that_keeps_its_norms(run):
+    code, out, err = run("demo", "--norms", "--tokens", "8")
+    assert (code, err) == (0, "")
+    assert "the same text" in out
+    assert "Folded (9 streams)" in out
+    assert "8 panels" in out
+
+
 def test_demo_with_a_prompt_it_cannot_read(run):
     code, out, err = run("demo", "--prompt", "é")
     assert (code, out) == (2, "")

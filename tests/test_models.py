@@ -19,7 +19,7 @@ from onnx_fold.models.config import SkiplessConfig, num_parameters
 from onnx_fold.models.presets import PRESETS, config
 
 TINY = [name for name in PRESETS if name.startswith("tiny-")]
-SHIPPED = Path(models.__file__).parent / "char-gqa.onnx"
+SHIPPED = sorted(Path(models.__file__).parent.glob("*.onnx"))
 
 
 @pytest.fixture(autouse=True)
@@ -320,13 +320,14 @@ def test_without_torch_the_extra_is_named(monkeypatch, tmp_path):
         export("tiny-gqa", tmp_path / "m.onnx")
 
 
-def test_shipped_model():
+@pytest.mark.parametrize("shipped", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_model(shipped):
     """Its vocabulary and loss are in its metadata, and it predicts Python better than chance."""
-    assert SHIPPED.stat().st_size < 8e6
-    run = session(SHIPPED)
+    assert shipped.stat().st_size < 6e6
+    run = session(shipped)
     metadata = run.get_modelmeta().custom_metadata_map
     vocabulary = json.loads(metadata["onnx_fold.vocab"])
-    assert float(metadata["onnx_fold.val_loss"]) < 1.4
+    assert float(metadata["onnx_fold.val_loss"]) < 1.5
     text = (
         "import sys\n\n\ndef main():\n    for argument in sys.argv[1:]:\n        print(argument)\n"
     )

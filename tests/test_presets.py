@@ -12,7 +12,7 @@ import pytest
 import onnx_fold
 from onnx_fold.models.config import SkiplessConfig
 from onnx_fold.models.presets import PRESETS
-from onnx_fold.models.savings import closed_streams, norm_streams
+from onnx_fold.models.savings import closed_streams, norm_streams, panels, rotated
 
 pytest.importorskip("torch")
 from onnx_fold.models.export import export
@@ -161,9 +161,29 @@ def test_norms_may_stay(exported, tmp_path, preset, exporter, opset):
     assert len(result.report.folded) == streams
     kinds = {stream.folded.strategy for stream in result.report.folded}
     assert kinds == {"rotate"}
-    vectors = {"tiny-norms": 0, "tiny-layer-norms": config.vocab_size}[preset]  # a bias of the head
+    vectors = config.vocab_size * (preset == "tiny-layer-norms")  # a bias of the head
     removed = streams * 3 * config.hidden_size**2 // 8 - vectors
     assert result.report.saving.weights == removed
     assert result.report.verification.ok
     assert len(result.report.proof.proved) == streams
     assert not onnx_fold.fold(result.model, verify=False).report.folded
+
+
+@pytest.mark.parametrize("preset", NORMED)
+def test_norms_may_stay_for_size(exported, tmp_path, preset):
+    """Eight panels, but where a panel would be less than a head; what the table of presets says."""
+    config = PRESETS[preset]
+    result = onnx_fold.fold(exported(preset, "dynamo", 20, kv_cache=True), objective="size")
+    assert len(result.report.folded) == norm_streams(config)
+    vectors = config.vocab_size * (preset == "tiny-layer-norms")
+    assert result.report.saving.weights == rotated(config) - vectors
+    assert result.report.verification.ok
+
+
+def test_what_a_stream_with_a_norm_loses():
+    mistral = PRESETS["mistral-7b-norms"]
+    assert panels(mistral) == 8
+    assert rotated(mistral) == norm_streams(mistral) * 7 * mistral.hidden_size**2 // 16
+    tiny = PRESETS["tiny-norms"]
+    assert panels(tiny) == 4
+    assert rotated(tiny) == (4 * 7 + 6) * tiny.hidden_size**2 // 16

@@ -29,7 +29,13 @@ from onnx_fold.algebra.precision import product_dtype, unit_roundoff
 from onnx_fold.base.arguments import Pivot, TargetName
 from onnx_fold.base.progress import Report, ignore
 from onnx_fold.engine.cost import TARGETS
-from onnx_fold.engine.outcome import CandidateReport, StreamReport, layers_of
+from onnx_fold.engine.outcome import (
+    CandidateReport,
+    NormsKept,
+    StreamReport,
+    layers_of,
+    norms_kept,
+)
 from onnx_fold.engine.probe import Subject, probe
 from onnx_fold.graph.channels import Group
 from onnx_fold.graph.edit import Editor
@@ -365,12 +371,19 @@ def _fold_streams(
     while True:
         left: list[tuple[int, StreamReport]] = []
         touched: set[ir.Node] = set()
-        kept: dict[ir.Value, str] = {}
+        kept: dict[ir.Value, NormsKept] = {}
         later = [each for each in passes if each not in phases[0]]
         for stream in _subjects(model, activations, shapes, phases[0], progress):
             nodes = stream.nodes
             position = min(order.get(node, 0) for node in nodes)
             report = StreamReport.of(stream, kept)
+            if (
+                isinstance(stream, Stream)
+                and not stream.is_closed
+                and stream.group != Group.GENERAL
+            ):
+                kept |= dict.fromkeys(stream.values, norms_kept(stream, report))
+                continue
             if not report.is_foldable:
                 if is_first_round and not rotated.intersection(stream.values):
                     reports.append((position, report))
@@ -393,8 +406,11 @@ def _fold_streams(
                 reports.append((position, replace(report, changed=names)))
                 if stream.group != Group.GENERAL:
                     rotated |= set(stream.values)
-            elif stream.group != Group.GENERAL:
-                kept |= dict.fromkeys(stream.values, _norms_kept(report))
+            elif isinstance(stream, Stream) and stream.group != Group.GENERAL:
+                found = norms_kept(stream, report)
+                kept |= dict.fromkeys(stream.values, found)
+                if not stream.writers:  # no projection leads to the norm: nothing else tells of it
+                    left.append((position, replace(report, reasons=[found.text])))
             elif (stream.is_closed or not nodes & finished) and report.is_foldable:
                 left.append((position, report))
         if not touched and len(phases) == 1:
@@ -420,8 +436,8 @@ def _subjects(
 ) -> Iterator[Subject]:
     """What the passes are asked about.
 
-    Streams that only an orthogonal basis passes through are looked for if a pass asks for them, and
-    are closed: their open parts are among those that any basis passes through, with the reasons.
+    Streams that only an orthogonal basis passes through are looked for if a pass asks for them; the
+    parts of open ones are among those that any basis passes through, with the reasons.
     """
 
     def told(what: str, found: Sequence[Subject]) -> Iterator[Subject]:
@@ -439,19 +455,15 @@ def _subjects(
         yield from told("concatenation", [*find_joined(model.graph, shapes)])
     if any(each.group == Group.ORTHOGONAL for each in passes):
         found = find_norm_streams(model, activations, shapes.without_facts())
-        closed = [each for each in found if each.is_closed and each.written_by and each.readers]
-        yield from told("stream with norms", closed)
+        ends = [each for each in found if each.readers or not each.is_closed]
+        between = [each for each in ends if each.written_by]
+        yield from told("stream with norms", between)
     yield from told("stream", find_streams(model, activations, shapes))
 
 
 def _ask(passes: Sequence[FoldPass], hook: str) -> bool:
     """Whether one of ``passes`` has a say in the subjects that ``hook`` is called with."""
     return any(getattr(type(each), hook) is not getattr(FoldPass, hook) for each in passes)
-
-
-def _norms_kept(report: StreamReport) -> str:
-    ways = [f"{each.text} ({each.refused})" for each in report.candidates]
-    return f"norms kept: {'; '.join(ways or report.reasons)}"
 
 
 def _choose(

@@ -18,7 +18,21 @@ from onnx_fold.streams.heads import roles
 from onnx_fold.streams.joined import Joined
 from onnx_fold.streams.stream import Opening, Stream
 
-_NOTHING: Mapping[ir.Value, str] = MappingProxyType({})
+
+@dataclass(frozen=True)
+class NormsKept:
+    """What can be done with a stream that norms read while these stay.
+
+    Attributes:
+        group: The changes of basis that pass through all of it.
+        text: What rotation would save and why it was not done, or what stands in the way.
+    """
+
+    group: Group
+    text: str
+
+
+_NOTHING: Mapping[ir.Value, NormsKept] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -117,7 +131,7 @@ class StreamReport:
 
     @classmethod
     def of(
-        cls, stream: Stream | Branches | Joined, kept: Mapping[ir.Value, str] = _NOTHING
+        cls, stream: Stream | Branches | Joined, kept: Mapping[ir.Value, NormsKept] = _NOTHING
     ) -> StreamReport:
         """Describe ``stream`` before anything is done to it.
 
@@ -192,11 +206,11 @@ def _layers_of_branches(branches: Branches, rewrite: Rewrite | None) -> Iterator
         yield LayerReport(each.label, "reader", before, after, each.node.outputs[0].name or "")
 
 
-def _group(stream: Stream, kept: Mapping[ir.Value, str]) -> Group:
+def _group(stream: Stream, kept: Mapping[ir.Value, NormsKept]) -> Group:
     if stream.is_closed:
         return stream.group
-    is_kept = all(opening.value in kept for opening in stream.openings)
-    return Group.ORTHOGONAL if is_kept else Group.NONE
+    found = [kept.get(opening.value) for opening in stream.openings]
+    return min(Group.NONE if each is None else each.group for each in found)
 
 
 def _ending(stream: Stream) -> str:
@@ -207,10 +221,20 @@ def _ending(stream: Stream) -> str:
     return "activations"
 
 
-def _reason(opening: Opening, stream: Stream, kept: Mapping[ir.Value, str]) -> str:
+def _reason(opening: Opening, stream: Stream, kept: Mapping[ir.Value, NormsKept]) -> str:
     if not opening.is_norm:
         return str(opening)
     before, behind = (compact(list(dict.fromkeys(names))) for names in stream.around(opening))
     place = f" between {before} and {behind}" if before and behind else ""
-    why = kept.get(opening.value, "no change of basis passes through it here")
+    found = kept.get(opening.value)
+    why = "no change of basis passes through it here" if found is None else found.text
     return f"{opening}: a norm{place}; {why}"
+
+
+def norms_kept(stream: Stream, report: StreamReport) -> NormsKept:
+    """What ``report`` says of ``stream``, which norms read, for what is said of their inputs."""
+    if not stream.is_closed:
+        text = f"no change of basis passes through it here, as {stream.openings[0]}"
+        return NormsKept(Group.NONE, text)
+    ways = [f"{each.text} ({each.refused})" for each in report.candidates]
+    return NormsKept(stream.group, f"norms kept: {'; '.join(ways or report.reasons)}")

@@ -171,11 +171,16 @@ def _computes_integers(node: ir.Node) -> bool:
     return any(value.dtype is None or value.dtype.is_integer() for value in node.outputs)
 
 
-_ELEMENTWISE = contrib("BiasGelu", "FastGelu", "Gelu", "QuickGelu", "RotaryEmbedding")
+_ELEMENTWISE = frozenset(("SimplifiedLayerNormalization",)) | contrib(
+    *("BiasGelu", "FastGelu", "Gelu", "QuickGelu", "RotaryEmbedding"),
+)
+_SKIP_NORMS = contrib("SkipLayerNormalization", "SkipSimplifiedLayerNormalization")
 
 
 def _stand_in(node: ir.Node) -> None:
     """Let a standard operator whose output has the same shape stand for one of ONNX Runtime's."""
+    if operator(node) in _SKIP_NORMS:
+        _let_sums_stand_in(node)
     if len(node.outputs) != 1:
         return
     if operator(node) in _ELEMENTWISE:
@@ -195,6 +200,19 @@ def _stand_in(node: ir.Node) -> None:
             node.replace_input_with(index, transpose.outputs[0])
         node.domain, node.op_type = "", "MatMul"
         node.attributes.clear()
+
+
+def _let_sums_stand_in(node: ir.Node) -> None:
+    """The norm of a sum, and the sum where that is an output, have the shape of the sum."""
+    graph, outputs = node.graph, [node.outputs[0], *node.outputs[3:]]
+    if graph is None or any(output.is_graph_output() for output in outputs):
+        return
+    for output in outputs:
+        total = ir.node("Add", node.inputs[:2])
+        graph.insert_before(node, total)
+        name, output.name = output.name, None
+        total.outputs[0].name = name
+        output.replace_all_uses_with(total.outputs[0])
 
 
 def _dims(shape: ir.Shape) -> Dims:

@@ -29,11 +29,14 @@ from onnx_fold.rewriting.rebase import with_bias
 from onnx_fold.rewriting.record import Operand
 from onnx_fold.rewriting.rewrite import Rewrite, Work
 from onnx_fold.streams.ends import Reader, Writer
-from onnx_fold.streams.heads import head_layout
+from onnx_fold.streams.heads import head_layout, roles
 from onnx_fold.streams.stream import Stream
 
-PANELS = (4, 2, 1)
+PANELS = (8, 4, 2, 1)
 """Into how many panels a triangle is cut; each further one saves less and costs as much."""
+
+USUAL = 4
+"""As many at the most where time counts; what might be gained is told of so many, too."""
 
 
 @dataclass(frozen=True)
@@ -104,10 +107,12 @@ class Triangle:
 
     Attributes:
         stream: The stream.
+        count: Into how many panels the ``d`` columns or rows were to be cut, but for heads.
         panels: How they are cut.
     """
 
     stream: Stream
+    count: int
     panels: tuple[Panels, ...]
 
     @property
@@ -125,6 +130,10 @@ class Triangle:
         """What the operators that come do, less the ones that go."""
         nodes = sum(each.nodes for each in self.panels)
         return Work(nodes, copied=sum(each.copied for each in self.panels))
+
+    def size(self) -> tuple[int, int, int]:
+        """Sorts what saves most weights last; of what saves as many, the fewest operators."""
+        return self.weights, -self.work.nodes, -self.work.copied
 
     @property
     def text(self) -> str:
@@ -184,10 +193,10 @@ def triangles(stream: Stream) -> Iterator[Triangle]:
                 if offset < width:
                     panels.append(_columns_of(stream, reader, offset, count))
                 offset += reader.out_features
-            yield Triangle(stream, tuple(panels))
+            yield Triangle(stream, count, tuple(panels))
         for writer in filter(can_be_cut, stream.writers):
             if writer.in_features >= width and (stream.ignores_ones or not stream.keeps_ones):
-                yield Triangle(stream, (_rows_of(stream, writer, count),))
+                yield Triangle(stream, count, (_rows_of(stream, writer, count),))
 
 
 def _is_free(stream: Stream, reader: Reader) -> bool:
@@ -200,14 +209,20 @@ def _columns_of(stream: Stream, reader: Reader, offset: int, count: int) -> Pane
 
     They end where an equal share of the ``d`` columns does, or with the head behind it.
     """
-    width, size = stream.width, reader.out_features
-    layout = head_layout(reader.y, size, stream.shapes)
-    unit = 1 if layout is None else layout.head_dim
+    width, size, unit = stream.width, reader.out_features, _head_dim(stream, reader)
     cuts = {-(-(share * width // count - offset) // unit) * unit for share in range(1, count)}
     inside = sorted(cut for cut in cuts if 0 < cut < size and cut + offset < width)
     ends = [*inside, size]
     parts = zip([0, *inside], ends, strict=True)
     return Panels(reader, tuple((a, b, 0, min(width, offset + b)) for a, b in parts))
+
+
+def _head_dim(stream: Stream, reader: Reader) -> int:
+    """Columns that stay together; the three parts of packed Q, K and V are no heads."""
+    layout = head_layout(reader.y, reader.out_features, stream.shapes)
+    if layout is None or (layout.heads == 3 and len(roles(reader.y)) > 1):
+        return 1
+    return layout.head_dim
 
 
 def _rows_of(stream: Stream, writer: Writer, count: int) -> Panels:

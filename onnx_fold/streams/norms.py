@@ -12,6 +12,10 @@ vector of ones as it is, ``T 1 = 1`` (and so ``Tᵀ 1 = 1``), the mean of ``x T`
 zero, so a layer there may have the same row added to all of its rows. The bias ``b`` behind the
 gain does not depend on the stream; its share ``b R`` is added behind the readers.
 
+ONNX Runtime's optimizer writes a norm and the sum in front of it as one operator,
+``SkipLayerNormalization(x, y, g, b, c)``: the norm of ``x + y + c``. All three summands are in the
+stream, and so is the sum where it is an output, without the gain.
+
 So nothing has to be known of a norm but that it looks at the channels through their sum and the sum
 of their squares. What is made of these (a root, a reciprocal, a Cast, an epsilon) is the same in
 any such basis, in whatever operators an exporter writes it.
@@ -20,24 +24,50 @@ any such basis, in whatever operators an exporter writes it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
 from onnx_fold.graph.channels import Group, ports
 from onnx_fold.graph.commute import OpensStreamError, Port
 from onnx_fold.graph.constants import FLOATS, Constant, axes_of, constant, scalar
-from onnx_fold.graph.operators import contrib, operator
+from onnx_fold.graph.operators import MICROSOFT, operator
 from onnx_fold.graph.shapes import Shapes
 from onnx_fold.streams.ends import Activations, Gain
 from onnx_fold.streams.stream import Search, Stream, open_stream
 
 __all__ = ["find_norm_streams", "is_centring", "is_residual", "squares"]
 
-_NORMS = frozenset(
-    ("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization")
-) | contrib("SimplifiedLayerNormalization")
-"""Operators that are a norm of one input with its gain, and perhaps a bias."""
+
+@dataclass(frozen=True)
+class _Norm:
+    """Which inputs and outputs of an operator that is a norm are what.
+
+    Attributes:
+        gain: The input that holds the gain.
+        bias: The input that is added behind the gain, if there may be one.
+        summed: The inputs whose sum is normed.
+        total: The output that is this sum, if there may be one.
+        centres: Whether the mean of the channels is taken off first.
+    """
+
+    gain: int
+    bias: int | None = None
+    summed: tuple[int, ...] = (0,)
+    total: int | None = None
+    centres: bool = False
+
+
+_RMS = _Norm(gain=1)
+_NORMS = {
+    "LayerNormalization": _Norm(gain=1, bias=2, centres=True),
+    "RMSNormalization": _RMS,
+    "SimplifiedLayerNormalization": _RMS,
+    f"{MICROSOFT}::SimplifiedLayerNormalization": _RMS,
+    f"{MICROSOFT}::SkipLayerNormalization": _Norm(2, 3, (0, 1, 4), total=3, centres=True),
+    f"{MICROSOFT}::SkipSimplifiedLayerNormalization": _Norm(2, None, (0, 1, 3), total=3),
+}
+"""Operators that are a norm with its gain, and perhaps a bias, of one input or of a sum."""
 
 _SUMS = frozenset(("ReduceMean", "ReduceSum"))
 _SUMS_OF_SQUARES = frozenset(("ReduceL2", "ReduceSumSquare"))
@@ -56,7 +86,7 @@ def find_norm_streams(
     search = Search(model.graph, shapes or Shapes(model), activations)
     streams = []
     for node in model.graph:
-        value = node.inputs[0] if node.inputs else None
+        value = _normed(node)
         if value is None or value in search.seen:
             continue
         if not (_is_norm(node) or looks_at_length(node, search.shapes)):
@@ -65,6 +95,17 @@ def find_norm_streams(
         if isinstance(width, int) and width > 1:
             streams.append(_stream(search, value, width))
     return streams
+
+
+def _normed(node: ir.Node) -> ir.Value | None:
+    """What ``node`` takes the norm of, if it is one; of a sum, what is not constant."""
+    norm = _NORMS.get(operator(node), _RMS)
+    found = [value for index in norm.summed if (value := _input(node, index)) is not None]
+    return next((value for value in found if constant(value) is None), None)
+
+
+def _input(node: ir.Node, index: int | None) -> ir.Value | None:
+    return node.inputs[index] if index is not None and index < len(node.inputs) else None
 
 
 def _stream(search: Search, value: ir.Value, width: int) -> Stream:
@@ -83,19 +124,28 @@ def orthogonal_ports(node: ir.Node, known: Port, width: int, shapes: Shapes) -> 
     if known.axis == -1:
         if not known.is_output and (looks_at_length(node, shapes) or takes_mean(node, shapes)):
             return [known]
-        if _is_norm(node):
-            if gain_of(node, width, shapes) is None:
-                raise OpensStreamError("has a gain that is not constant, or not of the last axis")
-            if len(node.inputs) > 2 and node.inputs[2] is not None:
-                if constant(node.inputs[2]) is None:
-                    raise OpensStreamError("has a bias that is not constant")
-                return [Port(False, 0, -1), Port(False, 2, -1), Port(True, 0, -1)]
-            return [Port(False, 0, -1), Port(True, 0, -1)] if known.index == 0 else None
+        if (norm := _NORMS.get(operator(node))) is not None:
+            found = _ports_of(norm, node, width, shapes)
+            return found if known in found else None
         if (index := shifted(node, width, shapes)) is not None:
             return [Port(False, index, -1), Port(True, 0, -1)]
         if (gain := gain_of(node, width, shapes)) is not None:
             return [Port(False, 1 - gain.edge[1], -1), Port(True, 0, -1)]
     return ports(node, known, width, shapes)
+
+
+def _ports_of(norm: _Norm, node: ir.Node, width: int, shapes: Shapes) -> list[Port]:
+    if gain_of(node, width, shapes) is None:
+        raise OpensStreamError("has a gain that is not constant, or not of the last axis")
+    bias = _input(node, norm.bias)
+    if bias is not None and constant(bias) is None:
+        raise OpensStreamError("has a bias that is not constant")
+    inputs = [*norm.summed, norm.bias]
+    outputs = [0, norm.total]
+    return [
+        *(Port(False, i, -1) for i in inputs if i is not None and _input(node, i) is not None),
+        *(Port(True, i, -1) for i in outputs if i is not None and i < len(node.outputs)),
+    ]
 
 
 def _is_norm(node: ir.Node) -> bool:
@@ -190,20 +240,17 @@ def _is_over_channels(node: ir.Node, shapes: Shapes) -> bool:
 
 def gain_of(node: ir.Node, width: int, shapes: Shapes) -> Gain | None:
     """The factors by channel that ``node``, an RMSNorm or a Mul, multiplies by."""
-    if _is_norm(node):
-        axis = node.attributes.get_int("axis", -1)
-        value = node.inputs[0]
+    indices: Sequence[int] = ()
+    if (norm := _NORMS.get(operator(node))) is not None:
+        axis, value = node.attributes.get_int("axis", -1), node.inputs[0]
         rank = None if value is None else shapes.rank(value)
-        if axis != -1 and (rank is None or axis != rank - 1):
-            return None
-        indices: tuple[int, ...] = (1,)
+        if axis == -1 or (rank is not None and axis == rank - 1):
+            indices = (norm.gain,)
     elif operator(node) == "Mul" and len(node.inputs) == 2:
-        indices = (1, 0)
-    else:
-        return None
+        indices = [index for index in (1, 0) if constant(node.inputs[1 - index]) is None]
     for index in indices:
-        held = constant(node.inputs[index]) if index < len(node.inputs) else None
-        if held is not None and _is_gain(held, width) and constant(node.inputs[1 - index]) is None:
+        held = None if (value := _input(node, index)) is None else constant(value)
+        if held is not None and _is_gain(held, width):
             return Gain((node, index), held)
     return None
 
@@ -224,6 +271,7 @@ def _find_gains(stream: Stream) -> None:
         is_linear, value = node in linears, node.outputs[0]
         is_last = stream.values.get(value) == -1 and not is_linear
         own = gain_of(node, stream.width, shapes) if is_last else None
+        norm = _NORMS.get(operator(node))
         operands = list(_operands(node, stream))
         found = [stream.gains.get(operand) for operand in operands]
         gain = found[0] if found else None
@@ -235,20 +283,23 @@ def _find_gains(stream: Stream) -> None:
         elif gain is not None and is_linear:
             open_stream(stream, value, "is added to behind a gain, by", node)
         gain = own or gain
+        outputs = [each for each in node.outputs if each in stream.values]
+        if norm is not None:  # in front of it there is no gain
+            outputs = [value]
+        carried = [] if gain is None else constants
+        if norm is not None:
+            carried = [writer for writer in constants if writer.index == norm.bias]
         if gain is not None:
-            stream.gains |= {each: gain for each in node.outputs if each in stream.values}
-            if any(writer.is_table for writer in constants):
+            stream.gains |= dict.fromkeys(outputs, gain)
+            if any(writer.is_table for writer in carried):
                 open_stream(stream, value, "has a table added behind a gain, by", node)
-            stream.carried += constants
-        is_centred = is_last and is_centring(node, shapes)
+            stream.carried += carried
         is_shift = is_last and shifted(node, stream.width, shapes) is not None
-        if (
-            operator(node) == "LayerNormalization"
-            or is_centred
-            or (operands and not is_linear and not is_shift and _are_centred(operands, stream))
-        ) and (gain is not None or not constants):
-            stream.centred |= {each for each in node.outputs if each in stream.values}
-        stream.keeps_ones |= is_shift or operator(node) == "LayerNormalization"
+        takes_off = (is_last and is_centring(node, shapes)) or (norm is not None and norm.centres)
+        keeps = operands and not is_linear and not is_shift and _are_centred(operands, stream)
+        if takes_off or (keeps and len(carried) == len(constants)):
+            stream.centred |= set(outputs)
+        stream.keeps_ones |= is_shift or (norm is not None and norm.centres)
     stream.constants = [each for each in stream.constants if each not in stream.carried]
     stream.readers = [replace(each, gain=stream.gains.get(each.x)) for each in stream.readers]
     stream.ignores_ones = _are_centred([reader.x for reader in stream.readers], stream)
@@ -265,8 +316,9 @@ def _find_gains(stream: Stream) -> None:
 
 def _shows_mean(node: ir.Node, is_mean: bool, shapes: Shapes) -> bool:
     """Whether more is done with the mean of the channels than to take it off."""
-    if operator(node) == "LayerNormalization":
-        return any(output.uses() or output.is_graph_output() for output in node.outputs[1:])
+    norm = _NORMS.get(operator(node))
+    if norm is not None and norm.centres:
+        return any(output.uses() or output.is_graph_output() for output in node.outputs[1:3])
     if not is_mean:
         return _is_norm(node)
     users = [user for output in node.outputs for user, _ in output.uses()]
