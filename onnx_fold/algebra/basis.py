@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from types import MappingProxyType
 from typing import Any
@@ -19,8 +19,11 @@ import onnx_ir as ir
 
 from onnx_fold.algebra.device import HOST, Array, Device, Indices
 from onnx_fold.algebra.expression import (
+    Diagonal,
     Expression,
     Factors,
+    Literal,
+    ScaledRows,
     Solve,
     cast,
     evaluate,
@@ -127,6 +130,30 @@ class Basis:
     def condition(self) -> float:
         """Condition number of ``T``, see :meth:`factored`."""
         return self.factored()[1]
+
+
+@dataclass(frozen=True, eq=False)
+class DiagonalBasis(Basis):
+    """A basis ``T = diag(factors)`` that gives each channel another scale; ``factors`` are ``[d]``.
+
+    Nothing is rounded but each weight, once: no digits are lost, whatever the condition of ``T``.
+    """
+
+    factors: Expression = field(kw_only=True)
+
+    @classmethod
+    def of(cls, factors: Expression) -> DiagonalBasis:
+        """The basis with ``factors``, none of which is zero."""
+        return cls(Diagonal(factors), factors=factors)
+
+    def of_writer(self, w: Expression) -> Expression:
+        """``w T``, for ``w`` of shape ``[..., d]``."""
+        columns = transpose(reshape(w, (-1, w.shape[-1])))
+        return reshape(transpose(ScaledRows(columns, cast(self.factors, w.dtype))), w.shape)
+
+    def of_reader(self, r: Expression) -> Expression:
+        """``T⁻¹ r``, for ``r`` of shape ``[d, n]``."""
+        return ScaledRows(r, cast(Literal(1.0 / evaluate(self.factors)), r.dtype))
 
 
 def _largest_singular_value(vector: Any, gram: Callable[[Any], Any], iterations: int = 8) -> float:

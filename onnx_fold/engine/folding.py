@@ -127,6 +127,11 @@ class Candidate:
         matrices = self.rewrite.weights_removed(min_rank=2)
         return -matrices, self.work.nodes, -self.weights_removed
 
+    @property
+    def keeps_layers(self) -> bool:
+        """Whether every layer stays, and is as wide as it was: other folds stay possible."""
+        return self.gain[0] == 0 and not self.rewrite.resized
+
     def _growth(self) -> str:
         shared = self.rewrite.shared()
         if shared:
@@ -334,7 +339,7 @@ def fold_streams(
     """
     shapes = Shapes(model)
     editor = Editor(model.graph)
-    with make_explicit(model, shapes.without_facts(), editor):
+    with make_explicit(model, shapes.without_facts(), editor, options.protect):
         reports = _fold_streams(model, passes, options, activations, shapes, editor, progress)
     for value in model.graph.initializers.values():
         if isinstance(value.const_value, FoldedTensor):
@@ -507,7 +512,7 @@ def _ranked(
     """Candidates that tie, those that gain most first, of those the ones with fewest operators.
 
     A closed stream has d² weights too many. So a dear pass is not asked before the cheap ones that
-    save as much have failed; what saves less waits for it.
+    save as much have failed; what saves less waits for it, but for what stands in nothing's way.
     """
     waiting: list[Candidate] = []
     for _, tier in groupby(sorted(passes, key=_operators), key=_operators):
@@ -519,7 +524,8 @@ def _ranked(
     if waiting and later:
         others = [proposal for each in later for proposal in each.proposals(stream)]
         savings = [each.weights_removed for each in others if isinstance(each, Candidate)]
-        waiting = [each for each in waiting if each.weights_removed >= max(savings, default=0)]
+        most = max(savings, default=0)
+        waiting = [each for each in waiting if each.keeps_layers or each.weights_removed >= most]
     yield from _ties(waiting)
 
 

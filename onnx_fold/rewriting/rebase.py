@@ -7,21 +7,24 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
-from onnx_fold.algebra.basis import Basis, Side, TableSide, product_dtype
+from onnx_fold.algebra.basis import Basis, DiagonalBasis, Side, TableSide, product_dtype
 from onnx_fold.algebra.expression import (
+    Diagonal,
     Expression,
     FoldedTensor,
+    ImpliedTensor,
     ScaledRows,
     cast,
+    implied_gain,
     of_tensor,
     reshape,
     scale,
     transpose,
 )
-from onnx_fold.graph.constants import constant
+from onnx_fold.graph.constants import Constant, constant
 from onnx_fold.graph.linear import Edge, Linear
 from onnx_fold.rewriting.record import Operand, Present
-from onnx_fold.rewriting.rewrite import CannotRewriteError, Rewrite
+from onnx_fold.rewriting.rewrite import CannotRewriteError, Rewrite, stored_size
 from onnx_fold.streams.stream import ConstantWriter, Stream
 
 
@@ -54,6 +57,9 @@ def rebase(stream: Stream, basis: Basis, width: int, pivot: Linear | None = None
         gain = None if is_writer else stream.gains.get(layer.x)
         key = (weight.leaf, weight.permutation, is_writer, axes, layer.alpha, gain)
         if key not in tied:
+            if isinstance(basis, DiagonalBasis) and implied_gain(weight.tensor) is not None:
+                tied[key] = _gain_in(basis, weight, is_writer=is_writer)
+                return tied[key]
             matrix = weights_of(layer) if is_writer else behind_gain(stream, layer)
             after = basis.of_writer(matrix) if is_writer else basis.of_reader(matrix)
             tied[key] = FoldedTensor(layer.pack(after, is_writer=is_writer), weight.dtype)
@@ -77,6 +83,17 @@ def rebase(stream: Stream, basis: Basis, width: int, pivot: Linear | None = None
         elif width != stream.width:
             result.stored[writer.edge] = _constant(writer, basis)
     return result
+
+
+def _gain_in(basis: DiagonalBasis, gain: Constant, *, is_writer: bool) -> ImpliedTensor:
+    """A gain that is written as a product for the time of the fold: it still is a gain."""
+    factors = implied_gain(gain.tensor)
+    assert factors is not None
+    if is_writer:
+        factors = basis.of_writer(factors)
+    else:
+        factors = reshape(basis.of_reader(reshape(factors, (-1, 1))), factors.shape)
+    return ImpliedTensor(Diagonal(factors), gain.dtype, stored_size(gain.tensor))
 
 
 def stored_matrix(layer: Linear, tensor: FoldedTensor, *, is_writer: bool = True) -> Expression:

@@ -1,0 +1,88 @@
+"""Scale: gains along a residual chain go into the layers beside it, and biases become one.
+
+``x' = (x + h W) G + b`` is the same chain in another diagonal basis: with ``T = G`` the layers that
+write ``x`` become ``W G`` and those that read it ``G⁻¹ R``, and ``x' = x + h W + b``. So a chain of
+such blocks (NoNorm, Z. Sun et al., "MobileBERT", arXiv 2004.02984) becomes one stream, which is
+closed to a change of basis no more. Each weight is multiplied and rounded once, whatever the
+factors are, but for zeros. What is left of ``b`` is added to the bias of a layer in the same sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+from onnx_fold.algebra.basis import DiagonalBasis, Side, TableSide
+from onnx_fold.algebra.expression import (
+    Expression,
+    FoldedTensor,
+    Sum,
+    cast,
+    evaluate,
+    implied_gain,
+    reshape,
+    scale,
+)
+from onnx_fold.engine.folding import Candidate, FoldPass, Proposal, propose
+from onnx_fold.graph.linear import Linear, compact
+from onnx_fold.rewriting.bias import second_biases
+from onnx_fold.rewriting.rebase import become_identity, rebase
+from onnx_fold.rewriting.rewrite import CannotRewriteError, Rewrite
+from onnx_fold.streams.stream import ConstantWriter, Stream
+
+
+class ScalePass(FoldPass):
+    """Let a gain that reads a closed stream, or the second of two biases in it, go."""
+
+    name = "scale"
+    is_basis_change = False
+
+    def candidates(self, stream: Stream) -> Iterator[Proposal]:
+        """Yield one proposal for each gain, and one for all biases that have another beside."""
+        for reader in stream.readers:
+            if (gain := implied_gain(reader.weight.tensor)) is not None:
+                yield _without(stream, reader, gain)
+        pairs = dict(second_biases(stream))
+        if pairs:
+            text = f"{compact([each.label for each in pairs])} into the biases beside"
+            yield _one_of_each(stream, pairs, text)
+
+
+def _without(stream: Stream, reader: Linear, gain: Expression) -> Proposal:
+    """Writers become ``W G`` and readers ``G⁻¹ R``."""
+    others = [name for name in stream.labels if name != reader.label]
+    text = f"{reader.label} into {compact(others)}"
+
+    def plan() -> Candidate:
+        if not np.all(evaluate(gain)):
+            raise CannotRewriteError(f"{reader.label} multiplies a channel by zero")
+        rebased = rebase(stream, DiagonalBasis.of(gain), stream.width, reader)
+        rewrite = Rewrite(stored=rebased.stored)
+        become_identity(rewrite, reader)
+        return Candidate(ScalePass.name, text, rewrite, rebased.writers, rebased.readers)
+
+    return propose(ScalePass.name, text, plan)
+
+
+def _one_of_each(
+    stream: Stream, pairs: Mapping[ConstantWriter, ConstantWriter], text: str
+) -> Candidate:
+    """``x + (b + c)`` in the place of ``(x + b) + c``."""
+    rewrite, terms = Rewrite(), dict[ConstantWriter, list[Expression]]()
+    for each, other in pairs.items():
+        while other in pairs:
+            other = pairs[other]
+        linear = stream.search.linears.get(other.node)
+        vector = reshape(each.channels_last(), other.weight.shape)
+        terms.setdefault(other, [other.weight.wide()])
+        terms[other].append(scale(vector, 1.0 / (linear.beta if linear is not None else 1.0)))
+        rewrite.replaced[each.node.outputs[0]] = each.node.inputs[1 - each.index]
+    sides: list[Side | TableSide] = []
+    for other, summands in terms.items():
+        total = FoldedTensor(Sum(tuple(summands)), other.weight.dtype)
+        rewrite.stored[other.edge] = total
+        rows = (reshape(each, (1, -1)) for each in (total.expression, total.rounded))
+        before, after = rows
+        sides.append(TableSide(before, cast(after, np.float64)))
+    return Candidate(ScalePass.name, text, rewrite, sides, [])
