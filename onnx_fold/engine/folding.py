@@ -367,7 +367,9 @@ def _fold_streams(
     while True:
         left: list[tuple[int, StreamReport]] = []
         touched: set[ir.Node] = set()
+        waiting: dict[ir.Node, int] = {}
         kept: dict[ir.Value, str] = {}
+        is_merging = not any(each.is_basis_change for each in phases[0])
         later = [each for each in passes if each not in phases[0]]
         for stream in _subjects(model, activations, shapes, phases[0], progress):
             nodes = stream.nodes
@@ -377,8 +379,10 @@ def _fold_streams(
                 if is_first_round and not rotated.intersection(stream.values):
                     reports.append((position, report))
                 continue
-            if nodes & touched:
-                continue  # a neighbour has just changed: look again in the next round
+            wider = max((waiting.get(node, 0) for node in nodes), default=0)
+            if nodes & touched or (is_merging and wider > stream.width):
+                waiting |= {node: max(stream.width, waiting.get(node, 0)) for node in nodes}
+                continue  # a neighbour has just changed, or is to: look again in the next round
             report, rewrite = _choose(stream, report, phases[0], later, options, memo)
             if rewrite is not None and report.folded is not None:
                 changed = nodes | rewrite.nodes
@@ -424,6 +428,10 @@ def _subjects(
 
     Streams that only an orthogonal basis passes through are looked for if a pass asks for them, and
     are closed: their open parts are among those that any basis passes through, with the reasons.
+
+    Where passes only merge, the widest stream comes first: so a chain of matrices ends with the
+    fewest weights. No best chain keeps two streams, ``d`` and a narrower ``d'`` beside it: without
+    ``d``, ``d' d + d dⱼ`` becomes ``d' dⱼ``, which is less. So it keeps the narrowest, or none.
     """
 
     def told(what: str, found: Sequence[Subject]) -> Iterator[Subject]:
@@ -443,7 +451,10 @@ def _subjects(
         found = find_norm_streams(model, activations, shapes.without_facts())
         closed = [each for each in found if each.is_closed and each.written_by and each.readers]
         yield from told("stream with norms", closed)
-    yield from told("stream", find_streams(model, activations, shapes))
+    streams = find_streams(model, activations, shapes)
+    if not any(each.is_basis_change for each in passes):
+        streams.sort(key=lambda stream: -stream.width)
+    yield from told("stream", streams)
 
 
 def _ask(passes: Sequence[FoldPass], hook: str) -> bool:

@@ -99,19 +99,20 @@ def _added_to(
     value: ir.Value, stream: Stream, vectors: Mapping[Edge, ConstantWriter]
 ) -> ConstantWriter | None:
     """One of ``vectors`` that is added to ``value``, or to an operand of it that one sum reads."""
-    node = value.producer()
-    if node is None or value not in stream.values or only_user(value) is None:
-        return None
-    if (linear := stream.search.linears.get(node)) is not None:
-        return vectors.get(linear.bias) if linear.bias is not None and linear.beta else None
-    if operator(node) != "Add":
-        return None
-    for index, operand in enumerate(node.inputs):
-        own = vectors.get((node, index))
-        if own is None and operand is not None:
-            own = _added_to(operand, stream, vectors)
-        if own is not None:
-            return own
+    queue = [value]
+    while queue:
+        value = queue.pop()
+        node = value.producer()
+        if node is None or value not in stream.values or only_user(value) is None:
+            continue
+        linear = stream.search.linears.get(node)
+        if linear is not None and linear.bias is not None and linear.beta:
+            return vectors.get(linear.bias)
+        if linear is None and operator(node) == "Add":
+            found = (vectors.get((node, index)) for index in range(2))
+            if (own := next(filter(None, found), None)) is not None:
+                return own
+            queue += [each for each in reversed(node.inputs) if each is not None]
     return None
 
 
