@@ -77,12 +77,13 @@ def _one_of_each(
         vector = reshape(each.channels_last(), other.weight.shape)
         terms.setdefault(other, [other.weight.wide()])
         terms[other].append(scale(vector, 1.0 / (linear.beta if linear is not None else 1.0)))
-        rewrite.replaced[each.node.outputs[0]] = each.node.inputs[1 - each.index]
+        operand = each.node.inputs[1 - each.index]
+        assert operand is not None
+        rewrite.replaced[each.node.outputs[0]] = operand
     sides: list[Side | TableSide] = []
     for other, summands in terms.items():
         total = FoldedTensor(Sum(tuple(summands)), other.weight.dtype)
         rewrite.stored[other.edge] = total
-        rows = (reshape(each, (1, -1)) for each in (total.expression, total.rounded))
-        before, after = rows
+        before, after = (reshape(each, (1, -1)) for each in (total.expression, total.rounded))
         sides.append(TableSide(before, cast(after, np.float64)))
     return Candidate(ScalePass.name, text, rewrite, sides, [])

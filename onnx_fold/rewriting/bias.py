@@ -106,12 +106,13 @@ def _added_to(
         if node is None or value not in stream.values or only_user(value) is None:
             continue
         linear = stream.search.linears.get(node)
+        edges = [(node, 0), (node, 1)] if operator(node) == "Add" else []
         if linear is not None and linear.bias is not None and linear.beta:
-            return vectors.get(linear.bias)
-        if linear is None and operator(node) == "Add":
-            found = (vectors.get((node, index)) for index in range(2))
-            if (own := next(filter(None, found), None)) is not None:
-                return own
+            edges = [linear.bias]
+        for edge in edges:
+            if edge in vectors:
+                return vectors[edge]
+        if operator(node) == "Add":
             queue += [each for each in reversed(node.inputs) if each is not None]
     return None
 
