@@ -40,7 +40,7 @@ TIMM = (
     *("cait_xxs24_224", "pit_ti_224", "xcit_nano_12_p16_224", "gmlp_s16_224", "starnet_s1"),
     *("lcnet_050", "tinynet_e", "hardcorenas_a", "mnasnet_small", "coat_lite_tiny"),
     *("repvgg_b0", "mobileone_s1", "fastvit_s12", "repvit_m1", "repghostnet_100", "levit_128"),
-    *("squeezenet1_0", "shufflenet_v2_x1_0", "dla34", "hrnet_w18_small", "resnext26ts"),
+    *("mobilenetv1_100", "ese_vovnet19b_dw", "dla34", "hrnet_w18_small", "resnext26ts"),
     *("efficientvit_b0", "efficientvit_m0", "tiny_vit_5m_224", "mobilenetv4_conv_small"),
     *("convmixer_768_32", "visformer_tiny", "crossvit_tiny_240", "swin_s3_tiny_224"),
 )
