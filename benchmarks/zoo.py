@@ -21,7 +21,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import onnx
 import onnx_ir as ir
+import onnxruntime as ort
 import torch
 
 import onnx_fold
@@ -37,6 +39,10 @@ TIMM = (
     *("mixer_s32_224", "resmlp_12_224", "poolformer_s12", "edgenext_xx_small", "mobilevit_xxs"),
     *("cait_xxs24_224", "pit_ti_224", "xcit_nano_12_p16_224", "gmlp_s16_224", "starnet_s1"),
     *("lcnet_050", "tinynet_e", "hardcorenas_a", "mnasnet_small", "coat_lite_tiny"),
+    *("repvgg_b0", "mobileone_s1", "fastvit_s12", "repvit_m1", "repghostnet_100", "levit_128"),
+    *("mobilenetv1_100", "ese_vovnet19b_dw", "dla34", "hrnet_w18_small", "resnext26ts"),
+    *("efficientvit_b0", "efficientvit_m0", "tiny_vit_5m_224", "mobilenetv4_conv_small"),
+    *("convmixer_768_32", "visformer_tiny", "crossvit_tiny_240", "swin_s3_tiny_224"),
 )
 LAYERS = 3
 """Blocks that a language model is cut to."""
@@ -47,8 +53,10 @@ HEAD = """# A zoo of exports
 random weights, exports them, folds them with the defaults and times them at batch 1 against the
 export. Speed-ups are medians with their 95 % interval over {repeats} pairs from two loads, one
 thread. *by its authors* is the model that timm's `reparameterize_model` or peft's
-`merge_and_unload` makes, exported: its weights and operators. The error is that of the worst
-output, as a multiple of the export's own. {versions}.
+`merge_and_unload` makes, exported: its weights and operators. Beside it is what onnxsim and
+onnxslim make of the export, and *in ONNX Runtime* are the operators that its own optimisation
+leaves of the export and of the fold; rows without these are older than these columns. The error is
+that of the worst output, as a multiple of the export's own. {versions}.
 
 """
 
@@ -65,6 +73,9 @@ class Row:
         error: Largest ratio of an output's error to the original's own.
         speedup: Of a run at batch 1, with its interval.
         why: What was folded, or the first reason why nothing was.
+        onnxsim: What onnxsim makes of the export; None if it is not installed, or fails.
+        onnxslim: The same of onnxslim.
+        optimised: Operators that ONNX Runtime runs of the export, and of the fold of it.
     """
 
     name: str
@@ -74,6 +85,9 @@ class Row:
     error: float | None
     speedup: tuple[float, float, float] | None
     why: str
+    onnxsim: Cost | None = None
+    onnxslim: Cost | None = None
+    optimised: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -154,6 +168,13 @@ def models() -> Iterator[Model]:
                 {"dynamo": True, "external_data": False, "verbose": False},
             )
     yield Model(
+        "mobilebert",
+        _mobilebert,
+        None,
+        lambda: (torch.randint(0, 1000, (1, 16)),),
+        {"dynamo": True, "external_data": False, "verbose": False},
+    )
+    yield Model(
         "segformer-b0",
         _segformer,
         None,
@@ -230,6 +251,22 @@ def _language(kind: str, adapter: str) -> torch.nn.Module:
     return _Logits(model).eval()
 
 
+def _mobilebert() -> torch.nn.Module:
+    """A classifier; gains and biases as if they had been trained."""
+    import transformers
+    from transformers.models.mobilebert.modeling_mobilebert import NoNorm
+
+    torch.manual_seed(0)
+    config = transformers.MobileBertConfig()
+    model = transformers.MobileBertForSequenceClassification(config)
+    for each in model.modules():
+        if isinstance(each, NoNorm):
+            torch.nn.init.uniform_(each.weight, 0.5, 1.5)
+        if isinstance(each, NoNorm | torch.nn.Linear) and each.bias is not None:
+            torch.nn.init.normal_(each.bias, std=0.05)
+    return _Logits(model).eval()
+
+
 def _segformer() -> torch.nn.Module:
     import transformers
 
@@ -282,7 +319,38 @@ def measured(model: Model, repeats: int) -> Row:
                     model.merged(module), model.inputs(), str(authors), **model.options
                 )
                 merged = cost(ir.load(authors))
-        return Row(model.name, before, after, merged, error, speedup, _why(report))
+        return Row(
+            model.name,
+            before,
+            after,
+            merged,
+            error,
+            speedup,
+            _why(report),
+            *(_simplified(source, tool) for tool in ("onnxsim", "onnxslim")),
+            (_optimised(source), _optimised(target)),
+        )
+
+
+def _simplified(path: Path, tool: str) -> Cost | None:
+    """What another tool makes of a model; None if it is not installed, or fails."""
+    try:
+        module = importlib.import_module(tool)
+        proto = onnx.load(path)
+        made = module.simplify(proto)[0] if tool == "onnxsim" else module.slim(proto)
+        return cost(ir.from_proto(made))
+    except Exception as error:
+        print(f"{tool}: {type(error).__name__}: {str(error)[:120]}", flush=True)
+        return None
+
+
+def _optimised(path: Path) -> int:
+    """Operators that ONNX Runtime runs of a model on the CPU."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.optimized_model_filepath = str(path.with_suffix(".optimised.onnx"))
+    ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return cost(ir.load(options.optimized_model_filepath)).nodes
 
 
 def _why(report: onnx_fold.FoldReport) -> str:
@@ -297,13 +365,13 @@ def _why(report: onnx_fold.FoldReport) -> str:
 def table(rows: Iterable[Row]) -> str:
     """The rows in Markdown, those that folded first."""
     lines = [
-        "| model | weights | | operators | | by its authors | | speed-up | error | folds, or why"
-        " not |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| model | weights | | operators | | in ONNX Runtime | by its authors | | onnxsim | |"
+        " onnxslim | | speed-up | error | folds, or why not |",
+        f"|{'---|' * 15}",
     ]
     for row in sorted(rows, key=lambda row: row.speedup is None):
-        merged = row.by_authors or Cost(0, 0)
-        is_merged = row.by_authors is not None and merged != row.before
+        merged = row.by_authors if row.by_authors != row.before else None
+        others = [_of(each) for each in (merged, row.onnxsim, row.onnxslim)]
         share = 1 - row.after.weights / row.before.weights
         cells = [
             row.name,
@@ -311,14 +379,19 @@ def table(rows: Iterable[Row]) -> str:
             f"-{share:.1%}" if share else "",
             f"{row.before.nodes} → {row.after.nodes}",
             f"{row.after.nodes / row.before.nodes - 1:+.0%}" if row.speedup else "",
-            f"{merged.weights:,}" if is_merged else "",
-            f"{merged.nodes}" if is_merged else "",
+            "{} → {}".format(*row.optimised) if row.optimised else "",
+            *(cell for pair in others for cell in pair),
             "{:.2f}x ({:.2f}-{:.2f})".format(*row.speedup) if row.speedup else "",
             "" if row.error is None else f"{row.error:.1f}",
             row.why if len(row.why) < 160 else f"{row.why[:157]}...",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _of(found: Cost | None) -> tuple[str, str]:
+    """Weights and operators of another tool's result."""
+    return ("", "") if found is None else (f"{found.weights:,}", f"{found.nodes}")
 
 
 def main() -> None:
@@ -350,10 +423,9 @@ def main() -> None:
 
 
 def _row(data: dict[str, Any]) -> Row:
-    costs = {
-        name: None if data[name] is None else Cost(**data[name])
-        for name in ("before", "after", "by_authors")
-    }
+    names = ("before", "after", "by_authors", "onnxsim", "onnxslim")
+    costs = {name: Cost(**data[name]) for name in names if data.get(name) is not None}
+    costs = {"by_authors": None, **costs}
     return Row(**{**data, **costs})
 
 

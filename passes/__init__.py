@@ -9,6 +9,7 @@ from onnx_fold.passes.concat import ConcatPass
 from onnx_fold.passes.interpolate import InterpolatePass
 from onnx_fold.passes.merge import MergePass
 from onnx_fold.passes.rotate import RotatePass
+from onnx_fold.passes.scale import ScalePass
 from onnx_fold.passes.select_heads import SelectPass
 
 __all__ = [
@@ -19,11 +20,12 @@ __all__ = [
     "InterpolatePass",
     "MergePass",
     "RotatePass",
+    "ScalePass",
     "SelectPass",
 ]
 
 PASSES = (
-    *(BranchesPass, ConcatPass, MergePass),
+    *(BranchesPass, ConcatPass, MergePass, ScalePass),
     *(AbsorbPass, InterpolatePass, SelectPass, RotatePass),
 )
 """All strategies, in the order in which they propose."""

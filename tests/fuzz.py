@@ -322,6 +322,24 @@ def total(b: Builder) -> list[Value]:
     return [b.add(op, operands if b.flip() else operands[::-1], value.shape)]
 
 
+def no_norm(b: Builder) -> list[Value]:
+    """Gains along a residual chain, each with a bias behind it, as in MobileBERT."""
+    stream = b.value(lambda shape: len(shape) > 1)
+    if stream is None:
+        return []
+    d, shape = stream.shape[-1], stream.shape
+    for _ in range(b.integer(1, 3)):
+        hidden = (*shape[:-1], b.integer(1, MAX_WIDTH))
+        h = b.add("MatMul", [stream.name, b.weight(d, hidden[-1])], hidden)
+        h = b.add("Relu", [h.name], hidden)
+        h = b.add("MatMul", [h.name, b.weight(hidden[-1], d)], shape)
+        h = b.add("Add", [(bias(b, h) if b.flip() else h).name, stream.name], shape)
+        factors = b.hold((1.0 + np.abs(b.rng.standard_normal(d))).astype(b.dtype.numpy()))
+        stream = b.add("Mul", [h.name, factors], shape)
+        stream = bias(b, stream) if b.flip() else stream
+    return [stream]
+
+
 def dead_skip(b: Builder) -> list[Value]:
     """A skip connection that a trained gain has switched off."""
     value = b.value()
@@ -593,7 +611,7 @@ INSIDE = (
     *(unary, softmax, cast, gain, total, dead_skip, where, permute, regroup, axes, repeat, part),
     *(join, pad, reduce),
 )
-BLOCKS = (feed_forward, attention, block, experts)
+BLOCKS = (feed_forward, attention, block, experts, no_norm)
 OUTSIDE = (measure, branch, call, call)
 
 

@@ -26,7 +26,7 @@ import onnxruntime as ort
 from disguise import disguise
 from onnx import numpy_helper
 from traps import FREE, OPSETS, WIDTH, Graph, Value, finished, reads
-from traps_inside import heads, inside, nonlinear
+from traps_inside import bias, heads, inside, nonlinear
 from traps_layers import layer, matmul
 
 import onnx_fold
@@ -75,12 +75,30 @@ def _stream(g: Graph) -> None:
         if after is not None:
             g.values.append(after)
             stream = after
+    if g.chance(0.2):
+        stream = _chain(g, stream)
+        g.values.append(stream)
     for _ in range(g.choose(1, 1, 2)):
         read = (heads(g, stream) if g.chance(0.15) else None) or _layer(g, stream)
         if read is not None:
             if g.chance(0.2):
                 read = inside(g, read) or read
             g.values.append(nonlinear(g, read) if g.chance(0.7) else read)
+
+
+def _chain(g: Graph, v: Value) -> Value:
+    """Residual blocks with a gain behind each sum, as long as their layers fit."""
+    for _ in range(g.choose(1, 2, 3)):
+        hidden = matmul(g, v)
+        if hidden is None or not isinstance(v.width, int) or hidden.dims[:-1] != v.dims[:-1]:
+            break
+        weight = g.weight(hidden.width, v.width)
+        back = g.add("MatMul", [nonlinear(g, hidden).name, weight], v.dims)
+        total = g.add("Add", [back.name, v.name] if g.chance() else [v.name, back.name], v.dims)
+        factors = g.rng.choice([1.0, -1.0, 2.0, 0.5, 3.0, 0.0], (v.width,), p=[*[0.196] * 5, 0.02])
+        v = g.add("Mul", [total.name, g.constant(factors.astype(g.dtype))], v.dims)
+        v = (bias(g, v) if g.chance() else None) or v
+    return v
 
 
 def _layer(g: Graph, v: Value) -> Value | None:

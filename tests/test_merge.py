@@ -1,5 +1,7 @@
 """Merge: a sole writer into its readers, or a sole reader into its writers."""
 
+from itertools import combinations, pairwise
+
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
@@ -404,3 +406,21 @@ def test_a_merge_that_saves_less_than_the_stream_could_lose_waits():
     (stream,) = folded(model, 8 * 8).report.folded
     assert stream.folded.strategy == "interpolate"
     folded(model, 10 * 8 + 8 * 24 - 10 * 24, only=["merge"])
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_chain_is_merged_to_the_fewest_weights(seed):
+    """Against all ways to cut it, random widths; the first is one that graph order misses."""
+    rng = np.random.default_rng(seed)
+    dims = [int(d) for d in rng.choice([1, 2, 3, 4, 6, 8, 12, 16, 24], rng.integers(4, 8))]
+    dims = [[8, 4, 4, 6, 6, 16, 24], [100, 10, 5, 4, 5, 10, 100]][seed] if seed < 2 else dims
+    names = ["x", *(f"t{i}" for i in range(len(dims) - 2)), "y"]
+    pairs = list(pairwise(dims))
+    body = [f"{b} = MatMul({a}, W{i})" for i, (a, b) in enumerate(pairwise(names))]
+    text = f"(float[n, {dims[0]}] x) => (float[n, {dims[-1]}] y) {{ {' '.join(body)} }}"
+    model = graph(text, **{f"W{i}": normal(*pair, seed=i) for i, pair in enumerate(pairs)})
+    result = fold(model, only=["merge"])
+    cuts = [c for n in range(len(dims) - 1) for c in combinations(dims[1:-1], n)]
+    ways = ([dims[0], *kept, dims[-1]] for kept in cuts)
+    assert weights(result.model) == min(sum(a * b for a, b in pairwise(way)) for way in ways)
+    assert_same_function(model, result.model)

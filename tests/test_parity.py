@@ -6,6 +6,7 @@ import weakref
 import numpy as np
 import onnx_ir as ir
 import pytest
+from helpers import graph, normal
 from rich.console import Console
 
 import onnx_fold
@@ -602,3 +603,20 @@ def test_files_are_not_mapped_while_the_reference_runs(tmp_path):
     np.testing.assert_array_equal(
         held[0].numpy(), before.graph.initializers[held[0].name].const_value.numpy()
     )
+
+
+def test_a_bias_that_a_softmax_cancels_may_be_added_elsewhere():
+    """What rounding it anew does to the outputs is no more than the wide type's own rounding."""
+    d, names = 6, "PQKVO"
+    held = {name: normal(d, d, seed=i) for i, name in enumerate(names)}
+    c, e = normal(d, seed=8), normal(d, seed=9)
+
+    def attention(read: str, bias: np.ndarray) -> ir.Model:
+        text = f"""(float[n, {d}] h) => (float[n, {d}] y)
+            {{ p = MatMul(h, P) x = Add(p, c) q = MatMul(x, Q) k0 = MatMul({read}, K)
+               k = Add(k0, e) t = Transpose(k) s = MatMul(q, t) a = Softmax(s)
+               v = MatMul(x, V) o = MatMul(a, v) y = MatMul(o, O) }}"""
+        return graph(text, c=c, e=bias, **held)
+
+    moved = (e + c.astype(np.float64) @ held["K"]).astype(np.float32)
+    assert onnx_fold.verify(attention("x", e), attention("p", moved))

@@ -457,7 +457,6 @@ def test_what_else_looks_at_the_channels_opens_the_stream(body, results):
         f"{norm()} m = Add(n, s)",  # with a gain and without
         f"{norm()} {norm(y='l', g='h')} m = Add(n, l)",  # two gains
         f"{norm()} m = Add(n, k9)",  # a table behind the gain
-        f"{norm()} m = Mul(n, h)",  # two gains in a row
     ],
 )
 def test_a_gain_that_cannot_be_moved_opens_the_stream(body):
@@ -467,6 +466,15 @@ def test_a_gain_that_cannot_be_moved_opens_the_stream(body):
     assert found.group == Group.ORTHOGONAL
     assert not found.is_closed
     refused(model, **ROTATE)
+
+
+def test_the_second_of_two_gains_goes_into_the_layer_behind_it():
+    body = f"{norm()} m = Mul(n, h) k0 = MatMul(m, K) k = Softmax(k0)"
+    model = stream(body, "float[b, t, 8] k", h=gain(17))
+    (found,) = find_norm_streams(model)
+    assert not found.is_closed
+    result = folded(model, **ROTATE)
+    assert operators(result.model).count("Mul") == operators(model).count("Mul") - 1
 
 
 def test_a_gain_that_a_caller_can_override():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -18,13 +18,16 @@ import onnx_ir as ir
 
 from onnx_fold.algebra.device import HOST, Device
 from onnx_fold.algebra.expression import (
+    Diagonal,
     Expression,
     Factors,
     Solve,
     cast,
     evaluate,
+    literal,
     product,
     reshape,
+    scaled_rows,
     transpose,
 )
 
@@ -119,6 +122,30 @@ class Basis:
     def condition(self) -> float:
         """Condition number of ``T``, see :meth:`factored`."""
         return self.factored()[1]
+
+
+@dataclass(frozen=True, eq=False)
+class DiagonalBasis(Basis):
+    """A basis ``T = diag(factors)`` that gives each channel another scale; ``factors`` are ``[d]``.
+
+    Nothing is rounded but each weight, once: no digits are lost, whatever the condition of ``T``.
+    """
+
+    factors: Expression = field(kw_only=True)
+
+    @classmethod
+    def of(cls, factors: Expression) -> DiagonalBasis:
+        """The basis with ``factors``, none of which is zero."""
+        return cls(Diagonal(factors), factors=factors)
+
+    def of_writer(self, w: Expression) -> Expression:
+        """``w T``, for ``w`` of shape ``[..., d]``."""
+        columns = transpose(reshape(w, (-1, w.shape[-1])))
+        return reshape(transpose(scaled_rows(columns, cast(self.factors, w.dtype))), w.shape)
+
+    def of_reader(self, r: Expression) -> Expression:
+        """``T⁻¹ r``, for ``r`` of shape ``[d, n]``."""
+        return scaled_rows(r, cast(literal(1.0 / evaluate(self.factors)), r.dtype))
 
 
 def _largest_singular_value(vector: Any, gram: Callable[[Any], Any], iterations: int = 8) -> float:

@@ -500,3 +500,10 @@ class ImpliedTensor(FoldedTensor):
         """Stand for ``expression``, ``[d, d]``, made of ``stored_size`` numbers of ``dtype``."""
         super().__init__(expression, dtype)
         self.stored_size = stored_size
+
+
+def implied_gain(tensor: ir.TensorProtocol) -> Expression | None:
+    """The factors of the channels, ``[d]``, if ``tensor`` is the matrix that a gain implies."""
+    if isinstance(tensor, ImpliedTensor) and tensor.expression.operation is Diagonal:
+        return tensor.expression.operands[0]
+    return None

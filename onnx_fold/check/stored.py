@@ -61,6 +61,10 @@ FLOOR = 1 / 16
 IRRELEVANT = 0.1
 """The share of what the draws do to the outputs below which a difference of a value is no fault."""
 
+ROUNDING = 256
+"""How many units of rounding of the wider type the layers of a model may add up to: what moves the
+outputs by less is not known to move them."""
+
 LIKENESS = 0.7
 """The correlation of two values below which they are no candidates for meaning the same."""
 
@@ -235,7 +239,8 @@ class _Comparison:
     ) -> float:
         """How much farther the value of ``b`` moves the outputs of ``a`` than the draws do."""
         moved = self.a(feed, {name: folded[name]})
-        effects = {output: _Noise(0.0) for output in self.outputs}
+        floor = ROUNDING * unit_roundoff(self.a.to)
+        effects = {output: _Noise(floor) for output in self.outputs}
         for draw in noise.draws[:DRAWS]:
             drawn = self.a(feed, {name: original[name] + draw})
             for output, effect in effects.items():
@@ -343,6 +348,9 @@ class _Switchable:
         to: The type of its floats.
         engine: Makes a function of a model.
         moved: Weights that are rounded anew when a draw is asked for.
+
+    Attributes:
+        to: The type of its floats.
     """
 
     def __init__(
@@ -353,7 +361,7 @@ class _Switchable:
         engine: Callable[[ir.Model], Function],
         moved: Sequence[str] = (),
     ) -> None:
-        self._names, self._to = names, to
+        self._names, self.to = names, to
         stored = {n: model.graph.initializers[n].const_value for n in moved}
         self._stored = {n: tensor for n, tensor in stored.items() if tensor is not None}
         wide = widen(model, to)
@@ -369,7 +377,7 @@ class _Switchable:
         self, feed: Arrays, given: Mapping[str, Array] | None = None, draw: int | None = None
     ) -> Arrays:
         """Run on ``feed``, with values ``given`` by name, and weights rounded anew."""
-        kind, given = self._to.numpy(), given or {}
+        kind, given = self.to.numpy(), given or {}
         inputs = {**feed, **self._weights_of(draw)}
         for name in self._names:
             inputs[f"{name}/is_own"] = np.array(name not in given)
@@ -381,8 +389,7 @@ class _Switchable:
             return self._weights[draw]
         generator = None if draw is None else np.random.default_rng(draw)
         weights = {
-            name: _rounded_anew(tensor, self._to, generator)
-            for name, tensor in self._stored.items()
+            name: _rounded_anew(tensor, self.to, generator) for name, tensor in self._stored.items()
         }
         if draw is None or draw < DRAWS:  # the others are rarely needed
             self._weights[draw] = weights

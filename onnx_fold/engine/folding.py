@@ -130,6 +130,11 @@ class Candidate:
         matrices = self.rewrite.weights_removed(min_rank=2)
         return -matrices, self.work.nodes, -self.weights_removed
 
+    @property
+    def keeps_layers(self) -> bool:
+        """Whether every layer stays, and is as wide as it was: other folds stay possible."""
+        return self.gain[0] == 0 and not self.rewrite.resized
+
     def _growth(self) -> str:
         shared = self.rewrite.shared()
         if shared:
@@ -343,7 +348,7 @@ def fold_streams(
     """
     shapes = Shapes(model)
     editor = Editor(model.graph)
-    with make_explicit(model, shapes.without_facts(), editor):
+    with make_explicit(model, shapes.without_facts(), editor, options.protect):
         reports = _fold_streams(model, passes, options, activations, shapes, editor, progress)
     for value in model.graph.initializers.values():
         if isinstance(value.const_value, FoldedTensor):
@@ -371,7 +376,9 @@ def _fold_streams(
     while True:
         left: list[tuple[int, StreamReport]] = []
         touched: set[ir.Node] = set()
+        waiting: dict[ir.Node, int] = {}
         kept: dict[ir.Value, NormsKept] = {}
+        is_merging = not any(each.is_basis_change for each in phases[0])
         later = [each for each in passes if each not in phases[0]]
         for stream in _subjects(model, activations, shapes, phases[0], progress):
             nodes = stream.nodes
@@ -388,8 +395,10 @@ def _fold_streams(
                 if is_first_round and not rotated.intersection(stream.values):
                     reports.append((position, report))
                 continue
-            if nodes & touched:
-                continue  # a neighbour has just changed: look again in the next round
+            wider = max((waiting.get(node, 0) for node in nodes), default=0)
+            if nodes & touched or (is_merging and wider > stream.width):
+                waiting |= {node: max(stream.width, waiting.get(node, 0)) for node in nodes}
+                continue  # a neighbour has just changed, or is to: look again in the next round
             report, rewrite = _choose(stream, report, phases[0], later, options, memo)
             if rewrite is not None and report.folded is not None:
                 changed = nodes | rewrite.nodes
@@ -438,6 +447,10 @@ def _subjects(
 
     Streams that only an orthogonal basis passes through are looked for if a pass asks for them; the
     parts of open ones are among those that any basis passes through, with the reasons.
+
+    Where passes only merge, the widest stream comes first: so a chain of matrices ends with the
+    fewest weights. No best chain keeps two streams, ``d`` and a narrower ``d'`` beside it: without
+    ``d``, ``d' d + d dⱼ`` becomes ``d' dⱼ``, which is less. So it keeps the narrowest, or none.
     """
 
     def told(what: str, found: Sequence[Subject]) -> Iterator[Subject]:
@@ -458,7 +471,10 @@ def _subjects(
         ends = [each for each in found if each.readers or not each.is_closed]
         between = [each for each in ends if each.written_by]
         yield from told("stream with norms", between)
-    yield from told("stream", find_streams(model, activations, shapes))
+    streams = find_streams(model, activations, shapes)
+    if not any(each.is_basis_change for each in passes):
+        streams.sort(key=lambda stream: -stream.width)
+    yield from told("stream", streams)
 
 
 def _ask(passes: Sequence[FoldPass], hook: str) -> bool:
@@ -535,7 +551,7 @@ def _ranked(
     """Candidates that tie, those that gain most first, of those the ones with fewest operators.
 
     A closed stream has d² weights too many. So a dear pass is not asked before the cheap ones that
-    save as much have failed; what saves less waits for it.
+    save as much have failed; what saves less waits for it, but for what stands in nothing's way.
     """
     waiting: list[Candidate] = []
     for _, tier in groupby(sorted(passes, key=_operators), key=_operators):
@@ -547,7 +563,8 @@ def _ranked(
     if waiting and later:
         others = [proposal for each in later for proposal in each.proposals(stream)]
         savings = [each.weights_removed for each in others if isinstance(each, Candidate)]
-        waiting = [each for each in waiting if each.weights_removed >= max(savings, default=0)]
+        most = max(savings, default=0)
+        waiting = [each for each in waiting if each.keeps_layers or each.weights_removed >= most]
     yield from _ties(narrowed(waiting))
 
 

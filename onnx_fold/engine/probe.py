@@ -129,13 +129,21 @@ class _Run:
             known = {writer.x: self._in_order(writer, h)}
             x = x + self._planned.product(h, writer.matrix).numbers
             x_new = x_new + self._planned.output(writer, known).dense
-        scaled = [writer.bias for writer in stream.writers if writer.beta != 1.0]
+        stored, replaced = self._rewrite.stored, self._rewrite.replaced
+        biases = {writer.bias: writer for writer in stream.writers if writer.bias is not None}
+        is_carried = any(reader.edge in stored for reader in stream.readers)  # behind the readers
         for added in stream.constants:
-            tensor = self._rewrite.stored.get(added.edge)  # what has none goes behind the readers
-            if tensor is not None and not added.is_zero() and added.edge not in scaled:
-                picked = self._generator.integers(0, added.matrix.shape[0], self._count)
-                x = x + self._planned.evaluated(take(added.matrix, picked, 0))
-                x_new = x_new + self._planned.evaluated(take(holding(added, tensor), picked, 0))
+            tensor, writer = stored.get(added.edge), biases.get(added.edge)
+            if added.is_zero() or (tensor is None and is_carried):
+                continue
+            picked = self._generator.integers(0, added.matrix.shape[0], self._count)
+            beta = 1.0 if writer is None else writer.beta
+            x = x + beta * self._planned.evaluated(take(added.matrix, picked, 0))
+            if writer is not None and writer.y in replaced:
+                beta = 1.0  # what is added behind the writer holds it
+            if tensor is not None or added.node.outputs[0] not in replaced:
+                rows = take(holding(added, tensor), picked, 0)
+                x_new = x_new + beta * self._planned.evaluated(rows)
         return x, x_new
 
     def _draw(self, value: ir.Value, matrix: Expression, seen: Array | None) -> Rows:

@@ -4,11 +4,14 @@
 numbers or none. Where such an operator stands between projections in what would otherwise be a
 closed stream (LayerScale, a norm with a fixed standard deviation), it is written as a MatMul for
 the time of the fold, and merges like any other layer. What has not merged is written back.
+
+So is a gain between two closed streams, as those along a residual chain (NoNorm, Z. Sun et al.,
+"MobileBERT", arXiv 2004.02984): a diagonal change of basis of one of them takes it away.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +20,16 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.convenience import replace_all_uses_with
 
-from onnx_fold.algebra.expression import Diagonal, ImpliedTensor, Sum, evaluate, literal, reshape
+from onnx_fold.algebra.expression import (
+    Diagonal,
+    FoldedTensor,
+    ImpliedTensor,
+    Sum,
+    evaluate,
+    implied_gain,
+    literal,
+    reshape,
+)
 from onnx_fold.graph.channels import ports
 from onnx_fold.graph.commute import Port
 from onnx_fold.graph.constants import FLOATS, Constant, constant
@@ -49,18 +61,24 @@ class Affine:
         return self.gain is None and not self.is_skip
 
 
-def make_explicit(model: ir.Model, shapes: Shapes, editor: Editor) -> ExitStack:
+def make_explicit(
+    model: ir.Model, shapes: Shapes, editor: Editor, protect: Collection[str] = ()
+) -> ExitStack:
     """Write gains and centring in closed streams of ``model`` as MatMuls, and leave dead skips out.
 
     A stream counts as closed if it is when these operators are followed too, and if layers both
-    write and read it. ``shapes`` are those of ``model``, whose graph ``editor`` changes. Everything
-    is decided before anything is changed.
+    write and read it; or if it is but for gains, with a closed stream on the other side of each.
+    ``shapes`` are those of ``model``, whose graph ``editor`` changes. Everything is decided before
+    anything is changed. What has to do with a name in ``protect`` stays as it is.
 
     Returns:
         What writes back, when it is closed, those that have not merged.
     """
     found = {
-        node: affine for node in model.graph if (affine := as_affine(node, shapes)) is not None
+        node: affine
+        for node in model.graph
+        if (affine := as_affine(node, shapes)) is not None
+        if not {node.name, *(value.name for value in node.inputs if value)}.intersection(protect)
     }
     if not found:
         return ExitStack()
@@ -78,6 +96,8 @@ def make_explicit(model: ir.Model, shapes: Shapes, editor: Editor) -> ExitStack:
         done.update(inside)
         if stream.is_closed and stream.written_by and stream.readers:
             plan += [(other, stream) for other in inside]
+        else:
+            plan += _between_closed(inside, found, search)
     with ExitStack() as explicit:
         skips = [(node, stream, _weights(node, found, stream)) for node, stream in plan]
         for node, stream, weights in skips:
@@ -86,6 +106,38 @@ def make_explicit(model: ir.Model, shapes: Shapes, editor: Editor) -> ExitStack:
             else:
                 _as_matmul(node, found[node], stream, explicit, editor)
         return explicit.pop_all()
+
+
+def _between_closed(
+    nodes: Sequence[ir.Node], found: Mapping[ir.Node, Affine], search: Search
+) -> Iterator[tuple[ir.Node, Stream]]:
+    """The gains of ``nodes`` with a closed stream on either side, and the one behind each.
+
+    A stream counts as closed here if it is but for gains.
+    """
+    known: dict[ir.Value, Stream] = {}
+    gains = {node for node in nodes if found[node].gain is not None}
+
+    def beside(value: ir.Value, width: int) -> Stream:
+        if value not in known:
+            stream = search.stream(value, -1, width, partial(_up_to, gains))
+            known.update(dict.fromkeys(stream.values, stream))
+        return known[value]
+
+    for node in nodes:
+        x, y = node.inputs[found[node].index], node.outputs[0]
+        width = search.shapes.dim(y, -1)
+        if node in gains and x is not None and isinstance(width, int):
+            front, behind = beside(x, width), beside(y, width)
+            if front is not behind and front.is_closed and behind.is_closed:
+                yield node, behind
+
+
+def _up_to(
+    gains: Collection[ir.Node], node: ir.Node, known: Port, width: int, shapes: Shapes
+) -> list[Port] | None:
+    """The ports of ``node`` that share the channels of ``known``; a stream ends at ``gains``."""
+    return [known] if node in gains else ports(node, known, width, shapes)
 
 
 def affine_ports(
@@ -163,8 +215,16 @@ def _as_matmul(
     node.replace_input_with(1, matrix)
 
     def write_back() -> None:
-        if node.graph is None or node.inputs[1] is not matrix:  # it has merged
+        now = constant(node.inputs[1]) if node.graph is not None else None
+        gain = None if now is None else implied_gain(now.tensor)
+        if now is None or (now.leaf is not matrix and gain is None):  # it has merged
             editor.remove_dead([held])
+            return
+        if now.leaf is not matrix and gain is not None:  # it has become another one
+            changed = FoldedTensor(gain, now.dtype)
+            node.op_type = "Mul"
+            node.replace_input_with(1, editor.constant(changed, f"{node.outputs[0].name}_gain"))
+            editor.remove_dead([now.leaf, held])
             return
         node.op_type = op_type
         node.replace_input_with(index, node.inputs[0])

@@ -7,7 +7,7 @@ reads.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -15,6 +15,7 @@ import onnx_ir as ir
 from onnx_fold.algebra.expression import FoldedTensor, Sum, literal, product, reshape, scale
 from onnx_fold.graph.channels import channels
 from onnx_fold.graph.constants import constant, scalar
+from onnx_fold.graph.linear import Edge
 from onnx_fold.graph.operators import contrib, only_user, operator
 from onnx_fold.rewriting.rewrite import CannotRewriteError, Rewrite
 from onnx_fold.streams.ends import ConstantWriter, Reader, Writer
@@ -72,6 +73,49 @@ def take_gains(stream: Stream, rewrite: Rewrite) -> None:
             raise CannotRewriteError(f"the bias of a norm reaches {reader.label} unevenly")
         if carried:
             _add_bias(rewrite, reader, carried)
+
+
+def second_biases(stream: Stream) -> Iterator[tuple[ConstantWriter, ConstantWriter]]:
+    """The vectors that are added to a sum of ``stream`` of which an operand has one already.
+
+    Yields:
+        Each with the other one, to which it can be added.
+    """
+    vectors = {
+        each.edge: each
+        for each in stream.constants
+        if not each.is_table and each.weight.size == stream.width
+    }
+    for each in vectors.values():
+        node = each.node
+        if operator(node) != "Add" or (value := node.inputs[1 - each.index]) is None:
+            continue
+        is_longer = len(each.weight.shape) > (stream.shapes.rank(value) or 0)
+        other = None if is_longer else _added_to(value, stream, vectors)
+        if other is not None:
+            yield each, other
+
+
+def _added_to(
+    value: ir.Value, stream: Stream, vectors: Mapping[Edge, ConstantWriter]
+) -> ConstantWriter | None:
+    """One of ``vectors`` that is added to ``value``, or to an operand of it that one sum reads."""
+    queue = [value]
+    while queue:
+        value = queue.pop()
+        node = value.producer()
+        if node is None or value not in stream.values or only_user(value) is None:
+            continue
+        linear = stream.search.linears.get(node)
+        edges = [(node, 0), (node, 1)] if operator(node) == "Add" else []
+        if linear is not None and linear.bias is not None and linear.beta:
+            edges = [linear.bias]
+        for edge in edges:
+            if edge in vectors:
+                return vectors[edge]
+        if operator(node) == "Add":
+            queue += [each for each in reversed(node.inputs) if each is not None]
+    return None
 
 
 def _bypass(writer: ConstantWriter, layer: Writer, stream: Stream, rewrite: Rewrite) -> bool:

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import numpy as np
 
-from onnx_fold.algebra.basis import Basis
+from onnx_fold.algebra.basis import Basis, DiagonalBasis
 from onnx_fold.algebra.expression import (
-    Expression,
+    Diagonal,
     FoldedTensor,
+    ImpliedTensor,
     cast,
+    implied_gain,
     of_tensor,
     reshape,
     scale,
+    transpose,
 )
 from onnx_fold.graph.constants import constant
 from onnx_fold.graph.linear import Linear
 from onnx_fold.rewriting.record import Operand, Present
-from onnx_fold.rewriting.rewrite import CannotRewriteError, Rewrite
-from onnx_fold.streams.ends import End
+from onnx_fold.rewriting.rewrite import CannotRewriteError, Rewrite, stored_size
+from onnx_fold.streams.ends import End, Reader, Writer
 from onnx_fold.streams.stream import Stream
 
 
@@ -37,20 +40,31 @@ def rebase(
     rewrite = Rewrite()
     tied: dict[tuple[object, ...], FoldedTensor] = {}
 
-    def store(end: End, matrix: Expression) -> None:
-        stored = tied.setdefault(end.identity, end.store(matrix))
-        rewrite.stored[end.edge] = stored
+    def store(end: End) -> None:
+        if end.identity not in tied:
+            tied[end.identity] = _in_basis(end, basis)
+        rewrite.stored[end.edge] = tied[end.identity]
 
-    for writer in stream.writers:
-        if writer is not pivot:
-            store(writer, basis.of_writer(writer.matrix))
-    for reader in stream.readers:
-        if reader is not pivot:
-            store(reader, basis.of_reader(reader.matrix))
+    layers: tuple[Writer | Reader, ...] = (*stream.writers, *stream.readers)
+    for layer in layers:
+        if layer is not pivot:
+            store(layer)
     for added in stream.constants:
         if not added.is_zero() or (width or stream.width) != stream.width:
-            store(added, basis.of_writer(added.matrix))
+            store(added)
     return rewrite
+
+
+def _in_basis(end: End, basis: Basis) -> FoldedTensor:
+    """``W T``, or ``T⁻¹ R``; a gain, which is a product for the time of the fold, stays one."""
+    factors = implied_gain(end.weight.tensor) if isinstance(basis, DiagonalBasis) else None
+    is_reader = isinstance(end, Reader)
+    if factors is None:
+        return end.store(basis.of_reader(end.matrix) if is_reader else basis.of_writer(end.matrix))
+    column = reshape(factors, (-1, 1))
+    changed = basis.of_reader(column) if is_reader else basis.of_writer(transpose(column))
+    gain = Diagonal(reshape(changed, factors.shape))
+    return ImpliedTensor(gain, end.weight.dtype, stored_size(end.weight.tensor))
 
 
 def become_identity(rewrite: Rewrite, layer: Linear) -> None:
