@@ -320,6 +320,10 @@ def test_without_torch_the_extra_is_named(monkeypatch, tmp_path):
         export("tiny-gqa", tmp_path / "m.onnx")
 
 
+LOSSES = {"char-gqa": 1.4, "char-gqa-norms": 1.5}
+"""What each shipped model has to predict better than, in nats a character."""
+
+
 @pytest.mark.parametrize("shipped", SHIPPED, ids=lambda path: path.stem)
 def test_shipped_model(shipped):
     """Its vocabulary and loss are in its metadata, and it predicts Python better than chance."""
@@ -327,7 +331,7 @@ def test_shipped_model(shipped):
     run = session(shipped)
     metadata = run.get_modelmeta().custom_metadata_map
     vocabulary = json.loads(metadata["onnx_fold.vocab"])
-    assert float(metadata["onnx_fold.val_loss"]) < 1.5
+    assert float(metadata["onnx_fold.val_loss"]) < LOSSES[shipped.stem]
     text = (
         "import sys\n\n\ndef main():\n    for argument in sys.argv[1:]:\n        print(argument)\n"
     )

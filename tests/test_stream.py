@@ -78,14 +78,14 @@ def test_a_width_that_is_measured_must_stay():
 def test_norms_activations_and_gains_open_it(body, reason):
     two = np.array(2.0, np.float32)
     model = chain(body, g=normal(D), two=two, last=np.array([-1]))
-    refused(model)
+    refused(model, target="cpu")
     assert reason in openings(model)
     is_norm = any(opening.is_norm for opening in stream_of(model, "p").openings)
     assert is_norm == ("Sigmoid" not in body and "Mul(p, g)" not in body)
 
 
 def test_the_report_says_what_can_be_done_while_a_norm_stays():
-    reasons = refused(chain("m = LayerNormalization(p, g)", g=normal(D)))
+    reasons = refused(chain("m = LayerNormalization(p, g)", g=normal(D)), target="cpu")
     assert "'p' is read by LayerNormalization" in reasons
     assert "a norm between MatMul -> p and MatMul -> y; norms kept: 0.375 d² by" in reasons
 

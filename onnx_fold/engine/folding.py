@@ -384,11 +384,8 @@ def _fold_streams(
             nodes = stream.nodes
             position = min(order.get(node, 0) for node in nodes)
             report = StreamReport.of(stream, kept)
-            if (
-                isinstance(stream, Stream)
-                and not stream.is_closed
-                and stream.group != Group.GENERAL
-            ):
+            is_orthogonal = stream.group != Group.GENERAL
+            if isinstance(stream, Stream) and is_orthogonal and not stream.is_closed:
                 kept |= dict.fromkeys(stream.values, norms_kept(stream, report))
                 continue
             if not report.is_foldable:

@@ -133,14 +133,14 @@ class _Run:
         biases = {writer.bias: writer for writer in stream.writers if writer.bias is not None}
         is_carried = any(reader.edge in stored for reader in stream.readers)  # behind the readers
         for added in stream.constants:
-            tensor, writer = stored.get(added.edge), biases.get(added.edge)
+            tensor, layer = stored.get(added.edge), biases.get(added.edge)
             if added.is_zero() or (tensor is None and is_carried):
                 continue
             picked = self._generator.integers(0, added.matrix.shape[0], self._count)
-            beta = 1.0 if writer is None else writer.beta
+            beta = 1.0 if layer is None else layer.beta
             x = x + beta * self._planned.evaluated(take(added.matrix, picked, 0))
-            if writer is not None and writer.y in replaced:
-                beta = 1.0  # what is added behind the writer holds it
+            if layer is not None and layer.y in replaced:
+                beta = 1.0  # what is added behind the layer holds it
             if tensor is not None or added.node.outputs[0] not in replaced:
                 rows = take(holding(added, tensor), picked, 0)
                 x_new = x_new + beta * self._planned.evaluated(rows)
