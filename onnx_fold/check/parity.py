@@ -24,7 +24,7 @@ from rich.text import Text
 
 from onnx_fold.algebra import basis
 from onnx_fold.algebra.device import Array
-from onnx_fold.algebra.precision import FRACTION_BITS, SIXTEEN_BITS, is_float
+from onnx_fold.algebra.precision import SIXTEEN_BITS, is_float
 from onnx_fold.base.arguments import Provider, several
 from onnx_fold.base.progress import Report, ignore
 from onnx_fold.base.schema import SCHEMA_VERSION
@@ -35,20 +35,20 @@ from onnx_fold.check.judge import Feed, Judge, OutputParity, Run
 from onnx_fold.check.parity_table import parity_table
 from onnx_fold.check.stored import StoredParity, compare_stored
 from onnx_fold.errors import InvalidModelError, UsageError
-from onnx_fold.files.load import ModelSource, blames_models, load, weight_bytes
+from onnx_fold.files.load import ModelSource, blames_models, weight_bytes
 from onnx_fold.graph.widen import precision, widen
 from onnx_fold.runtime import sessions
-from onnx_fold.runtime.align import renamed, with_outputs
 from onnx_fold.runtime.environment import environment
 from onnx_fold.runtime.generate import Decoder, Function, GreedyCheck, GreedyParity
 from onnx_fold.runtime.inputs import Arrays, input_symbols
 from onnx_fold.runtime.module import ModuleFunction, is_module
+from onnx_fold.runtime.pair import Pair
 from onnx_fold.runtime.sessions import MissingKernelError, RunFailedError
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["ParityReport", "signature_difference", "verify"]
+__all__ = ["ParityReport", "verify"]
 
 logger = logging.getLogger(__name__)
 
@@ -216,7 +216,7 @@ def verify(
             raise UsageError("map, at and any_float are for two ONNX models, not for a module")
         if inputs is not None or greedy is not None:
             raise UsageError("a module runs on its args: inputs and greedy are for ONNX models")
-    pair = _Pair.of(original, folded, args, kwargs)
+    pair = Pair.of(original, folded, args, kwargs)
     provider = sessions.resolve_provider(provider)
     report = ParityReport(
         False,
@@ -227,11 +227,11 @@ def verify(
         names=headings(original, folded),
     )
     pair = pair.renamed(map or {})
-    report.reason = signature_difference(pair.before, pair.after, any_float=any_float)
+    report.reason = pair.difference(any_float=any_float)
     if report.reason:
         return report
     if any_float:
-        pair = replace(pair, types=_other_floats(pair.before, pair.after))
+        pair = pair.of_any_float()
     check = None
     if greedy is not None:
         decoder = Decoder.of(pair.before)
@@ -270,7 +270,7 @@ def verify(
     return report
 
 
-def _rule(pair: _Pair, close: tuple[float, float] | None) -> Iterator[str]:
+def _rule(pair: Pair, close: tuple[float, float] | None) -> Iterator[str]:
     """Say which rule holds where it is not the one of the ratio."""
     if pair.types:
         yield (
@@ -285,66 +285,11 @@ def _rule(pair: _Pair, close: tuple[float, float] | None) -> Iterator[str]:
         yield "the rule is the tolerance of the coarser type"
 
 
-# --- Before the run: models, signatures and inputs -----------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Pair:
-    """Two models that are to be compared.
-
-    Attributes:
-        original: What the original runs from: a file, a model, or a module.
-        folded: The same of the other one.
-        before: The original; the folded model, where the original is a module.
-        after: The folded model, with the original's names.
-        module: The module that stands for the original, as a function.
-        types: The float types of the folded model's inputs, where they are not the original's.
-        inner: Inner values that are compared, and so outputs of ``before`` and ``after``.
-    """
-
-    original: Any
-    folded: ModelSource
-    before: ir.Model
-    after: ir.Model
-    module: ModuleFunction | None = None
-    types: Mapping[str, ir.DataType] = field(default_factory=dict)
-    inner: frozenset[str] = frozenset()
-
-    @classmethod
-    def of(cls, original: Any, folded: ModelSource, args: Any, kwargs: Any) -> _Pair:
-        """Read both.
-
-        Raises:
-            UsageError: There are arguments without a module, or a module without arguments.
-        """
-        if not is_module(original):
-            if args is not None or kwargs is not None:
-                raise UsageError("args and kwargs are for a torch.nn.Module; pass inputs")
-            return cls(original, folded, load(original), load(folded))
-        if args is None and kwargs is None:
-            raise UsageError("a module needs args or kwargs: what it is called with")
-        model = load(folded)
-        module = ModuleFunction.of(original, () if args is None else args, kwargs, model)
-        return cls(original, folded, model, model, module)
-
-    def renamed(self, names: Mapping[str, str]) -> _Pair:
-        """With the original's names of these values in both."""
-        if not names:
-            return self
-        after = renamed(self.before, self.after, names)
-        return replace(self, folded=after, after=after)
-
-    def comparing(self, names: Iterable[str]) -> _Pair:
-        """With inner values as outputs, too."""
-        inner = frozenset(names) - {str(value.name) for value in self.before.graph.outputs}
-        if not inner:
-            return self
-        a, b = with_outputs((self.before, self.after), inner)
-        return replace(self, original=a, folded=b, before=a, after=b, inner=inner)
+# --- Inputs --------------------------------------------------------------------------------------
 
 
 def _feeds(
-    pair: _Pair,
+    pair: Pair,
     inputs: str | os.PathLike[str] | Mapping[str, Array] | None,
     shapes: Mapping[str, int] | Iterable[Mapping[str, int]] | None,
     samples: int,
@@ -393,18 +338,6 @@ def _allclose(
     return close
 
 
-def _other_floats(before: ir.Model, after: ir.Model) -> dict[str, ir.DataType]:
-    """The float types of the inputs of ``after`` by name; empty if all types are as in ``before``.
-
-    Those of the weights, too: a model may have been converted but for its inputs and outputs.
-    """
-    ends = [[*model.graph.inputs, *model.graph.outputs] for model in (before, after)]
-    same = all(None in (a.dtype, b.dtype) or a.dtype == b.dtype for a, b in zip(*ends, strict=True))
-    if same and precision(before) == precision(after):
-        return {}
-    return {str(value.name): value.dtype or precision(after) for value in after.graph.inputs}
-
-
 def _held_by(types: Mapping[str, ir.DataType], feeds: Iterable[Feed]) -> Iterator[Feed]:
     """Yield ``feeds``, with floats rounded to what ``types`` hold, but in the types that they have.
 
@@ -429,44 +362,6 @@ def _converted(types: Mapping[str, ir.DataType], arrays: Arrays) -> Arrays:
     }
 
 
-def signature_difference(before: ir.Model, after: ir.Model, *, any_float: bool = False) -> str:
-    """Return the first difference of the two signatures in words, or an empty string.
-
-    With ``any_float`` all float types are one.
-    """
-    ends = (
-        ("inputs", before.graph.inputs, after.graph.inputs),
-        ("outputs", before.graph.outputs, after.graph.outputs),
-    )
-    for kind, old, new in ends:
-        names = [value.name for value in old], [value.name for value in new]
-        if names[0] != names[1]:
-            return f"the {kind} differ: {_listed(names[0])} became {_listed(names[1])}"
-        for x, y in zip(old, new, strict=True):
-            if any_float and {x.dtype, y.dtype} <= FRACTION_BITS.keys():
-                pass
-            elif _described(x) != _described(y) and None not in (_described(x), _described(y)):
-                return f"{kind[:-1]} '{x.name}' was {_described(x)} and became {_described(y)}"
-            if x.shape is not None and y.shape is not None and not _shapes_agree(x.shape, y.shape):
-                return f"{kind[:-1]} '{x.name}' was {x.shape} and became {y.shape}"
-    return ""
-
-
-def _listed(names: Sequence[str | None]) -> str:
-    return ", ".join(str(name) for name in names) or "none"
-
-
-def _described(value: ir.Value) -> str | None:
-    return None if value.type is None else str(value.type)
-
-
-def _shapes_agree(x: ir.Shape, y: ir.Shape) -> bool:
-    """Whether the ranks are equal, and all sizes that both shapes fix."""
-    return len(x) == len(y) and all(
-        a == b for a, b in zip(x, y, strict=True) if isinstance(a, int) and isinstance(b, int)
-    )
-
-
 # --- Running -------------------------------------------------------------------------------------
 
 
@@ -478,7 +373,7 @@ class _FoldedFailedError(Exception):
 class _Runner:
     """Runs models one after another, each in a session that is dropped before the next is made."""
 
-    pair: _Pair
+    pair: Pair
     provider: Provider
     emulate: bool | None
     notes: list[str]
@@ -608,7 +503,7 @@ class _Runner:
         for run, reference in zip(runs, outputs, strict=True):
             run.reference = reference
 
-    def stored(self, whole: _Pair, runs: Sequence[Run]) -> StoredParity | None:
+    def stored(self, whole: Pair, runs: Sequence[Run]) -> StoredParity | None:
         """Compare the weights as stored, where that can be done in time and in memory."""
         original, folded = whole.before, whole.after
         to, size = _wider(original)

@@ -34,13 +34,13 @@ from rich.text import Text
 from onnx_fold.base.arguments import Provider, several
 from onnx_fold.base.schema import SCHEMA_VERSION
 from onnx_fold.base.tables import ORIGINAL_AND_FOLDED, Shown, figures_table, headings
-from onnx_fold.check.parity import signature_difference
 from onnx_fold.engine.cost import bytes_read
 from onnx_fold.errors import UsageError
 from onnx_fold.files.load import ModelSource, blames_models, load, weight_bytes
 from onnx_fold.runtime import sessions
 from onnx_fold.runtime.environment import environment
 from onnx_fold.runtime.inputs import cache_links, has_cache, input_shapes, token_counts
+from onnx_fold.runtime.pair import signature_difference
 from onnx_fold.runtime.sessions import RunFailedError
 from onnx_fold.speed.operator_times import (
     OperatorTime,
