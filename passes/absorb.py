@@ -12,15 +12,20 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from onnx_fold.algebra.basis import Basis
 from onnx_fold.algebra.expression import take
-from onnx_fold.engine.folding import Candidate, FoldPass, Proposal, propose
-from onnx_fold.graph.linear import compact
+from onnx_fold.engine import (
+    Basis,
+    Candidate,
+    FoldPass,
+    Proposal,
+    Stream,
+    compact,
+    propose,
+    rebase,
+    role,
+)
 from onnx_fold.rewriting.parts import take_out
-from onnx_fold.rewriting.rebase import rebase
 from onnx_fold.streams.fused import Fused, Part, fused
-from onnx_fold.streams.heads import role
-from onnx_fold.streams.stream import Stream
 
 
 class AbsorbPass(FoldPass):

@@ -12,12 +12,18 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
-from onnx_fold.algebra.expression import Expression, FoldedTensor, reshape, transpose
-from onnx_fold.engine.folding import Candidate, FoldPass
-from onnx_fold.graph.linear import compact
-from onnx_fold.rewriting.record import Made, Operand, Recorder
-from onnx_fold.rewriting.rewrite import Rewrite
-from onnx_fold.streams.branches import Branches
+from onnx_fold.algebra.expression import Expression, reshape, transpose
+from onnx_fold.engine import (
+    Branches,
+    Candidate,
+    FoldedTensor,
+    FoldPass,
+    Made,
+    Operand,
+    Recorder,
+    Rewrite,
+    compact,
+)
 from onnx_fold.streams.maps import LinearMap
 
 

@@ -12,22 +12,25 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from onnx_fold.algebra.basis import Basis
-from onnx_fold.algebra.expression import (
+from onnx_fold.algebra.expression import reshape, scale, take
+from onnx_fold.engine import (
+    Basis,
+    Candidate,
+    CannotRewriteError,
     FoldedTensor,
-    reshape,
-    scale,
-    take,
+    FoldPass,
+    Joined,
+    Operand,
+    Proposal,
+    Recorder,
+    Rewrite,
+    compact,
+    propose,
+    rebase,
+    resize_stream,
 )
-from onnx_fold.engine.folding import Candidate, FoldPass, Proposal, propose
 from onnx_fold.graph.constants import constant
-from onnx_fold.graph.linear import compact
 from onnx_fold.graph.operators import operator
-from onnx_fold.rewriting.rebase import rebase
-from onnx_fold.rewriting.record import Operand, Recorder
-from onnx_fold.rewriting.resize import resize_stream
-from onnx_fold.rewriting.rewrite import CannotRewriteError, Rewrite
-from onnx_fold.streams.joined import Joined
 
 
 class ConcatPass(FoldPass):

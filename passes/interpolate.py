@@ -14,19 +14,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from onnx_fold.algebra.basis import Basis
 from onnx_fold.algebra.expression import transpose
-from onnx_fold.engine.folding import Candidate, FoldPass, Options, Proposal, propose
-from onnx_fold.graph.linear import compact
-from onnx_fold.rewriting.bias import carry_biases
+from onnx_fold.engine import (
+    Basis,
+    Candidate,
+    FoldPass,
+    Operand,
+    Options,
+    Proposal,
+    Reader,
+    Rewrite,
+    Stream,
+    Writer,
+    carry_biases,
+    compact,
+    propose,
+    rebase,
+    role,
+    with_bias,
+)
 from onnx_fold.rewriting.permute import hidden_beside
-from onnx_fold.rewriting.rebase import rebase, with_bias
-from onnx_fold.rewriting.record import Operand
-from onnx_fold.rewriting.rewrite import Rewrite
 from onnx_fold.rewriting.selected import Rows, Selections
-from onnx_fold.streams.ends import Reader, Writer
-from onnx_fold.streams.heads import role
-from onnx_fold.streams.stream import Stream
 
 
 class InterpolatePass(FoldPass):

@@ -10,15 +10,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from onnx_fold.algebra.basis import Basis
-from onnx_fold.engine.folding import Candidate, FoldPass, Proposal, propose
-from onnx_fold.graph.linear import compact
-from onnx_fold.rewriting.bias import carry_biases
-from onnx_fold.rewriting.rebase import become_identity, in_place, rebase
-from onnx_fold.rewriting.resize import resize_stream
-from onnx_fold.rewriting.rewrite import CannotRewriteError, Rewrite
-from onnx_fold.streams.ends import Reader, Writer
-from onnx_fold.streams.stream import Stream
+from onnx_fold.engine import (
+    Basis,
+    Candidate,
+    CannotRewriteError,
+    FoldPass,
+    Proposal,
+    Reader,
+    Rewrite,
+    Stream,
+    Writer,
+    become_identity,
+    carry_biases,
+    compact,
+    in_place,
+    propose,
+    rebase,
+    resize_stream,
+)
 
 
 class MergePass(FoldPass):

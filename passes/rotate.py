@@ -22,15 +22,21 @@ from collections.abc import Iterator
 from onnx_fold.algebra.expression import Expression
 from onnx_fold.algebra.rotation import OrthogonalBasis, orthogonal_factor
 from onnx_fold.algebra.storage import Spool
+from onnx_fold.engine import (
+    Candidate,
+    CandidateReport,
+    FoldPass,
+    Group,
+    Options,
+    Proposal,
+    Stream,
+    propose,
+    rebase,
+)
 from onnx_fold.engine.cost import TARGETS, Target
-from onnx_fold.engine.folding import Candidate, FoldPass, Options, Proposal, propose
-from onnx_fold.engine.outcome import CandidateReport
-from onnx_fold.graph.channels import Group
 from onnx_fold.rewriting.bias import take_gains
 from onnx_fold.rewriting.panels import USUAL, Triangle, cut, triangles
-from onnx_fold.rewriting.rebase import rebase
 from onnx_fold.streams.norms import is_residual, squares
-from onnx_fold.streams.stream import Stream
 
 
 class RotatePass(FoldPass):

@@ -14,22 +14,23 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from onnx_fold.algebra.basis import DiagonalBasis
-from onnx_fold.algebra.expression import (
-    Expression,
+from onnx_fold.algebra.expression import Expression, Sum, evaluate, implied_gain, reshape, scale
+from onnx_fold.engine import (
+    Candidate,
+    CannotRewriteError,
+    ConstantWriter,
     FoldedTensor,
-    Sum,
-    evaluate,
-    implied_gain,
-    reshape,
-    scale,
+    FoldPass,
+    Proposal,
+    Reader,
+    Rewrite,
+    Stream,
+    become_identity,
+    compact,
+    propose,
+    rebase,
 )
-from onnx_fold.engine.folding import Candidate, FoldPass, Proposal, propose
-from onnx_fold.graph.linear import compact
 from onnx_fold.rewriting.bias import second_biases
-from onnx_fold.rewriting.rebase import become_identity, rebase
-from onnx_fold.rewriting.rewrite import CannotRewriteError, Rewrite
-from onnx_fold.streams.ends import ConstantWriter, Reader
-from onnx_fold.streams.stream import Stream
 
 
 class ScalePass(FoldPass):

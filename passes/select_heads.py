@@ -13,22 +13,23 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from onnx_fold.algebra.basis import Basis
 from onnx_fold.algebra.device import Indices
-from onnx_fold.algebra.expression import (
-    Concatenate,
-    FoldedTensor,
-    evaluate,
-    take,
-)
+from onnx_fold.algebra.expression import Concatenate, evaluate, take
 from onnx_fold.algebra.selection import select_blocks
-from onnx_fold.engine.folding import Candidate, FoldPass, Options
-from onnx_fold.graph.linear import compact
-from onnx_fold.rewriting.rebase import rebase
+from onnx_fold.engine import (
+    Basis,
+    Candidate,
+    FoldedTensor,
+    FoldPass,
+    Options,
+    Reader,
+    Stream,
+    compact,
+    rebase,
+    role,
+)
 from onnx_fold.rewriting.selected import shares
-from onnx_fold.streams.ends import Reader
-from onnx_fold.streams.heads import head_layout, role
-from onnx_fold.streams.stream import Stream
+from onnx_fold.streams.heads import head_layout
 
 
 class SelectPass(FoldPass):
