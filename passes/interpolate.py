@@ -20,7 +20,6 @@ from onnx_fold.engine import (
     Candidate,
     FoldPass,
     Operand,
-    Options,
     Proposal,
     Reader,
     Rewrite,
@@ -43,8 +42,8 @@ class InterpolatePass(FoldPass):
     name = "interpolate"
     operators = 1
 
-    def __init__(self, options: Options | None = None) -> None:
-        super().__init__(options)
+    def begin(self) -> None:
+        """Forget what another fold has selected."""
         self._select = Selections(self.options.device)
 
     def candidates(self, stream: Stream) -> Iterator[Proposal]:

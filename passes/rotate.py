@@ -27,7 +27,6 @@ from onnx_fold.engine import (
     CandidateReport,
     FoldPass,
     Group,
-    Options,
     Proposal,
     Stream,
     propose,
@@ -46,8 +45,8 @@ class RotatePass(FoldPass):
     operators = 2
     group = Group.ORTHOGONAL
 
-    def __init__(self, options: Options | None = None) -> None:
-        super().__init__(options)
+    def begin(self) -> None:
+        """Forget the triangles of another fold."""
         self._spool = Spool()
         self._factors: dict[tuple[object, ...], Expression] = {}
 

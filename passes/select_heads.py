@@ -21,7 +21,6 @@ from onnx_fold.engine import (
     Candidate,
     FoldedTensor,
     FoldPass,
-    Options,
     Reader,
     Stream,
     compact,
@@ -38,8 +37,8 @@ class SelectPass(FoldPass):
     name = "select"
     operators = 3
 
-    def __init__(self, options: Options | None = None) -> None:
-        super().__init__(options)
+    def begin(self) -> None:
+        """Forget what another fold has selected."""
         self._selected: dict[tuple[ir.TensorProtocol, ...], Indices] = {}
 
     def candidates(self, stream: Stream) -> Iterator[Candidate]:

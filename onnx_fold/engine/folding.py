@@ -274,6 +274,10 @@ class FoldPass(ir.passes.InPlacePass):
     def __init__(self, options: Options | None = None) -> None:
         super().__init__()
         self.options = options or Options()
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget what was kept: called before each fold, for passes that keep what is costly."""
 
     def candidates(self, stream: Stream) -> Iterator[Proposal]:
         """Yield the ways in which this strategy can fold ``stream``, which is closed.
@@ -346,6 +350,8 @@ def fold_streams(
         A report for each stream, in graph order: what was folded, or why nothing was. Streams that
         no fold could be asked of are reported as they were at first.
     """
+    for each in passes:
+        each.begin()
     shapes = Shapes(model)
     editor = Editor(model.graph)
     with make_explicit(model, shapes.without_facts(), editor, options.protect):
