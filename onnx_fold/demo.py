@@ -28,8 +28,8 @@ TEMPERATURE, SEED = 0.5, 0
 """How both models sample; with the same random numbers they write the same text."""
 
 NARROW = (
-    "\nA triangle is read in panels, a product each: in a model as narrow as this one they cost more"
-    " time than the weights save.\nFolded for speed it stays as it is; wide models gain, see"
+    "\nA triangle is read in panels, a product each: in a model as narrow as this one they cost"
+    " more time than the weights save.\nFolded for speed it stays as it is; wide models gain, see"
     " docs/norms.md."
 )
 
