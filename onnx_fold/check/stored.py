@@ -266,8 +266,17 @@ class _Squares:
     channels: Array
 
 
+def _rows(x: Array) -> Array:
+    """``x`` as ``[rows, channels]``: of a column vector the channels come before the last axis.
+
+    A row of one number is no row: of many the largest is far off by chance.
+    """
+    sizes = [size for size in x.shape if size > 1]
+    return x.reshape(-1, sizes[-1] if sizes else 1)
+
+
 def _squares(x: Array) -> _Squares:
-    squares = np.square(x.reshape(-1, x.shape[-1] if x.ndim else 1))
+    squares = np.square(_rows(x))
     return _Squares(float(squares.sum()), squares.sum(1), squares.sum(0))
 
 
@@ -285,10 +294,7 @@ def _likeness(x: Array, y: Array) -> float:
     if x.shape != y.shape:
         return 0.0
     finite = np.isfinite(x) & np.isfinite(y)
-    rows = [
-        np.where(finite, each, 0).astype(np.float64).reshape(-1, x.shape[-1] if x.ndim else 1)
-        for each in (x, y)
-    ]
+    rows = [_rows(np.where(finite, each, 0).astype(np.float64)) for each in (x, y)]
     p, q = (each - each.mean(0) if len(each) > 1 else each for each in rows)
     norms = float(np.linalg.norm(p) * np.linalg.norm(q))
     return float(np.vdot(p, q)) / norms if norms else 1.0
