@@ -42,9 +42,9 @@ CHUNK = 2**26
 
 HEAD = """# How fast models fold, and in how much memory
 
-`python benchmarks/scale.py --layers 1 2 --dtype float16 --processor --folder /tmp/scale --output
+`python benchmarks/scale.py --layers 1 8 32 --objective size --folder /tmp/scale --output
 docs/scale.json` exports models of the shape of Mistral-7B, folds each in a process of its own, and
-writes this table. Rows of other options, which were measured before, stay in it.
+writes this table. Rows that were measured with other options stay in it.
 
 The floor is what cannot be avoided: the products, eliminations and solves of the folds that were
 taken, at this machine's rate of matrix products, and reading the input and writing the output once,
@@ -52,10 +52,9 @@ at the rates of its disk ([scale.json](scale.json) has those of the last run). W
 not in it. The bound of the memory is 1 GiB and four times the largest weight in float64. Q is too
 ill-conditioned to be absorbed in either type: rows of the FFN's output layer are the basis.
 
-*wall* is the time that passed, on 2 cores that did nothing else. *processor* is the processor's
-time, with one thread (`OPENBLAS_NUM_THREADS=1`), on a machine that did other work too. The rows of
-the objective *size* are older than interpolation in part: all rows were taken then whatever their
-accuracy in 16 bits, which takes less deciding.
+*wall* is the time that passed, on 2 cores that did nothing else; *processor* (`--processor`) is
+processor time, which does not count what else the machine does. The rows of the objective *size*
+are older than interpolation in part: all rows were taken then, which takes less deciding.
 
 Where the time goes: `python -m cProfile -s tottime benchmarks/scale.py --fold model.onnx out.onnx`.
 
