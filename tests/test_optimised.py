@@ -207,7 +207,7 @@ def test_a_fused_operator_opens_the_stream(name):
     body = (NORMS | FUSED)[name]
     text = f"(float[2, 7, {D}] x) => (float[2, 7, {F}] y)"
     model = optimised(f"{text} {{ p = MatMul(x, P) {body} y = MatMul(m, M) }}")
-    result = fold(model)
+    result = fold(model, skip=["rotate"])  # which passes through norms
     assert not result.report.folded
     assert proto(result.model) == proto(model)
     openings = stream_of(model, "p").openings

@@ -25,6 +25,7 @@ def test_the_benchmark_runs(tmp_path: Path) -> None:
     pytest.importorskip("torch")
     output = tmp_path / "scale.json"
     options = ["--preset", "tiny-gqa", "--layers", "2", "--dtype", "float16", "--quick"]
+    options += ["--objective", "size"]
     command = [sys.executable, str(SCRIPT), *options, "--folder", str(tmp_path)]
     one_thread = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
     done = subprocess.run(
