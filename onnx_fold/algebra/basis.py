@@ -22,6 +22,7 @@ from onnx_fold.algebra.expression import (
     Expression,
     Factors,
     Solve,
+    Times,
     cast,
     evaluate,
     literal,
@@ -140,8 +141,8 @@ class DiagonalBasis(Basis):
 
     def of_writer(self, w: Expression) -> Expression:
         """``w T``, for ``w`` of shape ``[..., d]``."""
-        columns = transpose(reshape(w, (-1, w.shape[-1])))
-        return reshape(transpose(scaled_rows(columns, cast(self.factors, w.dtype))), w.shape)
+        row = reshape(cast(self.factors, w.dtype), (*[1] * (len(w.shape) - 1), -1))
+        return Times(w, row)
 
     def of_reader(self, r: Expression) -> Expression:
         """``T⁻¹ r``, for ``r`` of shape ``[d, n]``."""

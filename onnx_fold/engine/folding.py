@@ -390,9 +390,10 @@ def _fold_streams(
             nodes = stream.nodes
             position = min(order.get(node, 0) for node in nodes)
             report = StreamReport.of(stream, kept)
-            is_orthogonal = stream.group != Group.GENERAL
-            if isinstance(stream, Stream) and is_orthogonal and not stream.is_closed:
-                kept |= dict.fromkeys(stream.values, norms_kept(stream, report))
+            is_general = stream.group == Group.GENERAL
+            normed = stream if isinstance(stream, Stream) and not is_general else None
+            if normed is not None and not normed.is_closed:
+                kept |= dict.fromkeys(normed.values, norms_kept(normed, report))
                 continue
             if not report.is_foldable:
                 if is_first_round and not rotated.intersection(stream.values):
@@ -416,12 +417,12 @@ def _fold_streams(
                 touched |= changed
                 finished |= nodes
                 reports.append((position, replace(report, changed=names)))
-                if stream.group != Group.GENERAL:
-                    rotated |= set(stream.values)
-            elif isinstance(stream, Stream) and stream.group != Group.GENERAL:
-                found = norms_kept(stream, report)
-                kept |= dict.fromkeys(stream.values, found)
-                if not stream.writers:  # no projection leads to the norm: nothing else tells of it
+                if normed is not None:
+                    rotated |= set(normed.values)
+            elif normed is not None:
+                found = norms_kept(normed, report)
+                kept |= dict.fromkeys(normed.values, found)
+                if not normed.writers:  # no projection leads to the norm: nothing else tells of it
                     left.append((position, replace(report, reasons=[found.text])))
             elif (stream.is_closed or not nodes & finished) and report.is_foldable:
                 left.append((position, report))

@@ -14,7 +14,6 @@ from onnx_fold.algebra.expression import (
     of_tensor,
     reshape,
     scale,
-    transpose,
 )
 from onnx_fold.graph.constants import constant
 from onnx_fold.graph.linear import Linear
@@ -62,7 +61,7 @@ def _in_basis(end: End, basis: Basis) -> FoldedTensor:
     if factors is None:
         return end.store(basis.of_reader(end.matrix) if is_reader else basis.of_writer(end.matrix))
     column = reshape(factors, (-1, 1))
-    changed = basis.of_reader(column) if is_reader else basis.of_writer(transpose(column))
+    changed = basis.of_reader(column) if is_reader else basis.of_writer(factors)
     gain = Diagonal(reshape(changed, factors.shape))
     return ImpliedTensor(gain, end.weight.dtype, stored_size(end.weight.tensor))
 
