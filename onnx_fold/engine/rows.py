@@ -164,16 +164,15 @@ class Planned:
         """Channels side by side; of each operand only the ``columns`` that are its own are made."""
         sizes = [self._width(operand, known) for operand in step.inputs if operand is not None]
         columns = np.arange(sum(sizes)) if columns is None else columns
-        places, parts = list[Indices](), list[Array]()
-        for operand, start, stop in zip(
-            step.inputs, np.cumsum([0, *sizes]), np.cumsum(sizes), strict=False
-        ):
-            (own,) = np.nonzero((start <= columns) & (columns < stop))
+        places, parts, start = list[Indices](), list[Array](), 0
+        for operand, size in zip(step.inputs, sizes, strict=True):
+            (own,) = np.nonzero((start <= columns) & (columns < start + size))
             rows = None if operand is None else self.made(operand, columns[own] - start, known)
             if rows is None:
                 return None
             places.append(own)
             parts.append(rows.dense)
+            start += size
         order = np.argsort(np.concatenate(places))
         return Rows.of(np.concatenate(parts, axis=1)[:, order])
 
