@@ -24,6 +24,7 @@ from onnx_fold.engine import (
     Rewrite,
     compact,
 )
+from onnx_fold.graph.operators import operator
 from onnx_fold.streams.maps import LinearMap
 
 
@@ -46,7 +47,13 @@ class BranchesPass(FoldPass):
         for sign, other in branches.rest:
             value = at("Add", other, value) if sign > 0 else at("Sub", value, other)
         rewrite.replaced |= {**branches.later, branches.result: value}
-        yield Candidate(self.name, f"{compact(branches.labels)} into one", rewrite)
+        yield Candidate(self.name, f"{_named(branches)} into one", rewrite)
+
+
+def _named(branches: Branches) -> str:
+    """The layers, and that it is not they alone."""
+    moves = len(branches.layers) == 1 and any(operator(n) == "Transpose" for n in branches.inside)
+    return compact(branches.labels) + (" and what moves its channels" if moves else "")
 
 
 def _is_conv(total: LinearMap) -> bool:

@@ -517,3 +517,92 @@ def test_adapters_that_are_graph_inputs_stay_with_that_reason() -> None:
 def test_an_input_that_a_constant_multiplies_is_no_weight() -> None:
     source = graph("(float[16, 8] x) => (float[16, 8] z) { z = MatMul(W, x) }", W=normal(16, 16))
     assert fold(source).report.given == []
+
+
+# --- Channels that are moved ----------------------------------------------------------------------
+
+PIXELS = {"W": normal(8, 6), "b": normal(6, seed=1), "flat": np.array([0, 8, -1])}
+
+
+@pytest.mark.parametrize(
+    ("dims", "back"), [("2, 8, 3, 4", np.array([2, 6, 3, 4])), ("n, 8, h, 4", None)]
+)
+def test_a_layer_that_reads_pixels_is_a_convolution(dims: str, back: np.ndarray | None) -> None:
+    """``[n, c, h·w]``, transposed, a product, and back: a 1x1 convolution of the image."""
+    shape = "" if back is not None else "n = Shape<start = 0, end = 1>(x)"
+    shape += (
+        ""
+        if back is not None
+        else " p = Shape<start = 2, end = 4>(x) back = Concat<axis = 0>(n, six, p)"
+    )
+    held = {"back": back} if back is not None else {"six": np.array([6])}
+    source = graph(
+        f"(float[{dims}] x) => (float[{dims.replace('8', '6')}] z) {{ r = Reshape(x, flat)"
+        f" t = Transpose<perm = [0, 2, 1]>(r) y = MatMul(t, W) a = Add(y, b) {shape}"
+        " u = Transpose<perm = [0, 2, 1]>(a) v = Reshape(u, back) z = Relu(v) }",
+        **PIXELS,
+        **held,
+    )
+    result = folded(source, 0, only=["branches"])
+    assert operators(result.model) == ["Conv", "Relu"]
+    (stream,) = result.report.folded
+    assert stream.folded is not None
+    assert "what moves its channels" in stream.folded.text
+
+
+def test_a_convolution_of_rows_is_a_product() -> None:
+    source = graph(
+        "(float[2, 12, 8] x) => (float[2, 12, 6] z) { t = Transpose<perm = [0, 2, 1]>(x)"
+        " r = Reshape(t, image) y = Conv(r, K, b) g = Reshape(y, rows)"
+        " u = Transpose<perm = [0, 2, 1]>(g) z = Relu(u) }",
+        K=normal(6, 8, 1, 1),
+        b=PIXELS["b"],
+        image=np.array([0, 8, 3, 4]),
+        rows=np.array([2, 6, 12]),
+    )
+    assert operators(folded(source, 0, only=["branches"]).model) == ["MatMul", "Add", "Relu"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        # the positions come back in another order
+        "t = Transpose<perm = [0, 3, 2, 1]>(x) y = MatMul(t, W)"
+        " z = Transpose<perm = [0, 3, 1, 2]>(y)",
+        # what was moved is read elsewhere
+        "t = Transpose<perm = [0, 2, 3, 1]>(x) y = MatMul(t, W) k = ReduceMean(t)"
+        " v = Transpose<perm = [0, 3, 1, 2]>(y) z = Add(v, k)",
+        # something else than a linear layer between
+        "t = Transpose<perm = [0, 2, 3, 1]>(x) y = MatMul(t, W) e = Relu(y)"
+        " z = Transpose<perm = [0, 3, 1, 2]>(e)",
+    ],
+)
+def test_other_moves_stay(body: str) -> None:
+    source = graph(f"(float[2, 8, 4, 4] x) => (float[2, 6, 4, 4] z) {{ {body} }}", W=PIXELS["W"])
+    assert proto(fold(source, only=["branches"]).model) == proto(source)
+
+
+def test_a_bias_behind_a_sum_goes_into_a_convolution() -> None:
+    """``conv(x) + r + b``, where a Resize in between keeps the size: one operator a term."""
+    source = graph(
+        "(float[2, 8, 4, 4] x, float[2, 6, 2, 2] r) => (float[2, 6, 4, 4] z) { y = Conv(x, K)"
+        ' a = Resize<mode = "linear">(y, , , size) q = Resize<mode = "linear">(r, , , size)'
+        " s = Add(q, a) t = Add(s, B) z = Relu(t) }",
+        K=normal(6, 8, 1, 1),
+        B=normal(6, 1, 1, seed=2),
+        size=np.array([2, 6, 4, 4]),
+    )
+    result = folded(source, 0, only=["branches"])
+    assert sorted(operators(result.model)) == ["Add", "Conv", "Relu", "Resize"]
+
+
+def test_a_resize_by_a_scale_stays() -> None:
+    """4 pixels times 1.1 are 4, and each is taken between two others."""
+    source = graph(
+        "(float[2, 8, 4, 4] x, float[2, 6, 4, 4] r) => (float[2, 6, 4, 4] z) { y = Conv(x, K)"
+        ' a = Resize<mode = "linear">(y, , by) s = Add(a, r) z = Add(s, B) }',
+        K=normal(6, 8, 1, 1),
+        B=normal(6, 1, 1, seed=2),
+        by=np.array([1, 1, 1.1, 1.1], np.float32),
+    )
+    assert proto(fold(source, only=["branches"]).model) == proto(source)

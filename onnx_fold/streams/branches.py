@@ -19,13 +19,15 @@ from onnx_fold.graph.commute import OpensStreamError, Port
 from onnx_fold.graph.constants import FLOATS, constant
 from onnx_fold.graph.linear import label
 from onnx_fold.graph.operators import only_user, operator
-from onnx_fold.graph.shapes import Shapes
+from onnx_fold.graph.shapes import Dims, Shapes
 from onnx_fold.streams.ends import Weight
 from onnx_fold.streams.maps import LinearMap, add, as_map, as_vector, identity
 
 __all__ = ["Branches", "find_branches"]
 
 _SUMS = ("Add", "Sub", "Sum")
+_BESIDE = ("BatchNormalization", "Transpose")
+_LAYOUTS = ("Flatten", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
 _LAYERS = ("Conv", "Gemm", "MatMul", "Einsum", "com.microsoft::FusedMatMul")
 
 
@@ -116,9 +118,15 @@ class Branches:
 
 
 def find_branches(graph: ir.Graph, shapes: Shapes) -> Iterator[Branches]:
-    """The sums of linear paths of the main graph, and then the BatchNorms beside a layer."""
+    """The sums of linear paths of the main graph, and then what lies beside a layer.
+
+    Of operators that move channels the last come first: their paths are the longest.
+    """
     nodes = [node for node in graph if len(node.outputs) == 1 and _begins(node)]
-    for node in sorted(nodes, key=lambda node: operator(node) not in _SUMS):
+    sums = [node for node in nodes if operator(node) in _SUMS]
+    layouts = [node for node in nodes if operator(node) in _LAYOUTS]
+    layers = [node for node in nodes if operator(node) not in (*_SUMS, *_LAYOUTS)]
+    for node in (*sums, *layers, *reversed(layouts)):
         rank = shapes.rank(node.outputs[0])
         if not rank or shapes.dtype(node.outputs[0]) not in FLOATS:
             continue
@@ -129,11 +137,11 @@ def find_branches(graph: ir.Graph, shapes: Shapes) -> Iterator[Branches]:
 
 
 def _begins(node: ir.Node) -> bool:
-    """Whether ``node`` is a sum that is no operand of another, or may meet a BatchNorm."""
+    """Whether ``node`` is a sum that is no operand of another, or may end a path with a layer."""
     if operator(node) in _SUMS:
         user = only_user(node.outputs[0])
         return user is None or operator(user) not in _SUMS
-    return operator(node) in ("BatchNormalization", *_LAYERS)
+    return operator(node) in ("BatchNormalization", *_LAYERS, *_LAYOUTS)
 
 
 def _branches(node: ir.Node, axis: int, graph: ir.Graph, shapes: Shapes) -> Branches | None:
@@ -143,7 +151,9 @@ def _branches(node: ir.Node, axis: int, graph: ir.Graph, shapes: Shapes) -> Bran
     inside = _inside(sums, [value for _, value in operands], axis, graph, shapes)
     paths = [_paths(value, axis, shapes, inside) for _, value in operands]
     chosen = _common(paths)
-    if len(chosen) < 2 or not any(path.nodes for path in chosen.values()):
+    if len(chosen) < 2:
+        chosen = _convolution(paths)
+    if not any(path.nodes for path in chosen.values()):
         return None
     maps = [path.map.scaled(operands[place][0]) for place, path in chosen.items()]
     total = add(maps)
@@ -151,13 +161,25 @@ def _branches(node: ir.Node, axis: int, graph: ir.Graph, shapes: Shapes) -> Bran
         return None
     rest = [operand for place, operand in enumerate(operands) if place not in chosen]
     first = operands[next(iter(chosen))][1]
+    others = len(rest)
     total, rest = _shifted(total, rest, shapes.rank(first) or 0)
+    if len(chosen) == 1 and not 0 < len(rest) < others:
+        return None
     nodes = dict.fromkeys(each for path in chosen.values() for each in path.nodes)
     (source,) = {path.source for path in chosen.values()}
     found = Branches(source, node.outputs[0], total, rest, [*nodes, *sums], shapes)
     if not found.members:
         return None
     return found if rest else _extended(found, axis, graph)
+
+
+def _convolution(paths: Sequence[Sequence[_Path]]) -> dict[int, _Path]:
+    """The nearest convolution among the operands: it may take a bias that is added later."""
+    for place, ways in enumerate(paths):
+        for path in ways:
+            if path.has_layer and path.map.axis < -1:
+                return {place: path}
+    return {}
 
 
 def _shifted(
@@ -178,11 +200,11 @@ def _shifted(
 
 
 def _single(node: ir.Node, axis: int, graph: ir.Graph, shapes: Shapes) -> Branches | None:
-    """A layer and the BatchNorm in front of it or behind it."""
+    """A layer and the BatchNorm in front of it or behind it, or the moves of channels around it."""
     x = as_map(node, axis, shapes)
     inside = {node} if x is None else _inside([node], [x[0]], axis, graph, shapes)
     for path in _paths(node.outputs[0], axis, shapes, inside):
-        if path.has_layer and _has_norm(path):
+        if path.has_layer and any(operator(each) in _BESIDE for each in path.nodes):
             return Branches(path.source, node.outputs[0], path.map, [], [*path.nodes], shapes)
     return _behind_layout(node, axis, graph, shapes)
 
@@ -239,10 +261,6 @@ def _put_back(found: Branches, norm: ir.Node) -> Branches:
     return found
 
 
-def _has_norm(path: _Path) -> bool:
-    return any(operator(node) == "BatchNormalization" for node in path.nodes)
-
-
 def _operands(root: ir.Node) -> tuple[list[tuple[float, ir.Value]], list[ir.Node]]:
     """The operands of a sum of sums, with their signs, and its nodes, ``root`` last."""
     operands: list[tuple[float, ir.Value]] = []
@@ -278,7 +296,8 @@ def _inside(
         node = value.producer()
         if node is None or node.graph is not graph or node in inside or value.is_graph_output():
             continue
-        if all(user in inside for user, _ in value.uses()):
+        own = {user for user, _ in value.uses()} - inside
+        if all(operator(user) in ("Shape", "Size") and _serves(user, inside) for user in own):
             way = _way(node, axis, shapes)
             if way is not None:
                 inside.update(way.nodes)
@@ -286,10 +305,19 @@ def _inside(
     return inside
 
 
+def _serves(node: ir.Node, inside: Collection[ir.Node]) -> bool:
+    """Whether what ``node`` makes is needed by those ``inside`` alone."""
+    return all(
+        not value.is_graph_output()
+        and all(user in inside or _serves(user, inside) for user, _ in value.uses())
+        for value in node.outputs
+    )
+
+
 def _way(node: ir.Node, axis: int, shapes: Shapes) -> _Path | None:
     """What ``node`` does, if it is linear; or what it does with the nodes in front of it."""
     step = as_map(node, axis, shapes)
-    return _flattened(node, axis, shapes) if step is None else _Path(*step, (node,))
+    return _laid_out(node, axis, shapes) if step is None else _Path(*step, (node,))
 
 
 def _paths(value: ir.Value, axis: int, shapes: Shapes, inside: Collection[ir.Node]) -> list[_Path]:
@@ -307,32 +335,64 @@ def _paths(value: ir.Value, axis: int, shapes: Shapes, inside: Collection[ir.Nod
     return found
 
 
-def _flattened(node: ir.Node, axis: int, shapes: Shapes) -> _Path | None:
-    """A layer between two Reshapes, of which ``node`` gives back what the other one changed.
+def _laid_out(node: ir.Node, axis: int, shapes: Shapes) -> _Path | None:
+    """A layer between operators that only move channels; ``node`` puts them back.
 
-    So exporters write a Gemm of more than two axes. It is the same at every position.
+    So exporters write a Gemm of more than two axes, and models a layer that reads the pixels of an
+    image one by one. It is the same at every position, wherever the channels are.
     """
-    if operator(node) != "Reshape" or axis != -1:
+    value, at, nodes = node.outputs[0], axis, list[ir.Node]()
+    width, rank = shapes.dim(value, axis), shapes.rank(value)
+    if operator(node) not in _LAYOUTS or not isinstance(width, int) or not rank or -axis > rank:
         return None
-    value, width, nodes = node.inputs[0], shapes.dim(node.outputs[0], -1), [node]
-    if value is None or not isinstance(width, int) or shapes.dim(value, -1) != width:
+    total, target = identity(axis, width), _positions(value, axis, shapes)
+    if target is None:
         return None
-    total = identity(axis, width)
-    while (front := value.producer()) is not None and only_user(value) is not None:
+    while (front := value.producer()) is not None and (not nodes or only_user(value) is not None):
         nodes.insert(0, front)
-        if operator(front) == "Reshape":
-            x = front.inputs[0]
-            if x is None or shapes.dim(x, -1) != total.in_features:
+        if operator(front) not in _LAYOUTS:
+            step = as_map(front, at, shapes)
+            if step is None or not step[1].is_pointwise:
                 return None
-            before, after = shapes(x) or (), shapes(node.outputs[0]) or (None,)
-            is_back = before[:-1] == after[:-1] and None not in before[:-1]
-            return _Path(x, total, tuple(nodes)) if is_back else None
-        step = as_map(front, axis, shapes)
-        joined = None if step is None else step[1].then(total)
-        if step is None or joined is None:
+            value, joined = step[0], step[1].moved(axis).then(total)
+            if joined is None:
+                return None
+            total = joined
+        elif (moved := _moved(front, at, total.in_features, shapes)) is None:
             return None
-        value, total = step[0], joined
+        else:
+            value, at = moved
+            has_layer = any(operator(each) in _LAYERS for each in nodes)
+            if at == axis and has_layer and _positions(value, at, shapes) == target:
+                return _Path(value, total, tuple(nodes))
     return None
+
+
+def _moved(node: ir.Node, axis: int, width: int, shapes: Shapes) -> tuple[ir.Value, int] | None:
+    """What a layout reads, and where the channels are there, if positions stay in order."""
+    x = node.inputs[0]
+    try:
+        crossed = ports(node, Port(True, 0, axis), width, shapes) or []
+    except OpensStreamError:
+        return None
+    front = [port.axis for port in crossed if not port.is_output]
+    if x is None or len(front) != 1:
+        return None
+    if operator(node) == "Transpose":
+        rank = shapes.rank(x) or 0
+        others = [each for each in node.attributes.get_ints("perm", ()) if each - rank != front[0]]
+        if others != sorted(others) or not others:
+            return None
+    return x, front[0]
+
+
+def _positions(value: ir.Value, axis: int, shapes: Shapes) -> Dims | None:
+    """The sizes of ``value`` but for its channels; None if one is not known."""
+    dims = shapes(value)
+    if dims is None or None in dims or -axis > len(dims):
+        return None
+    at = axis + len(dims)
+    return (*dims[:at], *dims[at + 1 :])
 
 
 def _common(paths: Sequence[Sequence[_Path]]) -> dict[int, _Path]:

@@ -30,7 +30,7 @@ from onnx_fold.algebra.expression import (
     take,
     transpose,
 )
-from onnx_fold.graph.constants import FLOATS, constant
+from onnx_fold.graph.constants import FLOATS, Constant, constant
 from onnx_fold.graph.linear import as_linear
 from onnx_fold.graph.operators import operator
 from onnx_fold.graph.shapes import Shapes
@@ -140,6 +140,13 @@ class LinearMap:
         rows = reshape(weighted, (second.out_features, -1))
         carried = reshape(product(rows, literal(np.ones((rows.shape[1], 1)))), (-1,))
         return carried if second.bias is None else Sum(carried, second.bias)
+
+    def moved(self, axis: int) -> LinearMap:
+        """The map of one position along another channel axis."""
+        assert self.is_pointwise
+        ones, zeros = (1,) * (-axis - 1), (0,) * (-axis - 1)
+        kernel = reshape(self.kernel, (*self.kernel.shape[:2], *ones))
+        return LinearMap(axis, kernel, self.groups, self.bias, ones, ones, zeros, zeros)
 
     def shifted(self, vector: Expression) -> LinearMap:
         """The map with ``vector``, ``[out]``, added to its result."""
@@ -262,13 +269,34 @@ def as_map(node: ir.Node, axis: int, shapes: Shapes) -> tuple[ir.Value, LinearMa
             return _batch_norm(node, axis, shapes)
         case "Mul" | "Div" | "Add" | "Sub":
             return _with_constant(node, axis, shapes)
-        case "Identity" | "Neg":
-            x = node.inputs[0]
-            width = None if x is None else shapes.dim(x, axis)
-            if x is None or not isinstance(width, int) or -axis > (shapes.rank(x) or 0):
-                return None
-            return x, identity(axis, width).scaled(-1.0 if operator(node) == "Neg" else 1.0)
+        case "Identity":
+            return _scaled(node, axis, 1.0, shapes)
+        case "Neg":
+            return _scaled(node, axis, -1.0, shapes)
+        case "Resize":
+            return _scaled(node, axis, 1.0, shapes) if _keeps_size(node, shapes) else None
     return _product(node, axis, shapes) if axis == -1 else None
+
+
+def _scaled(
+    node: ir.Node, axis: int, factor: float, shapes: Shapes
+) -> tuple[ir.Value, LinearMap] | None:
+    """All channels times one number."""
+    x = node.inputs[0]
+    width = None if x is None else shapes.dim(x, axis)
+    if x is None or not isinstance(width, int) or -axis > (shapes.rank(x) or 0):
+        return None
+    return x, identity(axis, width).scaled(factor)
+
+
+def _keeps_size(node: ir.Node, shapes: Shapes) -> bool:
+    """Whether a Resize to given sizes changes none of them: every sample is where it was."""
+    x, sizes = node.inputs[0], node.inputs[3] if len(node.inputs) > 3 else None
+    mode = node.attributes.get_string("coordinate_transformation_mode", "half_pixel")
+    if x is None or sizes is None or mode == "tf_crop_and_resize":
+        return False
+    dims = shapes(x)
+    return dims is not None and None not in dims and dims == shapes(node.outputs[0])
 
 
 def _product(node: ir.Node, axis: int, shapes: Shapes) -> tuple[ir.Value, LinearMap] | None:
@@ -281,12 +309,18 @@ def _product(node: ir.Node, axis: int, shapes: Shapes) -> tuple[ir.Value, Linear
     if linear.bias is not None:
         held = constant(node.inputs[linear.bias[1]])
         bias = None if held is None else as_vector(held.wide(), -1, linear.out_features, 2)
-        if bias is None:
+        if held is None or bias is None:
             return None
-        bias = scale(bias, linear.beta)
+        bias = None if _is_zero(held) else scale(bias, linear.beta)
     return linear.x, LinearMap(
         axis, transpose(linear.unpack(linear.weight.wide())), 1, bias, (), (), (), ()
     )
+
+
+def _is_zero(held: Constant) -> bool:
+    """Whether a bias adds nothing; exporters store one such for all layers of a width."""
+    stored = held.values.stored
+    return stored is not None and not np.any(stored)
 
 
 def _conv(node: ir.Node, axis: int) -> tuple[ir.Value, LinearMap] | None:
@@ -305,7 +339,7 @@ def _conv(node: ir.Node, axis: int) -> tuple[ir.Value, LinearMap] | None:
         vector = constant(node.inputs[2])
         if vector is None:
             return None
-        bias = vector.wide()
+        bias = None if _is_zero(vector) else vector.wide()
     if pads is None:
         return None
     groups = node.attributes.get_int("group", 1)
@@ -371,6 +405,8 @@ def _with_constant(node: ir.Node, axis: int, shapes: Shapes) -> tuple[ir.Value, 
             return None
         if name in ("Add", "Sub"):
             sign = -1.0 if name == "Sub" and index == 0 else 1.0
+            if (held := constant(node.inputs[index])) is not None and _is_zero(held):
+                return x, identity(axis, width).scaled(sign)
             bias = scale(vector, -1.0 if name == "Sub" and index == 1 else 1.0)
             return x, replace(identity(axis, width).scaled(sign), bias=bias)
         if name == "Div":
@@ -403,7 +439,5 @@ def as_vector(numbers: Expression, axis: int, width: int, rank: int) -> Expressi
 def _gain(axis: int, vector: Expression) -> LinearMap:
     """Each channel times its number."""
     width = math.prod(vector.shape)
-    ones = (1,) * (-axis - 1)
-    zeros = (0,) * (-axis - 1)
-    kernel = reshape(vector, (width, 1, *ones))
-    return LinearMap(axis, kernel, width, None, ones, ones, zeros, zeros)
+    alone = LinearMap(-1, reshape(vector, (width, 1)), width, None, (), (), (), ())
+    return alone.moved(axis)
