@@ -519,6 +519,26 @@ def test_an_input_that_a_constant_multiplies_is_no_weight() -> None:
     assert fold(source).report.given == []
 
 
+def test_an_adapter_beside_a_gemm_of_any_number_of_rows() -> None:
+    """GPT-2 with dynamic shapes: inference does not know that ``[n, t]`` is what comes back."""
+    source = graph(
+        "(int64[n, t] i) => (float[n, t, 16] z) { m = Shape<start = 1, end = 2>(i)"
+        " k = Concat<axis = 0>(rest, m) v = Reshape(i, k) x = Gather(E, v) r = Reshape(x, flat)"
+        " g = Gemm(r, W, w) n = Shape<start = 0, end = 1>(i) q = Concat<axis = 0>(n, m, width)"
+        " y = Reshape(g, q) a = MatMul(x, A) b = MatMul(a, B) s = Add(y, b) z = Relu(s) }",
+        E=normal(9, 16),
+        W=normal(16, 16, seed=1),
+        w=normal(16, seed=2),
+        A=normal(16, 4, seed=3),
+        B=normal(4, 16, seed=4),
+        rest=np.array([-1]),
+        flat=np.array([-1, 16]),
+        width=np.array([16]),
+    )
+    result = folded(source, 2 * 16 * 4, only=["branches"])
+    assert [name for name in operators(result.model) if name in ("Gemm", "MatMul")] == ["MatMul"]
+
+
 # --- Channels that are moved ----------------------------------------------------------------------
 
 PIXELS = {"W": normal(8, 6), "b": normal(6, seed=1), "flat": np.array([0, 8, -1])}

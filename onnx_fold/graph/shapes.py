@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cache, partial
 
 import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
@@ -40,6 +41,8 @@ class Shapes:
 
     Attributes:
         fixed: Values that are computed from constants alone, once they were looked at.
+        named: The same shapes, where sizes that inference does not know are compared by name; they
+            are worked out when they are first asked for.
     """
 
     def __init__(self, model: ir.Model) -> None:
@@ -47,6 +50,7 @@ class Shapes:
         self._known: dict[tuple[ir.Value, int], int] = {}
         self._symbols: dict[str, int] = {}
         self.fixed: dict[ir.Value, Array | None] = {}
+        self.named: Callable[[], Shapes] = cache(partial(self._named, model.clone()))
 
     def without_facts(self) -> Shapes:
         """The same shapes, without what was noted by :meth:`know`."""
@@ -54,12 +58,24 @@ class Shapes:
         other._known, other._symbols = {}, {}
         return other
 
+    def _named(self, model: ir.Model) -> Shapes:
+        """Shapes with what :func:`_by_cases` finds where inference found nothing."""
+        other, cases = copy.copy(self), _by_cases(model)
+        other._inferred = {
+            name: tuple(
+                b if a is None or _is_inferred(a) else a
+                for a, b in zip(dims, cases.get(name, dims), strict=True)
+            )
+            for name, dims in self._inferred.items()
+        }
+        return other
+
     def know(self, value: ir.Value, axis: int, size: int) -> None:
         """Note the size of one axis, counted from the end, that an operator implies."""
         self._known[value, axis] = size
         dims = self._inferred.get(value.name or "")
         symbol = dims[axis] if dims is not None and -axis <= len(dims) else None
-        if isinstance(symbol, str) and symbol.endswith(_INFERRED):
+        if isinstance(symbol, str) and _is_inferred(symbol):
             self._symbols[symbol] = size
 
     def __call__(self, value: ir.Value) -> Dims | None:
@@ -119,29 +135,9 @@ def _infer(
     model: ir.Model,
 ) -> tuple[Mapping[str, Dims], Mapping[str, ir.DataType | None], Mapping[str, tuple[int, ...]]]:
     """Shapes, types and computed integers, by name."""
-    scratch = model.clone()
-    for value in scratch.graph.inputs:
-        if value.is_initializer():  # what a caller can override is not known
-            scratch.graph.initializers.pop(value.name or "")
-            value.const_value = None
-    for node in scratch.graph.all_nodes():
-        for value in node.outputs:
-            if not value.is_graph_output():
-                value.shape = None
-    for node in list(scratch.graph):
-        _stand_in(node)
+    scratch = _inferred(model, {})
     ends = (*scratch.graph.inputs, *scratch.graph.outputs)
     stated = {dim for value in ends if value.shape is not None for dim in _dims(value.shape)}
-    with silenced(*_LOGGERS):  # what cannot be inferred is simply not known
-        ShapeInferencePass(check_type=False, strict_mode=False)(scratch)
-        if any(map(_computes_integers, scratch.graph)):
-            with contextlib.suppress(Exception):
-                fold_constants(scratch)  # what is computed from constants and shapes
-            ShapeInferencePass(check_type=False, strict_mode=False)(scratch)
-    values = [
-        *scratch.graph.initializers.values(),  # nodes that were folded to constants
-        *(value for node in scratch.graph for value in node.outputs),
-    ]
 
     def dims(shape: ir.Shape) -> Dims:
         """Inference calls what it does not know `unk__0`; so may the model, and mean another."""
@@ -151,8 +147,8 @@ def _infer(
         )
 
     return (
-        {v.name: dims(v.shape) for v in values if v.name and v.shape is not None},
-        {v.name: v.dtype for v in values if v.name},
+        {v.name: dims(v.shape) for v in _values(scratch) if v.name and v.shape is not None},
+        {v.name: v.dtype for v in _values(scratch) if v.name},
         {
             value.name: found
             for value in scratch.graph.initializers.values()
@@ -162,6 +158,80 @@ def _infer(
             and (found := integers(value)) is not None
         },
     )
+
+
+def _inferred(model: ir.Model, sizes: Mapping[str, int]) -> ir.Model:
+    """A copy of ``model`` with inferred shapes; symbols of its inputs have these ``sizes``."""
+    scratch = model.clone()
+    for value in scratch.graph.inputs:
+        if value.is_initializer():  # what a caller can override is not known
+            scratch.graph.initializers.pop(value.name or "")
+            value.const_value = None
+        if value.shape is not None and sizes:
+            value.shape = ir.Shape([sizes.get(str(dim), dim) for dim in _dims(value.shape)])
+    for node in scratch.graph.all_nodes():
+        for value in node.outputs:
+            if sizes or not value.is_graph_output():
+                value.shape = None
+    for node in list(scratch.graph):
+        _stand_in(node)
+    with silenced(*_LOGGERS):  # what cannot be inferred is simply not known
+        ShapeInferencePass(check_type=False, strict_mode=False)(scratch)
+        if any(map(_computes_integers, scratch.graph)):
+            with contextlib.suppress(Exception):
+                fold_constants(scratch)  # what is computed from constants and shapes
+            ShapeInferencePass(check_type=False, strict_mode=False)(scratch)
+    return scratch
+
+
+def _is_inferred(dim: Dim) -> bool:
+    return isinstance(dim, str) and dim.endswith(_INFERRED)
+
+
+def _values(scratch: ir.Model) -> list[ir.Value]:
+    return [
+        *scratch.graph.initializers.values(),  # nodes that were folded to constants
+        *(value for node in scratch.graph for value in node.outputs),
+    ]
+
+
+_CASES = (
+    (41, 67, 103, 151, 199, 251, 307, 367),
+    (313, 173, 89, 431, 61, 227, 139, 283),
+    (3, 5, 2, 7, 13, 11, 19, 17),
+)
+"""Primes that stand for the symbols of the inputs."""
+
+
+def _by_cases(model: ir.Model) -> dict[str, Dims]:
+    """Sizes of all values, each named by what it is for several sizes of the inputs.
+
+    A size is a polynomial in the symbols of the inputs: two that are equal at several points are
+    one (J. Schwartz, "Fast probabilistic algorithms for verification of polynomial identities",
+    1980), and one that is the same at all of them is that number.
+    """
+    inputs = [value.shape for value in model.graph.inputs if value.shape is not None]
+    symbols = {dim: None for shape in inputs for dim in _dims(shape) if isinstance(dim, str)}
+    if not 0 < len(symbols) <= len(_CASES[0]):
+        return {}
+    cases = [dict(zip(symbols, case, strict=False)) for case in _CASES]
+    names = {tuple(case[symbol] for case in cases): symbol for symbol in symbols}
+
+    def name_of(sizes: tuple[Dim, ...]) -> Dim:
+        if not all(isinstance(size, int) for size in sizes):
+            return None
+        return sizes[0] if len(set(sizes)) == 1 else names.get(sizes, "/".join(map(str, sizes)))
+
+    first, *others = (
+        {v.name: _dims(v.shape) for v in _values(_inferred(model, case)) if v.shape is not None}
+        for case in cases
+    )
+    found = {name: [dims, *(case.get(name, ()) for case in others)] for name, dims in first.items()}
+    return {
+        name: tuple(map(name_of, zip(*each, strict=True)))
+        for name, each in found.items()
+        if name and len({len(dims) for dims in each}) == 1
+    }
 
 
 def _computes_integers(node: ir.Node) -> bool:

@@ -250,8 +250,9 @@ def _put_back(found: Branches, norm: ir.Node) -> Branches:
     shape = user.inputs[1].producer() if user.inputs[1] is not None else None
     same = shape is not None and operator(shape) == "Shape" and not shape.attributes
     same = same and shape is not None and shape.inputs[0] is found.result
-    dims = found.shapes(user.outputs[0])
-    if not same and (dims is None or None in dims or dims != found.shapes(found.result)):
+    named = found.shapes.named()
+    dims = named(user.outputs[0])
+    if not same and (dims is None or None in dims or dims != named(found.result)):
         return found
     gone = [node for value in behind if (node := value.producer()) is not None]
     if same and shape is not None and only_user(shape.outputs[0]) is user:
@@ -345,9 +346,7 @@ def _laid_out(node: ir.Node, axis: int, shapes: Shapes) -> _Path | None:
     width, rank = shapes.dim(value, axis), shapes.rank(value)
     if operator(node) not in _LAYOUTS or not isinstance(width, int) or not rank or -axis > rank:
         return None
-    total, target = identity(axis, width), _positions(value, axis, shapes)
-    if target is None:
-        return None
+    total, has_layer = identity(axis, width), False
     while (front := value.producer()) is not None and (not nodes or only_user(value) is not None):
         nodes.insert(0, front)
         if operator(front) not in _LAYOUTS:
@@ -358,12 +357,14 @@ def _laid_out(node: ir.Node, axis: int, shapes: Shapes) -> _Path | None:
             if joined is None:
                 return None
             total = joined
+            if operator(front) in _LAYERS and not has_layer:
+                has_layer, shapes = True, shapes.named()
         elif (moved := _moved(front, at, total.in_features, shapes)) is None:
             return None
         else:
             value, at = moved
-            has_layer = any(operator(each) in _LAYERS for each in nodes)
-            if at == axis and has_layer and _positions(value, at, shapes) == target:
+            positions = _positions(value, axis, shapes) if has_layer and at == axis else None
+            if positions is not None and positions == _positions(node.outputs[0], axis, shapes):
                 return _Path(value, total, tuple(nodes))
     return None
 
