@@ -21,7 +21,7 @@ from onnx_fold.algebra.device import Array
 
 __all__ = ["evaluator", "run"]
 
-_BLOCK = 2**22
+_BLOCK = 2**20
 """Elements of windows that are written out at a time."""
 
 
