@@ -48,13 +48,13 @@ class InterpolatePass(FoldPass):
 
     def candidates(self, stream: Stream) -> Iterator[Proposal]:
         """Yield candidates for the writer with most rows and the reader with most columns."""
-        tall = [w for w in stream.writers if w.is_plain and w.in_features > stream.width]
+        tall = [w for w in stream.writers if w.is_pointwise and w.in_features > stream.width]
         if tall and not stream.tables:
             writer = max(tall, key=lambda layer: layer.in_features)
             rows = self._select(stream, writer)
             for each in (rows, *self._select.in_part(rows)):
                 yield from _rows_of(stream, writer, each)
-        plain = [reader for reader in stream.readers if reader.is_plain and reader.bias is None]
+        plain = [reader for reader in stream.readers if reader.is_pointwise and reader.bias is None]
         wide = [reader for reader in plain if reader.out_features > stream.width]
         free = [reader for reader in wide if hidden_beside(stream, reader) is not None]
         if not free and not tall:
@@ -74,7 +74,7 @@ def _rows_of(stream: Stream, writer: Writer, rows: Rows) -> Iterator[Proposal]:
     readers = {reader.edge: rebased.stored[reader.edge] for reader in stream.readers}
     if writer.bias is None or writer.bias in rebased.stored:
         is_inverted = len(rebased.stored) > len(readers)
-        rebased.replaced[writer.y] = with_bias(rebased, writer, _sum(writer, rows, rebased))
+        rebased.replaced[writer.y] = _sum(writer, rows, rebased, is_biased=True)
         inverted = basis if is_inverted else None
         degree_of = writer.edge, "own bias"
         yield Candidate(InterpolatePass.name, text, rebased, inverted, degree_of)
@@ -82,7 +82,7 @@ def _rows_of(stream: Stream, writer: Writer, rows: Rows) -> Iterator[Proposal]:
     def plan() -> Candidate:
         carried = Rewrite(stored=readers)
         carry_biases(stream, writer, carried)
-        carried.replaced[writer.y] = _sum(writer, rows, carried)
+        carried.replaced[writer.y] = _sum(writer, rows, carried, is_biased=False)
         degree_of = writer.edge, "carried bias"
         return Candidate(InterpolatePass.name, text, carried, degree_of=degree_of)
 
@@ -90,13 +90,16 @@ def _rows_of(stream: Stream, writer: Writer, rows: Rows) -> Iterator[Proposal]:
         yield propose(InterpolatePass.name, text, plan)
 
 
-def _sum(writer: Writer, rows: Rows, rewrite: Rewrite) -> Operand:
-    """``x' = h₂ B + [h₁, 0]`` in the place of ``h O``, ``h = [h₂, h₁]``."""
+def _sum(writer: Writer, rows: Rows, rewrite: Rewrite, *, is_biased: bool) -> Operand:
+    """``x' = h₂ B + [h₁, 0]`` in the place of ``h O``, ``h = [h₂, h₁]``; with its bias or not."""
     kept = rows.selection.kept
     at = rewrite.before(writer.node)
     h = rows.in_order(rewrite, at)
-    h2, h1 = at.split(h, [writer.in_features - kept, kept])
-    return at("Add", at("MatMul", h2, rows.rest(at)), rows.filled(h1, at))
+    h2, h1 = at.split(h, [writer.in_features - kept, kept], rows.axis)
+    product: Operand = rows.times_rest(h2, at, writer.bias if is_biased else None)
+    if is_biased and not rows.is_conv:
+        product = with_bias(rewrite, writer, product)
+    return at("Add", product, rows.filled(h1, at))
 
 
 def _columns_of(stream: Stream, reader: Reader, columns: Rows) -> Candidate:
@@ -104,7 +107,7 @@ def _columns_of(stream: Stream, reader: Reader, columns: Rows) -> Candidate:
     basis = Basis(transpose(columns.selection.basis))
     rewrite = rebase(stream, basis, pivot=reader)
     at, x = rewrite.before(reader.node), reader.x
-    both = at("Concat", x, at("MatMul", x, columns.rest(at, is_reader=True)), axis=-1)
+    both = at("Concat", x, columns.times_rest(x, at), axis=columns.axis)
     rewrite.replaced[reader.y] = columns.put_back(both, rewrite, at)
     into = compact([*stream.written_by, *(r.label for r in stream.readers if r is not reader)])
     text = f"{stream.width} columns of {reader.label} into {into}"

@@ -433,3 +433,80 @@ def test_all_of_a_stream_goes_before_a_part_of_it():
     assert stream.folded.strategy == "absorb"
     assert stream.folded.weights_removed == 336**2
     assert "8 rows" not in "".join(each.text for each in stream.candidates)
+
+
+# --- Convolutions ---------------------------------------------------------------------------------
+
+BOTTLENECK = {
+    "E": normal(24, 6, 1, 1),
+    "e": normal(24, seed=1),
+    "D": normal(24, 1, 3, 3, seed=2),
+    "c": normal(24, seed=3),
+    "P": normal(6, 24, 1, 1, seed=4),
+    "p": normal(6, seed=5),
+    "F": normal(9, 6, 1, 1, seed=6),
+    "f": normal(9, seed=7),
+    "G": normal(9, 6, 1, 1, seed=8),
+}
+HIDDEN = (
+    "h0 = Conv(x, E, e) h1 = Relu(h0) h2 = Conv<group = 24, pads = [1, 1, 1, 1]>(h1, D, c)"
+    " h = Clip(h2, low, high)"
+)
+IMAGE = "(float[n, 6, 5, 4] x) => (float[n, 9, 5, 4] z)"
+
+
+def bottleneck(body: str):
+    limits = {"low": np.array(0.0, np.float32), "high": np.array(6.0, np.float32)}
+    return graph(f"{IMAGE} {{ {HIDDEN} {body} }}", **BOTTLENECK, **limits)
+
+
+def test_rows_of_a_projection_of_an_image():
+    """MobileNetV2: the order of the rows goes through the depthwise convolution in front."""
+    source = bottleneck(
+        "y = Conv(h, P, p) a = Conv(y, F, f) b = Conv(y, G) s = Add(a, b) z = Relu(s)"
+    )
+    result = folded(source, 6 * 6, only=["interpolate"], objective="size")
+    found = operators(result.model)
+    assert "Gather" not in found
+    assert found.count("Conv") == operators(source).count("Conv")
+
+
+def test_rows_of_a_projection_of_an_image_that_is_grouped_in_another_way():
+    """Groups of two channels cannot be put in another order: an index does it."""
+    source = graph(
+        f"{IMAGE} {{ h1 = Conv(x, E, e) h2 = Conv<group = 12>(h1, D2) h = Relu(h2)"
+        " y = Conv(h, P, p) a = Conv(y, F, f) z = Relu(a) }",
+        **{name: BOTTLENECK[name] for name in "EePpFf"},
+        D2=normal(24, 2, 1, 1, seed=2),
+    )
+    result = folded(source, only=["interpolate"], objective="size")
+    assert "Gather" in operators(result.model)
+
+
+def test_rows_in_part_of_a_projection_of_an_image():
+    """``[h, 0] + h₂ B``: the zeros stand where the channels are."""
+    source = graph(
+        "(float[2, 8, 3, 4] x) => (float[2, 64, 3, 4] z) { h0 = Conv(x, E) h = Relu(h0)"
+        " y = Conv(h, P, p) a = Conv(y, R) z = Relu(a) }",
+        E=normal(200, 8, 1, 1),
+        P=normal(80, 200, 1, 1, seed=1),
+        p=normal(80, seed=2),
+        R=normal(64, 80, 1, 1, seed=3),
+    )
+    result = in_part(source, 72)
+    assert result.report.saving.weights == 72 * 80
+    assert "Pad" in operators(result.model)
+    assert_same_function(source, result.model)
+
+
+def test_columns_of_a_convolution_of_an_image():
+    source = graph(
+        "(float[n, 9, 5, 4] x) => (float[n, 24, 5, 4] z) { y = Conv(x, P) r = Conv(y, Q)"
+        " a = Conv(y, W) h = Relu(a) b = Relu(r) c = Conv(h, V) s = Add(c, b) z = Relu(s) }",
+        P=normal(6, 9, 1, 1),
+        Q=normal(24, 6, 1, 1, seed=1),
+        W=normal(30, 6, 1, 1, seed=2),
+        V=normal(24, 30, 1, 1, seed=3),
+    )
+    result = folded(source, only=["interpolate"], objective="size")
+    assert result.report.saving.weights == 36

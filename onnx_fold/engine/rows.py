@@ -138,7 +138,7 @@ class Planned:
                 start, size = _range(made)
                 places = np.arange(size) if columns is None else columns
                 return self.made(x, start + places, known)
-            case "Gather" if step.attributes.get("axis") == -1:
+            case "Gather":
                 order = _integers(step.inputs[1])
                 return self.made(x, order if columns is None else order[columns], known)
             case "Pad":

@@ -135,6 +135,8 @@ OPERATORS: dict[str, Channels] = {
     "AveragePool": _general(commute.pool),
     "GlobalAveragePool": _general(commute.pool, is_uniform=True),
     "Resize": _general(commute.resize, is_uniform=True),
+    # permutation: each channel is convolved by itself; other convolutions are layers
+    "Conv": Channels(Group.NONE, reordered=commute.depthwise),
     # diagonal: each channel may be scaled by a positive number
     "Relu": _RECTIFIER,
     "LeakyRelu": _RECTIFIER,

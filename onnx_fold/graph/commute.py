@@ -278,6 +278,19 @@ def reduce(node: ir.Node, known: Port, width: int, shapes: Shapes) -> list[Port]
     return [known, Port(True, 0, kept.index(known.axis) - len(kept))]
 
 
+def depthwise(node: ir.Node, known: Port, width: int, shapes: Shapes) -> list[Port] | None:
+    """Conv of each channel by itself, for changes that only reorder them: weights and bias too."""
+    x, kernel, *bias = node.inputs
+    dims = None if kernel is None else shapes(kernel)
+    is_alone = dims is not None and dims[:2] == (width, 1)
+    if x is None or dims is None or not is_alone or known.index != 0:
+        return None
+    if node.attributes.get_int("group", 1) != width or known.axis != 1 - len(dims):
+        return None
+    found = [*_through(known.axis), Port(False, 1, -len(dims))]
+    return [*found, Port(False, 2, -1)] if bias and bias[0] is not None else found
+
+
 def pool(node: ir.Node, known: Port, width: int, shapes: Shapes) -> list[Port] | None:
     """AveragePool, GlobalAveragePool: means along the axes behind the channels, axis 1."""
     rank = shapes.rank(_input(node))

@@ -61,13 +61,15 @@ class Editor:
             value.name = self.unused_name(name if num_outputs == 1 else f"{name}_{index}")
         return node
 
-    def split(self, before: ir.Node, value: ir.Value, sizes: Sequence[int]) -> Sequence[ir.Value]:
-        """Split the last axis of ``value`` into parts of ``sizes``."""
+    def split(
+        self, before: ir.Node, value: ir.Value, sizes: Sequence[int], axis: int = -1
+    ) -> Sequence[ir.Value]:
+        """Split one axis of ``value`` into parts of ``sizes``."""
         count = len(sizes)
         if self.graph.opset_imports.get("", 13) < 13:
-            return self.node(before, "Split", [value], count, axis=-1, split=list(sizes)).outputs
+            return self.node(before, "Split", [value], count, axis=axis, split=list(sizes)).outputs
         held = self.integers(sizes, f"{before.name or before.op_type}_sizes")
-        return self.node(before, "Split", [value, held], count, axis=-1).outputs
+        return self.node(before, "Split", [value, held], count, axis=axis).outputs
 
     def pad(self, before: ir.Node, value: ir.Value, pads: Sequence[int]) -> ir.Value:
         """Pad ``value`` with zeros: ``pads`` in front of each axis, and then behind each."""

@@ -96,6 +96,12 @@ class Linear:
         return self.num_matrices == 1 and self.x_axis == self.y_axis == -1 and self.keeps_layout
 
     @property
+    def is_pointwise(self) -> bool:
+        """Whether it is one matrix at every position: it is plain, or a 1x1 convolution."""
+        is_conv = operator(self.node) == "Conv" and self.keeps_layout
+        return self.is_plain or (is_conv and self.num_matrices == 1)
+
+    @property
     def matrix(self) -> Expression:
         """What it multiplies by, alpha included, in the type in which its products accumulate.
 

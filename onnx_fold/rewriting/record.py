@@ -107,13 +107,13 @@ class Recorder:
         """Note an operator with one output, which is ``like`` another value."""
         return self._step(Step(self._before, operator, inputs, attributes, like=like))[0]
 
-    def split(self, value: Operand, sizes: Sequence[int]) -> tuple[Made, ...]:
-        """Note a Split of the last axis of ``value`` into parts of ``sizes``."""
-        return self._step(Step(self._before, "Split", (value,), sizes=tuple(sizes)))
+    def split(self, value: Operand, sizes: Sequence[int], axis: int = -1) -> tuple[Made, ...]:
+        """Note a Split of the channel axis of ``value`` into parts of ``sizes``."""
+        return self._step(Step(self._before, "Split", (value,), {"axis": axis}, tuple(sizes)))
 
-    def pad(self, value: Operand, rank: int, width: int, more: int) -> Made:
-        """Note a Pad of the last axis of ``value``, ``width`` wide, by ``more`` zeros."""
-        pads = (*(0,) * (2 * rank - 1), more)
+    def pad(self, value: Operand, rank: int, width: int, more: int, axis: int = -1) -> Made:
+        """Note a Pad of the channel axis of ``value``, ``width`` wide, by ``more`` zeros."""
+        pads = (*(0,) * (2 * rank + axis), more, *(0,) * (-1 - axis))
         step = Step(self._before, "Pad", (value,), {"pads": pads}, (width + more,))
         return self._step(step)[0]
 
@@ -165,8 +165,10 @@ def build(entries: Iterable[Entry], editor: Editor) -> dict[Operand, ir.Value]:
             continue
         inputs = [None if each is None else value_of(each, built) for each in entry.inputs]
         if entry.operator == "Split" and entry.sizes:
+            axis = entry.attributes["axis"]
+            assert isinstance(axis, int)
             assert inputs[0] is not None
-            outputs = editor.split(entry.before, inputs[0], entry.sizes)
+            outputs = editor.split(entry.before, inputs[0], entry.sizes, axis)
         elif entry.operator == "Pad":
             pads = entry.attributes["pads"]
             assert isinstance(pads, Sequence)
@@ -197,9 +199,9 @@ def widths(steps: Sequence[Step]) -> dict[Operand, int]:
     """The channels of what ``steps`` read and make, as far as weights, sizes and shapes tell."""
     known: dict[Operand, int] = {}
     for step in steps:
-        factor = step.inputs[1] if step.operator == "MatMul" else None
+        factor = step.inputs[1] if step.operator in ("MatMul", "Conv") else None
         if isinstance(factor, Held) and step.inputs[0] is not None:
-            known[step.inputs[0]] = factor.shape[-2]
+            known[step.inputs[0]] = factor.shape[-2 if step.operator == "MatMul" else 1]
     for step in steps:
         found = step.sizes or [_width(step, known)]
         known |= {o: n for o, n in zip(step.outputs, found, strict=True) if n is not None}
@@ -208,8 +210,12 @@ def widths(steps: Sequence[Step]) -> dict[Operand, int]:
 
 def _width(step: Step, known: Mapping[Operand, int]) -> int | None:
     """The channels of the only output of ``step``."""
-    if step.attributes.get("axis", -1) != -1:
+    axis = step.attributes.get("axis", -1)
+    assert isinstance(axis, int)
+    if axis >= 0:
         return None
+    if step.operator == "Conv":
+        return step.inputs[1].shape[0] if isinstance(step.inputs[1], Held) else None
     if step.operator in ("MatMul", "Gather"):
         other = step.inputs[1]
         return other.shape[-1] if isinstance(other, Held) else None
@@ -218,18 +224,18 @@ def _width(step: Step, known: Mapping[Operand, int]) -> int | None:
         numbers = [int(b.numpy()[0]) for b in bounds if not isinstance(b, Expression)]
         start, stop, *axes = numbers if len(numbers) > 2 else (0, 0)
         return stop - start if axes == [-1] else None
-    found = [known.get(each, _stated(each)) for each in step.inputs if each is not None]
+    found = [known.get(each, _stated(each, axis)) for each in step.inputs if each is not None]
     sizes = [size for size in found if size is not None]
     if step.operator == "Concat":
         return sum(sizes) if len(sizes) == len(found) else None
     return max(sizes, default=None)
 
 
-def _stated(operand: Operand) -> int | None:
-    """The last dimension of a value of the graph, if the model states it."""
+def _stated(operand: Operand, axis: int) -> int | None:
+    """One dimension of a value of the graph, if the model states it."""
     shape = operand.shape if isinstance(operand, ir.Value) else None
-    last = shape[-1] if shape is not None and len(shape) else None
-    return last if isinstance(last, int) else None
+    size = shape[axis] if shape is not None and len(shape) >= -axis else None
+    return size if isinstance(size, int) else None
 
 
 def moved(steps: Sequence[Step]) -> tuple[int, int]:

@@ -10,11 +10,13 @@ import numpy as np
 
 from onnx_fold.algebra.completion import Completion
 from onnx_fold.algebra.device import Device, Indices
-from onnx_fold.algebra.expression import FoldedTensor, transpose
+from onnx_fold.algebra.expression import FoldedTensor, reshape, transpose
 from onnx_fold.algebra.selection import RowSelection, Selection
 from onnx_fold.algebra.storage import Spool
+from onnx_fold.graph.linear import Edge
+from onnx_fold.graph.operators import operator
 from onnx_fold.rewriting.permute import Hidden, hidden_beside, permute
-from onnx_fold.rewriting.record import Held, Operand, Recorder
+from onnx_fold.rewriting.record import Made, Operand, Present, Recorder
 from onnx_fold.rewriting.rewrite import Rewrite
 from onnx_fold.streams.ends import Reader, Writer
 from onnx_fold.streams.stream import Stream
@@ -33,12 +35,14 @@ class Rows:
             are in terms of them.
         hidden: The value on its other side, if the order of its channels is free.
         rank: The dimensions of what the layer reads, if their number is known.
+        axis: The channel axis of what it reads and writes, from the end.
     """
 
     layer: Writer | Reader
     selection: Selection
     hidden: Hidden | None
     rank: int | None
+    axis: int
 
     @property
     def name(self) -> str | None:
@@ -51,7 +55,7 @@ class Rows:
             permute(self.hidden, self.layer, self.selection, rewrite)
             return self.layer.x
         order = at.integers(self.selection.final_order, f"{self.name}_order")
-        return at("Gather", self.layer.x, order, axis=-1)
+        return at("Gather", self.layer.x, order, axis=self.axis)
 
     def put_back(self, value: Operand, rewrite: Rewrite, at: Recorder) -> Operand:
         """What the reader writes, from a ``value`` in which the basis comes first."""
@@ -59,19 +63,36 @@ class Rows:
             permute(self.hidden, self.layer, self.selection, rewrite)
             return value
         places = at.integers(self.selection.places, f"{self.name}_order")
-        return at("Gather", value, places, axis=-1)
+        return at("Gather", value, places, axis=self.axis)
 
     def filled(self, value: Operand, at: Recorder) -> Operand:
         """``[h₁, 0]``, as wide as the basis, for a ``value`` of the rows that are kept."""
         kept, width = self.selection.kept, self.selection.matrix.shape[1]
         if kept == width or self.rank is None:
             return value
-        return at.pad(value, self.rank, kept, width - kept)
+        return at.pad(value, self.rank, kept, width - kept, self.axis)
 
-    def rest(self, at: Recorder, *, is_reader: bool = False) -> Held:
-        """``B``, the other rows in terms of the basis; ``C`` of a reader."""
+    @property
+    def is_conv(self) -> bool:
+        """Whether the layer is a 1x1 convolution."""
+        return operator(self.layer.node) == "Conv"
+
+    def times_rest(self, x: Operand, at: Recorder, bias: Edge | None = None) -> Made:
+        """``x B``, with the other rows in terms of the basis; ``x C`` of a reader.
+
+        Args:
+            x: The rows that are not kept, of a writer; all channels, of a reader.
+            at: Receives the operator.
+            bias: What a convolution adds.
+        """
+        is_reader = isinstance(self.layer, Reader)
         matrix = transpose(self.selection.rest) if is_reader else self.selection.rest
-        return at.constant(FoldedTensor(matrix, self.layer.weight.dtype), f"{self.name}_rest")
+        shape = (*matrix.shape[::-1], *(1,) * (-1 - self.axis))
+        stored = reshape(transpose(matrix), shape) if self.is_conv else matrix
+        held = at.constant(FoldedTensor(stored, self.layer.weight.dtype), f"{self.name}_rest")
+        if not self.is_conv:
+            return at("MatMul", x, held)
+        return at("Conv", x, held, *([] if bias is None else [Present(bias)]))
 
 
 class Selections:
@@ -101,7 +122,9 @@ class Selections:
                 free=free,
                 is_last=not is_reader,
             )
-        return Rows(layer, self._known[key], hidden, stream.shapes.rank(layer.x))
+        return Rows(
+            layer, self._known[key], hidden, stream.shapes.rank(layer.x), layer.y_axis or -1
+        )
 
     def in_part(self, rows: Rows, shares: Sequence[float] = SHARES) -> Iterator[Rows]:
         """The same with only these shares of the rows of the basis, the largest share first.
