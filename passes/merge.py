@@ -38,14 +38,15 @@ class MergePass(FoldPass):
 
     def candidates(self, stream: Stream) -> Iterator[Proposal]:
         """Yield the merge of the sole writer, or of the sole reader, if there is one."""
-        if len(stream.writers) == 1 and not stream.tables:
-            (writer,) = stream.writers
-            if writer.num_matrices > 1:
-                return
+        writers = [] if stream.tables or len(stream.writers) > 1 else stream.writers
+        single = [writer for writer in writers if writer.num_matrices == 1]
+        readers = stream.readers if len(stream.readers) == 1 else []
+        if single and (single[0].keeps_layout or not any(each.keeps_layout for each in readers)):
+            (writer,) = single
             text = f"{writer.label} into {compact(stream.read_by)}"
             yield propose(self.name, text, lambda: _merge_writer(stream, writer, text))
-        elif len(stream.readers) == 1 and stream.readers[0].num_matrices == 1:
-            (reader,) = stream.readers
+        elif readers and readers[0].num_matrices == 1:
+            (reader,) = readers
             text = f"{reader.label} into {compact(stream.written_by)}"
             yield propose(self.name, text, lambda: _merge_reader(stream, reader, text))
 

@@ -239,6 +239,41 @@ def conv(b: Builder) -> list[Value]:
     return [b.transpose(product, [0, 2, 1])] if turned is not value else [product]
 
 
+def bottleneck(b: Builder) -> list[Value]:
+    """MobileNetV2's: an expansion, a convolution of each channel, a projection, the sum around."""
+    value = b.value(lambda shape: len(shape) == 3)
+    if value is None or b.dtype != ir.DataType.FLOAT:
+        return []
+    batch, channels, size = value.shape
+    hidden = b.choose(2, 3) * channels
+
+    def layer(x: Value, width: int, ins: int, window: int = 1, **how: object) -> Value:
+        kernel = b.hold(b.numbers(width, ins, window, scale=0.5), "W")
+        operands = [x.name, kernel, *([b.weight(width)] if b.flip() else [])]
+        return b.add("Conv", operands, (batch, width, size), **how)
+
+    wide = b.add("Relu", [layer(value, hidden, channels).name], (batch, hidden, size))
+    groups = b.choose(hidden, hidden, channels)
+    mixed = layer(wide, hidden, hidden // groups, 3, group=groups, pads=[1, 1])
+    bent = b.add(b.choose("Relu", "Identity"), [mixed.name], mixed.shape)
+    narrow = layer(bent, channels, hidden)
+    return [narrow, b.add("Add", [value.name, narrow.name], value.shape)]
+
+
+def pixels(b: Builder) -> list[Value]:
+    """A product that reads the positions of an image one by one, and is put back."""
+    value = b.value(lambda shape: len(shape) == 3)
+    if value is None:
+        return []
+    batch, channels, size = value.shape
+    width = b.integer(1, MAX_WIDTH)
+    turned = b.transpose(value, [0, 2, 1])
+    rows = b.reshape(turned, (batch * size, channels)) if b.flip() else turned
+    product = b.add("MatMul", [rows.name, b.weight(channels, width)], (*rows.shape[:-1], width))
+    back = product if rows is turned else b.reshape(product, (batch, size, width))
+    return [b.transpose(back, [0, 2, 1])] if b.flip() else [back]
+
+
 def fused_matmul(b: Builder) -> list[Value]:
     value = b.value(lambda shape: len(shape) == 3)
     if value is None or b.dtype != ir.DataType.FLOAT:
@@ -606,12 +641,14 @@ def experts(b: Builder) -> list[Value]:
     return [b.with_axes("ReduceSum", y, [1], (batch, n, out), 13, keepdims=0)]
 
 
-LINEAR = (matmul, matmul, matmul, left_matmul, gemm, einsum, conv, fused_matmul, embedding)
+LINEAR = (
+    *(matmul, matmul, matmul, left_matmul, gemm, einsum, conv, fused_matmul, embedding, pixels),
+)
 INSIDE = (
     *(unary, softmax, cast, gain, total, dead_skip, where, permute, regroup, axes, repeat, part),
     *(join, pad, reduce),
 )
-BLOCKS = (feed_forward, attention, block, experts, no_norm)
+BLOCKS = (feed_forward, attention, block, experts, no_norm, bottleneck)
 OUTSIDE = (measure, branch, call, call)
 
 

@@ -93,10 +93,11 @@ def test_heads_are_several_axes():
     assert (into.identity_shape, out.identity_shape) == ((0, 0, 2, 3), (0, 0, 6))
 
 
-def test_a_patch_embedding_writes_but_does_not_read_channels():
+def test_a_patch_embedding_holds_a_matrix_for_each_position():
     text = "(float[b, 3, 8, 8] x) => (float[b, 5, 2, 2] y) { y = Conv<strides = [4, 4]>(x, w, c) }"
     found = linear(graph(text, w=normal(5, 3, 4, 4), c=normal(5)))
-    assert (found.x_axis, found.y_axis, found.keeps_layout) == (None, -3, False)
+    assert (found.x_axis, found.y_axis, found.keeps_layout) == (-3, -3, False)
+    assert found.num_matrices == 16
     assert found.matrix.shape == (48, 5)
 
 

@@ -1,5 +1,6 @@
 """Merge: a sole writer into its readers, or a sole reader into its writers."""
 
+import re
 from itertools import combinations, pairwise
 
 import ml_dtypes
@@ -424,3 +425,50 @@ def test_a_chain_is_merged_to_the_fewest_weights(seed):
     ways = ([dims[0], *kept, dims[-1]] for kept in cuts)
     assert weights(result.model) == min(sum(a * b for a, b in pairwise(way)) for way in ways)
     assert_same_function(model, result.model)
+
+
+# --- Convolutions ---------------------------------------------------------------------------------
+
+WINDOWS = {
+    "P": normal(8, 6, 1, 1),
+    "p": normal(8, seed=1),
+    "K": normal(8, 6, 3, 3, seed=2),
+    "k": normal(8, seed=3),
+    "L": normal(4, 8, 3, 3, seed=4),
+    "Q": normal(4, 8, 1, 1, seed=5),
+    "q": normal(4, seed=6),
+    "T": normal(6, 8, 2, 2, seed=7),
+    "U": normal(8, 4, 2, 2, seed=8),
+}
+
+
+@pytest.mark.parametrize(
+    ("body", "left"),
+    [
+        ("y = Conv<pads = [1, 1, 1, 1]>(x, K, k) w = Conv(y, Q, q)", 4 * 6 * 9 + 4 + 4),
+        ("y = Conv<strides = [2, 2], dilations = [1, 2]>(x, K) w = Conv(y, Q)", 4 * 6 * 9),
+        ("y = Conv(x, P) w = Conv<pads = [1, 1, 0, 1]>(y, L, q)", 4 * 6 * 9 + 4),
+        ("y = ConvTranspose<strides = [2, 2]>(x, T, k) w = Conv(y, Q)", 6 * 4 * 4 + 4),
+        ("y = Conv(x, P) w = ConvTranspose<strides = [3, 1]>(y, U, q)", 6 * 4 * 4 + 4),
+        ("y = Conv<strides = [2, 2]>(x, P) w = Conv(y, Q, q)", 4 * 6 + 4),
+    ],
+)
+def test_a_window_and_a_layer_of_one_position_are_one(body: str, left: int):
+    held = {name: array for name, array in WINDOWS.items() if re.search(rf"\b{name}\b", body)}
+    source = graph(
+        f"(float[n, 6, 7, 9] x) => (float[n, 4, a, b] z) {{ {body} z = Relu(w) }}", **held
+    )
+    result = folded(source, only=["merge"])
+    found = operators(result.model)
+    assert found.count("Conv") + found.count("ConvTranspose") == 1
+    assert weights(result.model) == left
+
+
+def test_a_bias_that_zeros_are_put_around_stays():
+    """``(x P + p)`` has zeros around it, not p: neither is the bias carried, nor the layer gone."""
+    source = graph(
+        "(float[n, 6, 7, 9] x) => (float[n, 4, 7, 9] z) { y = Conv(x, P, p)"
+        " w = Conv<pads = [1, 1, 1, 1]>(y, L) z = Relu(w) }",
+        **{name: WINDOWS[name] for name in "PpL"},
+    )
+    assert "reads zeros around its input, without the bias" in refused(source, only=["merge"])

@@ -45,7 +45,7 @@ class Linear:
         bias: The input that is added to the product, if there is one.
         beta: Factor that the node applies to the bias.
         keeps_layout: Whether ``x`` could stand in the place of ``y`` if ``W`` were the identity.
-        is_padded: Whether it also reads positions that are not in ``x``, as zeros.
+        is_padded: Whether some positions of ``y`` read fewer of ``x`` than others, zeros instead.
         identity_shape: The shape to which ``x`` has to be reshaped before it can.
     """
 
@@ -292,7 +292,7 @@ def _optional(node: ir.Node, index: int) -> Edge | None:
 
 
 def _conv(node: ir.Node, shapes: Shapes | None) -> Linear | None:
-    """A convolution writes its channels; with a kernel of one position it reads them too."""
+    """A convolution reads its channels and writes them, by a matrix for each position."""
     weight, x = _held(node, 1), _computed(node, 0)
     if weight is None or x is None or node.attributes.get_int("group", 1) != 1:
         return None
@@ -309,12 +309,34 @@ def _conv(node: ir.Node, shapes: Shapes | None) -> Linear | None:
         (1,),
         (0,),
         x,
-        axis if positions == 1 else None,
+        axis,
         node.outputs[0],
         axis,
         bias=_optional(node, 2),
         keeps_layout=positions == 1 and not is_strided and not is_padded,
         is_padded=is_padded,
+    )
+
+
+def _conv_transpose(node: ir.Node, shapes: Shapes | None) -> Linear | None:
+    """A transposed convolution: some positions that it writes get less than others, or nothing."""
+    weight, x = _held(node, 1), _computed(node, 0)
+    if weight is None or x is None or node.attributes.get_int("group", 1) != 1:
+        return None
+    axis = 1 - len(weight.shape)
+    return Linear(
+        node,
+        (node, 1),
+        weight,
+        (0,),
+        (1,),
+        x,
+        axis,
+        node.outputs[0],
+        axis,
+        bias=_optional(node, 2),
+        keeps_layout=False,
+        is_padded=True,
     )
 
 
@@ -387,6 +409,7 @@ _RECOGNISERS: dict[str, Recogniser] = {
     "MatMul": _matmul,
     "Gemm": _gemm,
     "Conv": _conv,
+    "ConvTranspose": _conv_transpose,
     "Einsum": _einsum,
     f"{MICROSOFT}::FusedMatMul": _fused_matmul,
     f"{MICROSOFT}::Attention": _attention,

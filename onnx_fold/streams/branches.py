@@ -365,8 +365,16 @@ def _laid_out(node: ir.Node, axis: int, shapes: Shapes) -> _Path | None:
             value, at = moved
             positions = _positions(value, axis, shapes) if has_layer and at == axis else None
             if positions is not None and positions == _positions(node.outputs[0], axis, shapes):
-                return _Path(value, total, tuple(nodes))
+                can_run = axis == -1 or _has_convolutions(value, nodes, shapes)
+                return _Path(value, total, tuple(nodes)) if can_run else None
     return None
+
+
+def _has_convolutions(value: ir.Value, path: Sequence[ir.Node], shapes: Shapes) -> bool:
+    """Whether a runtime of the model has a kernel for convolutions in the type of ``value``."""
+    dtype, graph = shapes.dtype(value), path[-1].graph
+    alike = (each for each in graph or () if shapes.dtype(each.outputs[0]) == dtype)
+    return dtype == ir.DataType.FLOAT or any(operator(each) == "Conv" for each in alike)
 
 
 def _moved(node: ir.Node, axis: int, width: int, shapes: Shapes) -> tuple[ir.Value, int] | None:
