@@ -152,7 +152,7 @@ def test_columns_are_named_by_the_files(tmp_path):
     assert BenchReport.from_dict(json.loads(json.dumps(report.to_dict()))) == report
 
 
-@pytest.mark.parametrize(("seconds", "pairs"), [(-1.0, 2), (1e9, 8)])
+@pytest.mark.parametrize(("seconds", "pairs"), [(-1.0, 3), (1e9, 8)])
 def test_a_phase_ends_in_time(seconds, pairs):
     order = []
     times = _paired(Written("A", order), Written("B", order), 8, 2, seconds)

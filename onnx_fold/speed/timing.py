@@ -55,6 +55,9 @@ __all__ = ["BenchReport", "Phase", "Timing", "bench"]
 RESAMPLES = 2000
 """Bootstrap samples of the spread of a ratio."""
 
+LEAST_PAIRS = 3
+"""Pairs of a load that run however long they take: 12 in the four loads of the default."""
+
 _STOP_SPINNING = {"session.force_spinning_stop": "1"}
 """Else the threads of one session wait busily while the other is timed."""
 
@@ -221,7 +224,8 @@ def bench(
         loads: How often both models are loaded, at least 2; each load has its share of the pairs,
             rounded up.
         warmup: Pairs before these, after each load.
-        seconds: Stop a phase after this time, with at least two pairs of each load; None runs all.
+        seconds: Stop a phase after this time, with at least :data:`LEAST_PAIRS` of each load; None
+            runs all.
         threads: Threads of one operator; None lets ONNX Runtime decide.
         cuda_graph: Capture each phase as a CUDA graph, which takes launch overhead out of decode. A
             graph has fixed shapes, so the cache does not grow.
@@ -410,7 +414,7 @@ def _paired(
 ) -> _Times:
     """Return the seconds of ``repeats`` runs of both, ``[2, n]``, in the order AB, BA, AB, ...
 
-    After ``seconds`` the warm-up ends, and the runs do after two pairs.
+    After ``seconds`` the warm-up ends, and the runs do after :data:`LEAST_PAIRS`.
     """
     end = time.perf_counter() + seconds
     for i in range(-warmup, 0):
@@ -421,7 +425,7 @@ def _paired(
     second.reset()
     times: list[tuple[float, float]] = []
     for i in range(repeats):
-        if len(times) >= 2 and time.perf_counter() > end:
+        if len(times) >= LEAST_PAIRS and time.perf_counter() > end:
             break
         times.append(_pair(first, second, i))
     return np.array(times).T
