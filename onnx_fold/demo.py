@@ -33,7 +33,7 @@ NARROW = (
     " docs/norms.md."
 )
 
-SECOND = "\nonnx-fold demo --norms does the same with an ordinary one, which keeps its norms."
+SECOND = "\nThe same with an ordinary one, which keeps its norms: onnx-fold demo --norms"
 
 
 def run_demo(
