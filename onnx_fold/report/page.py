@@ -262,6 +262,9 @@ def _verdict(report: FoldReport) -> tuple[str, str]:
 
 def _figures(report: FoldReport) -> Iterator[Figure]:
     yield from _sizes(report.saving)
+    for provider, folds in report.slower_on.items():
+        detail = f"{counted(len(folds), 'fold')} for size, not for time"
+        yield Figure(f"time on {provider}", "likely more", detail, "bad")
     if (proof := report.proof) is not None:
         count = len(proof.proved) + len(proof.unproved) + len(proof.failed)
         tone = "bad" if proof.failed else "good" if not proof.unproved else ""
@@ -283,7 +286,7 @@ def _sizes(saving: Saving) -> Iterator[Figure]:
     yield Figure("operators", nodes)
     if saving.weights:
         ratio = f"{saving.speedup:.2f}x"
-        yield Figure("decode at batch 1", f"up to {ratio}", "the ratio of the bytes")
+        yield Figure("ratio of the bytes", ratio, "about what decode at batch 1 can gain")
 
 
 def _change(before: str, after: str, saving: Saving) -> tuple[str, str, str]:
