@@ -583,6 +583,9 @@ def _check_targets(output: Path | None, report: Path | None, model: Path, *input
 
     if output is not None:
         check_format(output)
+        if output.exists() and model.exists() and output.samefile(model):
+            what = f"{output} is the input; write to another file, or over it with --in-place"
+            raise errors.CannotWriteError(what)
         check_target(output, inputs_of(model, *inputs))
     if report is not None and report != _STANDARD_OUTPUT:
         check_target(report, inputs_of(model, *inputs))

@@ -190,7 +190,7 @@ def bench(
     original: ModelSource,
     folded: ModelSource,
     *,
-    provider: Provider = "cpu",
+    provider: Provider = "auto",
     batch: int | Iterable[int] = 1,
     prefill: int | Iterable[int] = 128,
     past: int | None = None,
