@@ -376,9 +376,9 @@ def _bench(report: BenchReport) -> Page:
     made = Page("Speed", f"{verdict}, on {report.provider}", tone)
     sizes = f"{decimal(report.bytes_original)} → {decimal(report.bytes_folded)}"
     made.figures = [Figure("weights", sizes, f"ratio {report.bytes_ratio:.3f}x")]
-    made.figures.append(
-        Figure("bytes read a token", f"{report.read_ratio:.3f}x", "the limit of decode at batch 1")
-    )
+    if report.has_tokens:
+        read = f"{report.read_ratio:.3f}x"
+        made.figures.append(Figure("bytes read a token", read, "the limit of decode at batch 1"))
     for name in dict.fromkeys(phase.name for phase in report.phases):
         phase = next(each for each in report.phases if each.name == name)
         counts = f"{phase.pairs} pairs, {phase.loads} loads"
@@ -389,6 +389,7 @@ def _bench(report: BenchReport) -> Page:
     made.sections |= {
         "speed": speed_plot(report),
         "phases": report.phases,
+        "has_tokens": report.has_tokens,
         "digits": decimals,
         "names": report.names,
         "operators": {
