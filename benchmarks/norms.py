@@ -1,17 +1,23 @@
 """Measure what `rotate` brings where norms stay: weights, bytes, error, and time on the processor.
 
 ``python benchmarks/norms.py`` exports skipless models of two blocks with RMSNorm (GQA, a gated FFN)
-and with LayerNorm (MHA, an MLP, biases), folds them with the defaults, and times them in pairs. It
-writes ``docs/norms.json`` and a table of it, ``docs/norms.md``. Rows of other shapes stay.
+and with LayerNorm (MHA, an MLP, biases), folds them with the defaults, and times them in pairs,
+against their folds and against copies of themselves (A/A). It writes ``docs/norms.json`` and a
+table of it, ``docs/norms.md``. Rows of other shapes stay.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shlex
+import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from twin import twin
 
 import onnx_fold
 from onnx_fold.models.config import SkiplessConfig
@@ -24,15 +30,19 @@ LENGTH = 128
 
 HEAD = """# What norms that stay leave to gain
 
-`python benchmarks/norms.py` exports skipless models of two blocks that keep their norms, folds them
-with the defaults (strategy `rotate`), and times them in pairs: {length} tokens in prefill, decode
-at batch 1 behind {length} others. *d²* is what each stream loses, in the mean: (1 - 1/b)/2 in b
+`benchmarks/norms.py` exports skipless models of two blocks that keep their norms, folds them with
+the defaults (strategy `rotate`), and times them in pairs: {length} tokens in prefill, decode at
+batch 1 behind {length} others. *d²* is what each stream loses, in the mean: (1 - 1/b)/2 in b
 panels, 0.375 in four, 0.438 in eight. *error* is the folded model's own over the original's, of
 whole outputs, the worst of them. *read* is the ratio of the bytes that a token reads: what decode
-can gain. In brackets are the 95 % interval and, where they were counted, the pairs. {machine}.
+can gain. In brackets are the 95 % interval and, where they were counted, the pairs and loads that
+it is from, resampled by load. *A/A* is the model against a copy of itself, with the same options: a
+speed-up within that interval is none.
 
-| norm | d | type | streams | d² | error | bytes | read | prefill | decode |
-|---|---|---|---|---|---|---|---|---|---|
+{made}
+
+| norm | d | type | threads | streams | d² | error | bytes | read | prefill | A/A | decode | A/A |
+|---|---|---|---|---|---|---|---|---|---|---|---|---|
 """
 
 
@@ -64,15 +74,10 @@ def measure(norm: str, width: int, dtype: str, args: argparse.Namespace) -> dict
         export(shape(norm, width), source, dtype=dtype, kv_cache=True)
         report = onnx_fold.fold(source, output=target, provider="cpu").report
         assert report.verification is not None
-        times = onnx_fold.bench(
-            source,
-            target,
-            prefill=LENGTH,
-            tokens=args.tokens,
-            repeats=args.repeats,
-            threads=args.threads,
-            seconds=args.seconds,
-        )
+        options = {"tokens": args.tokens, "repeats": args.repeats, "seconds": args.seconds}
+        options |= {"threads": args.threads, "provider": "cpu", "prefill": LENGTH}
+        times = onnx_fold.bench(source, target, **options)
+        copied = onnx_fold.bench(source, twin(source), **options)
     return {
         "norm": norm,
         "width": width,
@@ -83,9 +88,17 @@ def measure(norm: str, width: int, dtype: str, args: argparse.Namespace) -> dict
         "bytes": times.bytes_ratio,
         "read": times.read_ratio,
         "threads": args.threads,
-        "phases": {
-            each.name: [each.speedup, each.low, each.high, each.pairs] for each in times.phases
-        },
+        "command": shlex.join(["python", "benchmarks/norms.py", *sys.argv[1:]]),
+        "phases": phases(times),
+        "twin": phases(copied),
+    }
+
+
+def phases(report: onnx_fold.BenchReport) -> dict[str, list[float]]:
+    """What was measured, by the name of the phase."""
+    return {
+        each.name: [each.speedup, each.low, each.high, each.pairs, each.loads]
+        for each in report.phases
     }
 
 
@@ -93,16 +106,27 @@ def row(each: dict[str, Any]) -> str:
     """A line of the table."""
     name = {"rms": "RMSNorm", "layer": "LayerNorm"}[each["norm"]]
     squares = each["weights"] / max(1, each["streams"]) / each["width"] ** 2
-    times = (told(*each["phases"][phase]) for phase in ("prefill", "decode"))
-    cells = (name, each["width"], each["dtype"], each["streams"], f"{squares:.3f}")
+    names = [(phase, kind) for phase in ("prefill", "decode") for kind in ("phases", "twin")]
+    times = (told(*each[kind][phase]) if kind in each else "" for phase, kind in names)
+    cells = (name, each["width"], each["dtype"], each["threads"], each["streams"])
+    cells += (f"{squares:.3f}",)
     cells += (f"{each['error']:.2f}", f"{each['bytes']:.3f}x", f"{each['read']:.3f}x", *times)
     return "| " + " | ".join(map(str, cells)) + " |\n"
 
 
-def told(speedup: float, low: float, high: float, pairs: int | None = None) -> str:
-    """A speed-up with its interval, and of how many pairs it is the median."""
-    counted = "" if pairs is None else f", {pairs}"
+def told(speedup: float, low: float, high: float, pairs: int = 0, loads: int = 0) -> str:
+    """A speed-up with its interval, and from how many pairs and loads it is."""
+    counted = f", {pairs} pairs" if pairs else ""
+    counted += f" in {loads} loads" if loads else ""
     return f"{speedup:.3f}x ({low:.2f}-{high:.2f}{counted})"
+
+
+def made(rows: Iterable[dict[str, Any]], found: dict[str, Any]) -> str:
+    """The machine of the last run, and the commands that made these rows."""
+    commands = dict.fromkeys(each["command"] for each in rows if "command" in each)
+    versions = f"ONNX Runtime {found['versions']['onnxruntime']}, {found['date'][:10]}"
+    machine = f"{found['machine']['cpu']}, {versions}"
+    return "\n".join([f"{machine}.\n", *(f"- `{each}`" for each in commands)])
 
 
 def main() -> None:
@@ -123,11 +147,9 @@ def main() -> None:
         for width in args.widths:
             rows[norm, width, args.dtype] = measure(norm, width, args.dtype, args)
             found = [rows[key] for key in sorted(rows, key=lambda key: (key[0] != "rms", *key[1:]))]
-            path.write_text(
-                json.dumps({"rows": found, "environment": environment("cpu")}, indent=1)
-            )
-            machine = f"CPU, {args.threads} thread" + "s" * (args.threads > 1)
-            text = HEAD.format(length=LENGTH, machine=machine) + "".join(map(row, found))
+            now = environment("cpu")
+            path.write_text(json.dumps({"rows": found, "environment": now}, indent=1))
+            text = HEAD.format(length=LENGTH, made=made(found, now)) + "".join(map(row, found))
             path.with_suffix(".md").write_text(text)
             print(row(rows[norm, width, args.dtype]), end="", flush=True)
 

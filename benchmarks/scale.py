@@ -35,6 +35,7 @@ from onnx_fold.algebra.expression import Expression, Factors, FoldedTensor, Prod
 from onnx_fold.algebra.selection import RowSelection
 from onnx_fold.base.arguments import Objective
 from onnx_fold.models.export import export
+from onnx_fold.runtime.environment import environment
 
 Clock = Callable[[], float]
 
@@ -49,12 +50,10 @@ writes this table. Rows that were measured with other options stay in it.
 The floor is what cannot be avoided: the products, eliminations and solves of the folds that were
 taken, at this machine's rate of matrix products, and reading the input and writing the output once,
 at the rates of its disk ([scale.json](scale.json) has those of the last run). What only decides is
-not in it. The bound of the memory is 1 GiB and four times the largest weight in float64. Q is too
-ill-conditioned to be absorbed in either type: rows of the FFN's output layer are the basis.
+not in it. The bound of the memory is 1 GiB and four times the largest weight in float64.
 
-*wall* is the time that passed, on 2 cores that did nothing else; *processor* (`--processor`) is
-processor time, which does not count what else the machine does. The rows of the objective *size*
-are older than interpolation in part: all rows were taken then, which takes less deciding.
+*wall* is the time that passed; *processor* (`--processor`) is processor time, which does not count
+what else the machine does. {notes}
 
 Where the time goes: `python -m cProfile -s tottime benchmarks/scale.py --fold model.onnx out.onnx`.
 
@@ -335,17 +334,19 @@ KEY = ("preset", "layers", "dtype", "objective", "clock")
 
 def save(path: Path, results: list[ScaleResult], rates: Rates) -> None:
     """Add ``results`` to those in ``path``, and write all of them as a table beside it."""
-    old = json.loads(path.read_text(encoding="utf-8"))["results"] if path.exists() else []
+    held = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    old, notes = held.get("results", []), held.get("notes", "")
     new = [asdict(result) for result in results]
     known = {tuple(each.get(name) for name in KEY): each for each in [*old, *new]}
     rows = sorted(known.values(), key=lambda each: (each["dtype"], each["weights"]))
-    data = {"rates": asdict(rates), "results": rows}
+    data = {"rates": asdict(rates), "environment": environment("cpu"), "notes": notes}
+    data["results"] = rows
     path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-    path.with_suffix(".md").write_text(table([ScaleResult(**row) for row in rows]), "utf-8")
+    path.with_suffix(".md").write_text(table([ScaleResult(**row) for row in rows], notes), "utf-8")
 
 
-def table(results: Iterable[ScaleResult]) -> str:
-    """The results as Markdown."""
+def table(results: Iterable[ScaleResult], notes: str) -> str:
+    """The results as Markdown; ``notes`` say what a reader must know of their machine."""
     lines = [
         "| shape | blocks | type | objective | time | weights | removed | fold | floor | ratio |"
         " peak RSS | bound |",
@@ -358,7 +359,7 @@ def table(results: Iterable[ScaleResult]) -> str:
         f" {r.peak / 2**30:.2f} GiB | {r.bound / 2**30:.2f} GiB |"
         for r in results
     ]
-    return HEAD + "\n".join(lines) + "\n"
+    return HEAD.format(notes=notes) + "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -6,12 +6,13 @@ From a bare machine with an NVIDIA driver::
     python benchmarks/speed.py --minutes 25
 
 and on the processor, with ``.[cpu,torch,bench]`` and ``--provider cpu``. Each model is exported
-with a KV cache, folded, verified and timed there, on CUDA with and without CUDA graphs. Every step
-runs in a process beside this one: a step that fails, hangs or brings its process down is noted with
-its error, and the next one goes on. ``docs/speed-cuda.json`` is written after every step, with
-tables of all that it holds (``.md``) and pictures (``.svg``), so that a run that is killed keeps
-what it has; steps for which no time is left are noted as skipped. What the file has of other models
-and types stays, so that a check can be made in parts.
+with a KV cache, folded, verified and timed there, on CUDA with and without CUDA graphs: against its
+fold, and with the same options against a copy of itself (A/A), which shows what the machine makes
+of no difference. Every step runs in a process beside this one: a step that fails, hangs or brings
+its process down is noted with its error, and the next one goes on. ``docs/speed-cuda.json`` is
+written after every step, with tables of all that it holds (``.md``) and pictures (``.svg``), so
+that a run that is killed keeps what it has; steps for which no time is left are noted as skipped.
+What the file has of other models and types stays, so that a check can be made in parts.
 """
 
 from __future__ import annotations
@@ -23,16 +24,19 @@ import multiprocessing
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from twin import remove, twin
+
 import onnx_fold
 from onnx_fold import BenchReport
 from onnx_fold.algebra.device import HOST, find_device
+from onnx_fold.base.arguments import several
 from onnx_fold.errors import MissingExtraError, UsageError
 from onnx_fold.models import presets
 from onnx_fold.models.export import export
@@ -55,24 +59,29 @@ KNOWN = (*LARGE, *(name for name in presets.PRESETS if name not in LARGE), TRAIN
 
 DEFAULTS: dict[str, dict[str, list[Any]]] = {
     "dtypes": {"cuda": ["float32", "float16", "bfloat16"], "cpu": ["float32"]},
-    "batch": {"cuda": [1, 8, 64], "cpu": [1, 4]},
-    "prefill": {"cuda": [128, 2048], "cpu": [128, 256]},
+    "batch": {"cuda": [1, 8, 64], "cpu": [1, 2]},
+    "prefill": {"cuda": [128, 2048], "cpu": [128]},
 }
 
 ROOT = Path(__file__).parents[1]
 
 HEAD = """# How fast folded models are on {title}
 
-`python benchmarks/speed.py --provider {provider}` exports models with a KV cache, folds them (with
-`--target {provider}`), verifies them and times them in pairs with `onnx-fold bench`: a prefill, and
-a loop of decode steps from a cache of that length, which stays on the device.
-[{name}.json]({name}.json) has the whole reports. Times are medians; in brackets is the 95 %
-interval of the speed-up, from so many *pairs* in so many *loads* of both models. *bytes* is the
-ratio of the bytes of all weights; *read* that of the bytes that a token reads, without the table of
-the embedding: about what decode at batch 1 can gain. A product that goes also takes its overhead
-along, so it may be more. Where no time of a fold is given, other work was done beside it.
+`benchmarks/speed.py` exports models with a KV cache, folds them (with `--target {provider}`),
+verifies them and times them in pairs, as `onnx-fold bench` does: a prefill, and a loop of decode
+steps from a cache of that length, which stays on the device. [{name}.json]({name}.json) has the
+whole reports. Times are medians; in brackets is the 95 % interval of the speed-up, from so many
+*pairs* in so many *loads* of both models, resampled by load. *A/A* is the original against a copy
+of itself, a second file of the same bytes, with the same options: a speed-up within that interval
+is none. *bytes* is the ratio of the bytes of all weights; *read* that of the bytes that a token
+reads, without the table of the embedding: about what decode at batch 1 can gain. It may be more, as
+a product that goes takes its overhead along. Where no time of a fold is given, other work was done
+beside it.
 
 """
+
+TWIN = "bench twin"
+"""The step that times a model against its own copy."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +114,7 @@ class Case:
         """Delete the files."""
         for path in self.folder.glob(f"{self.preset}-{self.layers}-{self.dtype}*"):
             path.unlink()
+        remove(self.source)
 
 
 # --- The steps ------------------------------------------------------------------------------------
@@ -162,6 +172,14 @@ def bench_models(case: Case, options: Mapping[str, Any]) -> dict[str, Any]:
     return onnx_fold.bench(case.source, case.target, **options).to_dict()
 
 
+def bench_twins(case: Case, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Time the model against a copy of itself."""
+    try:
+        return onnx_fold.bench(case.source, twin(case.source), **options).to_dict()
+    finally:
+        remove(case.source)
+
+
 STEPS: dict[str, Callable[..., dict[str, Any]]] = {
     "start": start,
     "export": export_model,
@@ -170,6 +188,7 @@ STEPS: dict[str, Callable[..., dict[str, Any]]] = {
     "placement": place_nodes,
     "verify": verify_models,
     "bench": bench_models,
+    TWIN: bench_twins,
 }
 
 
@@ -190,9 +209,12 @@ def plan(case: Case, given: argparse.Namespace) -> Iterator[tuple[str, tuple[Any
         "repeats": given.repeats,
         "seconds": given.seconds,
     }
-    yield "bench", (options,)
+    asked = [options]
     if given.provider == "cuda":
-        yield "bench", ({**options, "prefill": [min(lengths)], "cuda_graph": True},)
+        asked += [{**options, "prefill": [min(lengths)], "cuda_graph": True}]
+    for each in asked:
+        yield "bench", (each,)
+        yield TWIN, (each,)
 
 
 def lengths_of(preset: str, given: argparse.Namespace) -> list[int]:
@@ -340,7 +362,7 @@ def run_case(
     for step, arguments in steps:
         seconds = min(deadline - time.monotonic(), 60 * given.step_minutes)
         name = {"preset": case.preset, "layers": case.layers, "dtype": case.dtype, "step": step}
-        if step == "bench":
+        if step in ("bench", TWIN):
             name |= {"asked": arguments[0]}
         outcome = (
             {"skipped": missing} if missing else attempt(worker, step, case, arguments, seconds)
@@ -434,6 +456,7 @@ def page(data: Mapping[str, Any], name: str, pictures: Sequence[str]) -> str:
     head = HEAD.format(title=title, provider=provider, name=name)
     left = [f"- {describe(each)}" for each in results if "error" in each or "skipped" in each]
     parts = [head, machine(data["environment"]), folds(results), speeds(results)]
+    parts += ["\nWhat timed them:\n\n", *(f"- `{each}`\n" for each in commands(results, provider))]
     parts += [f"\n![{picture}]({picture})\n" for picture in pictures]
     parts += ["\nWhat did not work:\n\n" + "\n".join(left) + "\n"] if left else []
     return "".join(parts)
@@ -450,6 +473,22 @@ def machine(found: Mapping[str, Any]) -> str:
         f"{name}{driver}, ONNX Runtime {versions['onnxruntime']}{cuda}, no TensorFloat-32;"
         f" {found['date'][:10]}.\n\n"
     )
+
+
+def commands(results: Sequence[Mapping[str, Any]], provider: str) -> Iterator[str]:
+    """The command lines that measure again what ``results`` hold, with all that decides on it."""
+    found: dict[str, list[str]] = {}
+    for each in results:
+        if each["step"] != "bench" or each["asked"].get("cuda_graph"):
+            continue
+        options = f"--layers {each['layers']} --dtypes {each['dtype']} " if each["layers"] else ""
+        names = "batch", "prefill", "tokens", "repeats", "seconds"
+        asked = (" ".join(map(str, several(each["asked"][name]))) for name in names)
+        options += " ".join(f"--{name} {it}" for name, it in zip(names, asked, strict=True))
+        found.setdefault(options, []).append(each["preset"])
+    for options, names in found.items():
+        presets = " ".join(dict.fromkeys(names))
+        yield f"python benchmarks/speed.py --provider {provider} --presets {presets} {options}"
 
 
 def folds(results: Sequence[Mapping[str, Any]]) -> str:
@@ -492,22 +531,23 @@ def worst(outputs: Sequence[Mapping[str, Any]], name: str) -> str:
 def speeds(results: Sequence[Mapping[str, Any]]) -> str:
     """A table of all times."""
     timed = [each for each in results if each["step"] == "bench" and "result" in each]
+    twins = {
+        run_of(each, phase): phase
+        for each in results
+        if each["step"] == TWIN and "result" in each
+        for phase in each["result"]["phases"]
+    }
     has_graphs = any(each["asked"].get("cuda_graph") for each in timed)
-    heads = [
-        "shape",
-        "blocks",
-        "type",
-        *(["graph"] if has_graphs else []),
-        "phase",
-        "batch",
-        "tokens",
-    ]
-    heads += ["past", "original", "folded", "speed-up", "pairs", "loads", "bytes", "read"]
+    graphs = ["graph"] if has_graphs else []
+    heads = ["shape", "blocks", "type", *graphs, "phase", "batch", "tokens", "past", "original"]
+    heads += ["folded", "speed-up", "A/A", "pairs", "loads", "bytes", "read"]
     lines = [heads, ["---"] * len(heads)]
     for each in timed:
         report = each["result"]
         graph = ["yes" if each["asked"].get("cuda_graph") else "no"] if has_graphs else []
         for phase in report["phases"]:
+            copied = twins.get(run_of(each, phase))
+            both = [phase] if copied is None else [phase, copied]
             ratios = report["bytes_ratio"], report["read_ratio"]
             times = [phase[name]["median_ms"] for name in ("original", "folded")]
             is_decode = phase["name"] == "decode"
@@ -517,13 +557,31 @@ def speeds(results: Sequence[Mapping[str, Any]]) -> str:
                     phase["name"],
                     *(str(phase[name]) for name in ("batch", "seq", "past")),
                     *(f"{time:.{decimals(time)}f} ms" for time in times),
-                    f"{phase['speedup']:.2f}x ({phase['low']:.2f}-{phase['high']:.2f})",
-                    str(phase["pairs"]),
-                    str(phase.get("loads", 2)),  # as many as there were before it was said
+                    interval(phase),
+                    "" if copied is None else interval(copied),
+                    counts(each["pairs"] for each in both),
+                    counts(each.get("loads", 2) for each in both),  # 2 before it was said
                     *(f"{ratio:.2f}x" if is_decode else "" for ratio in ratios),
                 ]
             )
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def run_of(result: Mapping[str, Any], phase: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What one phase of a model has in common with that of its twin."""
+    sizes = (phase[name] for name in ("name", "batch", "seq", "past"))
+    case = (result[name] for name in ("preset", "layers", "dtype"))
+    return *case, bool(result["asked"].get("cuda_graph")), *sizes
+
+
+def interval(phase: Mapping[str, Any]) -> str:
+    """A speed-up with its interval."""
+    return f"{phase['speedup']:.2f}x ({phase['low']:.2f}-{phase['high']:.2f})"
+
+
+def counts(each: Iterable[int]) -> str:
+    """How many there were of a fold and of a twin: one number where these are equal."""
+    return ", ".join(dict.fromkeys(map(str, each)))
 
 
 def main() -> None:
@@ -535,8 +593,8 @@ def main() -> None:
     parser.add_argument("--presets", nargs="+", choices=KNOWN, metavar="PRESET", help="[all]")
     parser.add_argument("--layers", type=int, default=2, help="blocks of each model, at most")
     parser.add_argument("--dtypes", nargs="+", help="[float32 float16 bfloat16; on cpu float32]")
-    parser.add_argument("--batch", type=int, nargs="+", help="[1 8 64; on cpu 1 4]")
-    parser.add_argument("--prefill", type=int, nargs="+", help="[128 2048; on cpu 128 256]")
+    parser.add_argument("--batch", type=int, nargs="+", help="[1 8 64; on cpu 1 2]")
+    parser.add_argument("--prefill", type=int, nargs="+", help="[128 2048; on cpu 128]")
     parser.add_argument("--tokens", type=int, default=64, help="decode steps")
     parser.add_argument("--repeats", type=int, default=30, help="prefill runs")
     parser.add_argument("--seconds", type=float, default=10, help="for one phase, at most")

@@ -25,6 +25,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 import torch
+from twin import twin
 
 import onnx_fold
 from onnx_fold.engine.cost import Cost, cost
@@ -51,12 +52,14 @@ HEAD = """# A zoo of exports
 
 `python benchmarks/zoo.py --repeats {repeats}` builds models from their public configurations, with
 random weights, exports them, folds them with the defaults and times them at batch 1 against the
-export. Speed-ups are medians with their 95 % interval over {repeats} pairs from two loads, one
-thread. *by its authors* is the model that timm's `reparameterize_model` or peft's
-`merge_and_unload` makes, exported: its weights and operators. Beside it is what onnxsim and
-onnxslim make of the export, and *in ONNX Runtime* are the operators that its own optimisation
-leaves of the export and of the fold; rows without these are older than these columns. The error is
-that of the worst output, as a multiple of the export's own. {versions}.
+export, with one thread. Speed-ups are medians; in brackets are their 95 % interval, resampled by
+load, and from how many pairs and loads it is. *A/A* is the export against a copy of itself, timed
+alike: a speed-up within that interval is none. *by its authors* is the model that timm's
+`reparameterize_model` or peft's `merge_and_unload` makes, exported: its weights and operators.
+Beside it is what onnxsim and onnxslim make of the export, and *in ONNX Runtime* are the operators
+that its own optimisation leaves of the export and of the fold; rows without these, or without A/A,
+are older than these columns. The error is that of the worst output, as a multiple of the export's
+own. {versions}.
 
 """
 
@@ -71,11 +74,12 @@ class Row:
         after: The fold of it.
         by_authors: What its authors' own merge exports to, if there is one.
         error: Largest ratio of an output's error to the original's own.
-        speedup: Of a run at batch 1, with its interval.
+        speedup: Of a run at batch 1, with its interval, and from how many pairs and loads it is.
         why: What was folded, or the first reason why nothing was.
         onnxsim: What onnxsim makes of the export; None if it is not installed, or fails.
         onnxslim: The same of onnxslim.
         optimised: Operators that ONNX Runtime runs of the export, and of the fold of it.
+        twin: The same as ``speedup`` of the export against a copy of itself.
     """
 
     name: str
@@ -83,11 +87,12 @@ class Row:
     after: Cost
     by_authors: Cost | None
     error: float | None
-    speedup: tuple[float, float, float] | None
+    speedup: tuple[float, ...] | None
     why: str
     onnxsim: Cost | None = None
     onnxslim: Cost | None = None
     optimised: tuple[int, int] | None = None
+    twin: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -306,14 +311,13 @@ def measured(model: Model, repeats: int) -> Row:
         torch.onnx.export(module, model.inputs(), str(source), **model.options)
         report = onnx_fold.fold(source, output=target, provider="cpu").report
         before, after = report.saving.before, report.saving.after
-        error = speedup = merged = None
+        error = speedup = copied = merged = None
         if report.folded:
             assert report.verification is not None
             ratios = [each.ratio for each in report.verification.outputs]
             error = max((ratio for ratio in ratios if ratio is not None), default=None)
-            options = {"threads": 1, "repeats": repeats, "loads": 2, "prefill": 16}
-            phase = onnx_fold.bench(source, target, **options).phases[0]
-            speedup = phase.speedup, phase.low, phase.high
+            speedup = _timed(source, target, repeats)
+            copied = _timed(source, twin(source), repeats)
             if model.merged is not None:
                 torch.onnx.export(
                     model.merged(module), model.inputs(), str(authors), **model.options
@@ -329,7 +333,15 @@ def measured(model: Model, repeats: int) -> Row:
             _why(report),
             *(_simplified(source, tool) for tool in ("onnxsim", "onnxslim")),
             (_optimised(source), _optimised(target)),
+            copied,
         )
+
+
+def _timed(source: Path, target: Path, repeats: int) -> tuple[float, ...]:
+    """The speed-up of a run, its interval, and the pairs and loads that it is from."""
+    report = onnx_fold.bench(source, target, provider="cpu", threads=1, repeats=repeats, prefill=16)
+    phase = report.phases[0]
+    return phase.speedup, phase.low, phase.high, phase.pairs, phase.loads
 
 
 def _simplified(path: Path, tool: str) -> Cost | None:
@@ -366,8 +378,8 @@ def table(rows: Iterable[Row]) -> str:
     """The rows in Markdown, those that folded first."""
     lines = [
         "| model | weights | | operators | | in ONNX Runtime | by its authors | | onnxsim | |"
-        " onnxslim | | speed-up | error | folds, or why not |",
-        f"|{'---|' * 15}",
+        " onnxslim | | speed-up | A/A | error | folds, or why not |",
+        f"|{'---|' * 16}",
     ]
     for row in sorted(rows, key=lambda row: row.speedup is None):
         merged = row.by_authors if row.by_authors != row.before else None
@@ -381,12 +393,17 @@ def table(rows: Iterable[Row]) -> str:
             f"{row.after.nodes / row.before.nodes - 1:+.0%}" if row.speedup else "",
             "{} → {}".format(*row.optimised) if row.optimised else "",
             *(cell for pair in others for cell in pair),
-            "{:.2f}x ({:.2f}-{:.2f})".format(*row.speedup) if row.speedup else "",
+            *(_told(*each) if each else "" for each in (row.speedup, row.twin)),
             "" if row.error is None else f"{row.error:.1f}",
             row.why if len(row.why) < 160 else f"{row.why[:157]}...",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _told(speedup: float, low: float, high: float, pairs: int = 20, loads: int = 2) -> str:
+    """A speed-up with its interval; rows that do not say what it is from had these."""
+    return f"{speedup:.2f}x ({low:.2f}-{high:.2f}), {pairs} in {loads}"
 
 
 def _of(found: Cost | None) -> tuple[str, str]:

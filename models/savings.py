@@ -73,16 +73,23 @@ def predicted(config: SkiplessConfig, streams_per_block: int | None = None) -> S
     return Saving(Cost(weights, 2 * weights), Cost(left, 2 * left))
 
 
+_CAPTION = (
+    "Counted, not measured: decode is the ratio of the bytes that a token reads at batch 1;"
+    "\npaper is the share of weights and the same ratio by its count. Measured: docs/speed.md"
+)
+
+
 def presets_table() -> Table:
     """What folding saves of each preset, by its shape; for the large ones the paper's table.
 
     "L" is the number of blocks, "of d²" the share of d² that each stream loses (all,
-    or 7/16 where norms stay).
+    or 7/16 where norms stay). Nothing of it is measured: the ratios are those of bytes.
 
     The paper (arXiv 2404.12362) counts P and Q of parallel blocks too. That is an architecture to
     train; an exact rewrite of a trained parallel model removes one of them.
     """
     table = new_table("Presets")
+    table.caption, table.caption_justify = _CAPTION, "left"
     table.add_column("preset", no_wrap=True)
     table.add_column("attention")
     table.add_column("block", no_wrap=True)

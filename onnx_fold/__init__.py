@@ -22,11 +22,12 @@ if TYPE_CHECKING:
         OnnxFoldError,
         UsageError,
     )
-    from onnx_fold.integrations.folder import FolderReport, fold_folder
+    from onnx_fold.integrations.folder import fold_folder
     from onnx_fold.integrations.onnx_ir import OnnxFold
     from onnx_fold.integrations.torch import export
     from onnx_fold.pipeline import FoldResult, InspectReport, fold, inspect
     from onnx_fold.report.fold import CheckFailedError, FoldReport
+    from onnx_fold.report.folder import FolderReport
     from onnx_fold.speed.timing import BenchReport, bench
 else:
 
@@ -70,7 +71,7 @@ _MODULES = {
     "CheckFailedError": "report.fold",
     "FoldReport": "report.fold",
     "FoldResult": "pipeline",
-    "FolderReport": "integrations.folder",
+    "FolderReport": "report.folder",
     "InspectReport": "pipeline",
     "OnnxFold": "integrations.onnx_ir",
     "ParityReport": "check.parity",

@@ -303,12 +303,12 @@ def fold(
             "say where to write with -o FILE or --in-place, or ask for a --dry-run"
         )
     if model.is_dir():
-        if in_place or html or options.pop("inputs") or options.pop("calibrate"):
+        if in_place or options.pop("inputs") or options.pop("calibrate"):
             raise click.UsageError(
-                "--in-place, --html, --inputs and --calibrate are for one model, not for a folder"
+                "--in-place, --inputs and --calibrate are for one model, not for a folder"
             )
         options["verify"] = not no_verify and verify
-        _fold_folder(model, None if dry_run else output, report, quiet, show_all, options)
+        _fold_folder(model, None if dry_run else output, report, html, quiet, show_all, options)
         return
     if output is not None and output.is_dir():
         raise click.UsageError(f"-o {output} is a folder, and {model} is not")
@@ -343,6 +343,7 @@ def _fold_folder(
     folder: Path,
     output: Path | None,
     report: Path | None,
+    html: Path | None,
     quiet: bool,
     show_all: bool,
     options: dict[str, Any],
@@ -351,21 +352,25 @@ def _fold_folder(
     import onnx_fold
     from onnx_fold.files.targets import check_target
 
+    files = [path for path in folder.rglob("*") if path.is_file()]
     if report is not None and report != _STANDARD_OUTPUT:
-        check_target(report, (path for path in folder.rglob("*") if path.is_file()))
+        check_target(report, files)
+    _check_page(html, (report,), *files)
     console = _console(quiet, report == _STANDARD_OUTPUT)
     try:
         with _progress(quiet) as progress:
             result = onnx_fold.fold_folder(folder, output, progress=progress, **options)
     except onnx_fold.CheckFailedError as error:
         console.print(replace(error.report, is_long=show_all))
+        _write_page(html, error.report, folder)
         raise
-    files = {name: replace(each, is_long=show_all) for name, each in result.files.items()}
-    console.print(replace(result, files=files))
+    shown = {name: replace(each, is_long=show_all) for name, each in result.files.items()}
+    console.print(replace(result, files=shown))
     if output is not None:
         console.print(f"Wrote {output}.", highlight=False)
     if report is not None:
         _write_json(report, result.to_dict())
+    _write_page(html, result, folder)
 
 
 @cli.command(short_help="Show what would fold in MODEL, and why the rest would not.")
@@ -578,6 +583,9 @@ def _check_targets(output: Path | None, report: Path | None, model: Path, *input
 
     if output is not None:
         check_format(output)
+        if output.exists() and model.exists() and output.samefile(model):
+            what = f"{output} is the input; write to another file, or over it with --in-place"
+            raise errors.CannotWriteError(what)
         check_target(output, inputs_of(model, *inputs))
     if report is not None and report != _STANDARD_OUTPUT:
         check_target(report, inputs_of(model, *inputs))

@@ -33,6 +33,8 @@ NARROW = (
     " docs/norms.md."
 )
 
+SECOND = "\nThe same with an ordinary one, which keeps its norms: onnx-fold demo --norms"
+
 
 def run_demo(
     console: Console,
@@ -73,8 +75,8 @@ def _tell(
     start = decoder.inputs(encode(prompt, vocabulary))
     loss = float(original.metadata_props["onnx_fold.val_loss"])
     console.print(
-        f"A skipless GQA transformer, trained on Python source ({loss:.2f} nats a character),"
-        f" {'with RMSNorm' if norms else 'its projections towards orthogonal ones'}:"
+        f"A skipless GQA transformer, trained on Python source ({loss:.2f} nats a character)"
+        f" {'with RMSNorm' if norms else 'towards orthogonal projections Q and P'}:"
         f" {path.name}, {path.stat().st_size / 1e6:.1f} MB.\n"
     )
     result = fold(path, provider=provider, objective="size" if norms else "speed")
@@ -98,8 +100,7 @@ def _tell(
             console.print("and from the folded model, which [bold red]differs[/]:")
             console.print(Padding(Text.assemble((prompt, "bold"), texts[1]), (0, 4)))
         console.print(bench(path, folded, provider=provider, repeats=100))
-        if norms:
-            console.print(NARROW)
+        console.print(NARROW if norms else SECOND)
     return same
 
 

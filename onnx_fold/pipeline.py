@@ -21,7 +21,7 @@ from onnx_fold.algebra.device import Array, find_device
 from onnx_fold.base.arguments import DeviceName, Objective, Pivot, Provider, TargetName, several
 from onnx_fold.base.progress import Report, ignore
 from onnx_fold.base.schema import SCHEMA_VERSION
-from onnx_fold.base.tables import ORIGINAL_AND_FOLDED, Shown, new_table
+from onnx_fold.base.tables import ORIGINAL_AND_FOLDED, Shown, counted, new_table
 from onnx_fold.check.parity import ParityReport
 from onnx_fold.check.parity import verify as parity_check
 from onnx_fold.check.sampled import fits_in_memory, verify_sampled
@@ -36,7 +36,7 @@ from onnx_fold.files.targets import check_format, check_place, check_target
 from onnx_fold.files.write import data_of, evaluate, obsolete_data, read_in, saving
 from onnx_fold.graph.inline import inline
 from onnx_fold.graph.widen import precision
-from onnx_fold.report.attention import Attention, find_attention
+from onnx_fold.report.attention import Attention, find_attention, kinds
 from onnx_fold.report.fold import CheckFailedError, FoldReport
 from onnx_fold.runtime.calibrate import record
 from onnx_fold.runtime.sessions import onnxruntime, resolve_provider
@@ -470,14 +470,16 @@ class InspectReport(Shown):
         """For the terminal."""
         parts: list[RenderableType] = []
         if self.attention:
-            table = new_table("Attention")
-            for column in ("layer", "kind", "heads", "kv heads", "head dim", "Q, K, V"):
+            table = new_table(f"Attention ({counted(len(self.attention), 'layer')})")
+            for column in ("kind", "heads", "kv heads", "head dim", "Q, K, V"):
                 table.add_column(column, overflow="fold")
-            for number, each in enumerate(self.attention):
+            shown = [(each, 1) for each in self.attention]
+            for each, count in shown if self.plan.is_long else kinds(self.attention):
                 sizes = (each.num_heads, each.num_kv_heads, each.head_dim)
-                table.add_row(str(number), each.kind, *map(str, sizes), each.projections)
+                more = f"\n(and {count - 1} alike)" if count > 1 else ""
+                table.add_row(each.kind, *map(str, sizes), each.projections + more)
             parts.append(table)
-        return Group(*parts, self.plan)
+        return Group(self.plan, *parts)
 
 
 @blames_models

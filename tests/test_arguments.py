@@ -1,9 +1,12 @@
 """One thing where several may be given is one thing, not its letters."""
 
+import inspect
+
 import pytest
 from helpers import graph, normal
 
 import onnx_fold
+from onnx_fold import cli
 from onnx_fold.base.arguments import several
 from onnx_fold.errors import UsageError
 
@@ -52,3 +55,19 @@ def test_sizes():
         onnx_fold.verify(model(), model(), shapes={"m": 3})
     report = onnx_fold.bench(model(), model(), batch=(1,), prefill=4, repeats=2, tokens=2)
     assert report.phases
+
+
+OTHERWISE = {"verify", "progress"}
+"""Options that are no plain value on the command line: --no-verify, the bar."""
+
+
+PAIRS = "verify", "bench"
+
+
+@pytest.mark.parametrize("name", ["fold", "inspect", "verify", "bench"])
+def test_defaults_are_those_of_the_command_line(name):
+    known = inspect.signature(getattr(onnx_fold, name)).parameters
+    given = cli.cli.commands[name].make_context(name, ["a", "b"][: 1 + (name in PAIRS)]).params
+    for option in given.keys() & known.keys() - OTHERWISE - {"model", "original", "folded"}:
+        mine, theirs = several(known[option].default), several(given[option])
+        assert [each for each in mine if each] == [each for each in theirs if each], option

@@ -116,7 +116,8 @@ def test_commands_are_known(page):
         "\n".join([*re.findall(r"^ *(onnx-fold .*)$", text, re.MULTILINE), *spans])
     ):
         command = cli.cli.commands[words[0]]
-        context = command.make_context(words[0], words[1:], resilient_parsing=True)
+        parent = cli.cli.make_context("onnx-fold", [], resilient_parsing=True)
+        context = command.make_context(words[0], words[1:], parent, resilient_parsing=True)
         assert not context.args, words
         known = {name for option in command.params for name in option.opts}
         assert {word for word in words if word.startswith("-")} <= {*known, "-"}, words

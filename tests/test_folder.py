@@ -1,6 +1,7 @@
 """Folders as exporters write them: each model is folded, nothing is lost, names stay."""
 
 import json
+import re
 from pathlib import Path
 
 import onnx
@@ -226,12 +227,19 @@ def test_what_a_killed_run_left_is_removed(folder, tmp_path):
 
 
 def test_the_command_line(folder, tmp_path):
-    out, report = tmp_path / "out", tmp_path / "r.json"
-    result = run("fold", folder, "-o", out, "--objective", "size", "--report", report)
+    out, report, page = tmp_path / "out", tmp_path / "r.json", tmp_path / "r.html"
+    how = ("--objective", "size", "--report", report, "--html", page)
+    result = run("fold", folder, "-o", out, *how)
     assert result.exit_code == 0, result.output
     assert f"Wrote {out}" in result.output
     assert json.loads(report.read_text())["total"]["weights_removed"] == 512
     assert (out / "tokenizer" / "merges.txt").is_file()
+    text = page.read_text()
+    assert "Fold of a folder" in text
+    for number, name in enumerate(json.loads(report.read_text())["files"], 1):
+        assert f'<a href="#model-{number}">{name}</a>' in text
+        assert f'id="model-{number}"' in text
+    assert text.count('id="head') == len(set(re.findall(r'id="head[^"]*"', text))) > 0
 
 
 @pytest.mark.parametrize(
@@ -239,7 +247,6 @@ def test_the_command_line(folder, tmp_path):
     [
         (["exported"], "say where to write"),
         (["exported", "--in-place"], "are for one model"),
-        (["exported", "-o", "out", "--html", "r.html"], "are for one model"),
         (["exported/encoder.onnx", "-o", "exported"], "is a folder"),
     ],
 )

@@ -153,6 +153,58 @@ def test_nothing_folds():
     assert "unchanged" in text
 
 
+@pytest.mark.filterwarnings("ignore")  # the exporter's own
+def test_parity_with_a_module():
+    torch = pytest.importorskip("torch")
+    module = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)).eval()
+    result = onnx_fold.export(module, (torch.randn(3, 8),))
+    text = Reader(page(result.report)).text
+    assert "Parity with the PyTorch module" in text
+    assert "1 stream folded, same function" in text
+    parity = onnx_fold.verify(module, result.model, args=(torch.randn(3, 8),))
+    assert "same function" in Reader(page(parity)).text
+    differs = replace(result.report.module, ok=False, reason="output 'y': 0.5", outputs=[])
+    text = Reader(page(replace(result.report, module=differs))).text
+    assert "not the same function" in text
+    assert "output 'y': 0.5" in text
+
+
+def verdict_on(*streams: StreamReport, **fields) -> str:
+    return str(report(*streams, **fields)).splitlines()[0]
+
+
+def test_the_verdict_comes_first():
+    ends = ("a", "writer", 64, 64), ("b", "reader", 64, 64)
+    folded = verdict_on(stream(*ends, folded="a into b"))
+    assert folded == "1 stream folded: 32.0% of the weights and 1 of 9 operators less."
+    assert "1 stream would fold" in verdict_on(stream(*ends, folded="a into b"), is_plan=True)
+    assert "no linear layer reads another" in verdict_on()
+    assert "layers are quantised" in verdict_on(quantised=["a"])
+    assert "did not pass" in verdict_on(taken_back={"merge a into b": "it differs"})
+    protected = stream(*ends, reasons=["'a' is protected"])
+    assert "most often because 'a' is protected" in verdict_on(protected)
+    normed = stream(*ends, reasons=["a norm"], has_norms=True, group="orthogonal")
+    assert "norms read its only stream, and no rotation" in verdict_on(normed)
+    slow = CandidateReport("rotate", "triangle of a", 9, 4, refused="does not pay in time on cpu")
+    rotated = replace(normed, candidates=[slow])
+    words = str(report(normed, rotated))
+    assert "norms read all 2 streams, so only rotations are left" in words
+    assert "--objective" in words
+    assert "orthogonal   a norm" in words
+    assert "orthogonal: rotations" in Reader(page(report(normed))).text
+
+
+def test_streams_that_differ_in_further_reasons_share_a_line():
+    ends = ("a.0", "writer", 64, 64), ("b.0", "reader", 64, 64)
+    left = [stream(*ends, reasons=["'a.0' is read by Softmax", why]) for why in ("one", "two")]
+    words = str(report(*left))
+    assert "(and 1 alike)" in words
+    assert "and 1 more reason" in words
+    every = str(report(*left, is_long=True))
+    assert "alike)" not in every
+    assert "two" in every
+
+
 def test_why_streams_stayed():
     reasons = [[f"'h{i}' is read by Softmax 'node_{i}'"] for i in range(7)]
     left = [
@@ -161,7 +213,7 @@ def test_why_streams_stayed():
     ]
     other = stream(("c", "writer", 32, 32), ("d", "reader", 8, 8), reasons=["'c' is protected"])
     text = Reader(page(report(*left, other))).text
-    assert text.count("is read by Softmax") == 2, "once in the list, once with the streams"
+    assert text.count("is read by Softmax") == 3, "with the verdict, in the list, with the streams"
     assert f"{TIMES} 7" in text
     assert "'c' is protected" in text
     assert "Left alone" in page(report(stream(("c", "writer", 9, 9), ("d", "reader", 9, 9))))

@@ -6,7 +6,7 @@ import pytest
 from helpers import assert_same_function, chain, fold, graph, normal, proto, square
 from onnx_ir.passes import PassError, Sequential
 
-from onnx_fold.engine.folding import FoldPass
+from onnx_fold.engine.folding import FoldPass, Options
 from onnx_fold.passes import AbsorbPass, MergePass
 
 D = 6
@@ -70,3 +70,13 @@ def test_the_stated_shape_of_a_picked_weight_goes_with_the_weight():
     assert_same_function(model, result.model, {"n": 3})
     (picked,) = (node.outputs[0] for node in result.model.graph if node.op_type == "Gather")
     assert picked.shape is None
+
+
+def test_options_of_a_pass_are_keywords():
+    assert AbsorbPass(tolerance=1e-3).options == Options(tolerance=1e-3)
+    assert AbsorbPass(Options(pivot="q"), force=True).options == Options(pivot="q", force=True)
+    with pytest.raises(TypeError, match="tolerence"):
+        AbsorbPass(tolerence=1e-3)
+    model = two_streams()
+    assert not Sequential(MergePass(protect=set("PQG") | {"M", "M2"}))(model.clone()).modified
+    assert Sequential(MergePass())(model).modified

@@ -57,6 +57,7 @@ def test_a_name_is_not_a_pattern_where_something_is_spelled_so():
         ("b.1.wieght", "did you mean 'b.1.weight'?"),
         ("a", "all of that module is 'a.*'"),
         ("c.*", "called 'c.*'"),
+        ("d.1.*", "did you mean 'b.1.*'?"),
     ],
 )
 def test_an_unknown_name_is_told_the_nearest(name, advice):

@@ -32,7 +32,7 @@ def test_links_between_documents_lead_somewhere():
 
 def test_templates_are_packaged():
     templates = {path.name for path in (ROOT / "onnx_fold" / "report" / "templates").iterdir()}
-    assert {"page.html", "parts.html", "drawing.svg", "style.css"} == templates
+    assert {"content.html", "page.html", "parts.html", "drawing.svg", "style.css"} == templates
     assert not faults([*NEEDED, "onnx_fold-0.1.0.dist-info/METADATA"])
     assert faults([*NEEDED, "tests/test_cli.py"])
     assert faults([])

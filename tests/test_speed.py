@@ -4,6 +4,7 @@ import argparse
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -41,7 +42,7 @@ def given() -> argparse.Namespace:
         minutes=5,
         step_minutes=1,
         folder=None,
-        steps=["export", "fold", "placement", "verify", "bench"],
+        steps=["export", "fold", "placement", "verify", "bench", "bench twin"],
         output=None,
     )
 
@@ -60,15 +61,22 @@ def test_the_check_runs(tmp_path: Path) -> None:
     assert code == 0, data
     assert data["environment"]["provider"] == data["options"]["provider"] == "cpu"
     steps = [each["step"] for each in data["results"]]
-    assert steps == ["start", "export", "fold", "placement", "verify", "bench"]
-    _, _, folded, placed, verified, timed = (each["result"] for each in data["results"])
+    assert steps == ["start", "export", "fold", "placement", "verify", "bench", "bench twin"]
+    _, _, folded, placed, verified, timed, twins = (each["result"] for each in data["results"])
     assert folded["weights_removed"] == 8 * 160**2 + 55360
     assert placed["folded"]["CPUExecutionProvider"]["MatMul"] > 0
     assert verified["ok"]
     assert [phase["batch"] for phase in timed["phases"]] == [1, 1, 2, 2]
+    counted = [[(each["pairs"], each["loads"]) for each in it["phases"]] for it in (timed, twins)]
+    assert counted[0] == counted[1] == [(4, 4)] * 4
+    assert twins["bytes_original"] == twins["bytes_folded"] == timed["bytes_original"]
     page = output.with_suffix(".md").read_text(encoding="utf-8")
     assert "| char-gqa | all | float32 | 1.2 M | 22% |" in page
     assert "| char-gqa | all | float32 | decode | 2 | 1 | 8 |" in page
+    a_a = r"\| \d.\d\dx \(\d.\d\d-\d.\d\d\) " * 2 + r"\| 4 \| 4 \|"
+    assert len(re.findall(a_a, page)) == 4
+    asked = "--presets char-gqa --batch 1 2 --prefill 8 --tokens 2 --repeats 2 --seconds 10"
+    assert f"- `python benchmarks/speed.py --provider cpu {asked}`" in page
     assert "did not work" not in page
     assert sorted(path.name for path in tmp_path.iterdir()) == ["speed.json", "speed.md"]
 
@@ -84,11 +92,12 @@ def test_without_time_everything_is_skipped_and_said(tmp_path: Path) -> None:
         "placement",
         "verify",
         "bench",
+        "bench twin",
     }
     assert all(each["skipped"] == "no time was left" for each in data["results"][:2])
     assert all(each["skipped"] == "there is no export" for each in data["results"][2:])
     page = output.with_suffix(".md").read_text(encoding="utf-8")
-    assert "- tiny-gqa, float16, bench, batch 1 4, prefill 128: skipped: there is no export" in page
+    assert "- tiny-gqa, float16, bench, batch 1 2, prefill 128: skipped: there is no export" in page
 
 
 def test_a_preset_goes_through_the_steps(speed: ModuleType, tmp_path: Path) -> None:
@@ -191,6 +200,7 @@ def test_a_failed_step_does_not_end_the_run(
         "placement": "no\nplacement",
         "verify": "output 'y': inf",
         "bench": "no\nbench",
+        "bench twin": "no\nbench twin",
     }
     page = given.output.with_suffix(".md").read_text(encoding="utf-8")
     assert "| mistral-7b | 2 | float16 | 2.0 M | 15% | 1.2 s |  |  |  |  |" in page

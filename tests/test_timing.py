@@ -38,9 +38,8 @@ def model(*, folded: bool = False, cached: bool = False, length: str = "seq", dt
 
 
 def run(original, folded, **options):
-    return bench(
-        original, folded, **{"prefill": 6, "repeats": 3, "tokens": 3, "warmup": 1, **options}
-    )
+    few = {"prefill": 6, "repeats": 3, "tokens": 3, "warmup": 1}
+    return bench(original, folded, **{"provider": "cpu", **few, **options})
 
 
 def test_prefill_and_decode_with_a_cache():
@@ -60,6 +59,26 @@ def test_decode_without_a_cache_is_one_token_and_said():
     report = run(model(), model(folded=True), past=9)
     assert [(p.seq, p.past) for p in report.phases] == [(6, 0), (1, 0)]
     assert report.notes == ["the model has no cache: decode is a run of one token"]
+
+
+def images(name: str = "n") -> ir.Model:
+    return named(
+        f"""m (float[{name}, 3, 4, 4] x) => (float[{name}, 2, 4, 4] y)
+        {{ y = Conv(x, w) }}""",
+        w=np.ones((2, 3, 1, 1), np.float32),
+    )
+
+
+def test_a_model_without_tokens_runs():
+    report = run(images(), images(), batch=[1, 3], prefill=[6, 8], repeats=4)
+    found = [(p.name, p.batch, p.seq, p.past, p.pairs) for p in report.phases]
+    assert found == [("run", 1, 1, 0, 4), ("run", 3, 1, 0, 4)]
+    words = str(report)
+    assert "4 runs of each" in words
+    assert "rows/s" in words
+    assert not re.search("token|prefill|decode|cache", words.split("- ", 1)[0])
+    fixed = run(images("2"), images("2"), batch=[1, 3])
+    assert [p.batch for p in fixed.phases] == [2]
 
 
 def test_the_past_is_as_long_as_the_prefill_by_default():
@@ -152,7 +171,7 @@ def test_columns_are_named_by_the_files(tmp_path):
     assert BenchReport.from_dict(json.loads(json.dumps(report.to_dict()))) == report
 
 
-@pytest.mark.parametrize(("seconds", "pairs"), [(-1.0, 2), (1e9, 8)])
+@pytest.mark.parametrize(("seconds", "pairs"), [(-1.0, 3), (1e9, 8)])
 def test_a_phase_ends_in_time(seconds, pairs):
     order = []
     times = _paired(Written("A", order), Written("B", order), 8, 2, seconds)

@@ -128,6 +128,15 @@ def test_inner_values_that_are_not_there(after, name, reason):
     assert reason in str(caught.value)
 
 
+def test_the_inner_value_that_a_layer_makes():
+    text = """m (float[n, 4] x) => (float[n, 4] y) { h = MatMul(x, W) y = Relu(h) }"""
+    source = model(text, W=normal(4, 4))
+    source.graph.initializers["W"].name = "layers.0.proj.weight"
+    message = r"no inner value 'layers.0.proj'; the layer of that name makes 'h'"
+    with pytest.raises(UsageError, match=message):
+        verify(source, source, at="layers.0.proj")
+
+
 def test_an_inner_value_of_another_name():
     assert verify(two(), two(h="h2"), at="h", map={"h": "h2"})
 

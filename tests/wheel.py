@@ -11,6 +11,7 @@ NEEDED = (
     "onnx_fold/models/char-gqa.onnx",
     "onnx_fold/models/char-gqa-norms.onnx",
     "onnx_fold/passes/merge.py",
+    "onnx_fold/report/templates/content.html",
     "onnx_fold/report/templates/page.html",
     "onnx_fold/report/templates/style.css",
 )

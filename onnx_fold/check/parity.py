@@ -139,7 +139,7 @@ def verify(
     *,
     args: Any = None,
     kwargs: Mapping[str, Any] | None = None,
-    provider: Provider = "cpu",
+    provider: Provider = "auto",
     samples: int = 1,
     shapes: Mapping[str, int] | Iterable[Mapping[str, int]] | None = None,
     inputs: str | os.PathLike[str] | Mapping[str, Array] | None = None,

@@ -264,6 +264,8 @@ class FoldPass(ir.passes.InPlacePass):
         is_basis_change: Whether it needs ``T⁻¹``, so that there are others to choose from.
         group: The changes of basis that it makes; streams are offered that are free in these, and
             in no larger group.
+
+    A pass takes :class:`Options`, or fields of them as keywords: ``AbsorbPass(tolerance=1e-3)``.
     """
 
     name: ClassVar[str]
@@ -271,9 +273,9 @@ class FoldPass(ir.passes.InPlacePass):
     is_basis_change: ClassVar[bool] = True
     group: ClassVar[Group] = Group.GENERAL
 
-    def __init__(self, options: Options | None = None) -> None:
+    def __init__(self, options: Options | None = None, **changed: Any) -> None:
         super().__init__()
-        self.options = options or Options()
+        self.options = replace(options or Options(), **changed)
         self.begin()
 
     def begin(self) -> None:

@@ -112,6 +112,7 @@ class StreamReport:
         changed: Names of the values that this gave another basis, or another order of channels.
         group: The changes of basis that pass through all of it: ``"general"``, ``"orthogonal"``
             where norms read it, or ``"none"``.
+        has_norms: Whether norms read or write it.
     """
 
     width: int
@@ -128,6 +129,7 @@ class StreamReport:
     leads_to: list[str] = field(default_factory=list)
     changed: frozenset[str] = frozenset()
     group: str = "none"
+    has_norms: bool = False
 
     @classmethod
     def of(
@@ -159,6 +161,7 @@ class StreamReport:
             layers=[*layers_of(stream)],
             leads_to=stream.leads_to if is_foldable else [],
             group=_group(stream, kept).name.lower(),
+            has_norms=has_norm or stream.group is Group.ORTHOGONAL,
         )
 
     @property

@@ -68,4 +68,15 @@ def refuse_unknown(patterns: Iterable[str], known: Collection[str], where: str) 
             raise UsageError(
                 f"nothing in {where} is called '{pattern}'; all of that module is '{pattern}.*'"
             )
-        raise UsageError(f"nothing in {where} is called '{pattern}'{nearest(pattern, known)}")
+        near = _nearest_module(pattern, known) or nearest(pattern, known)
+        raise UsageError(f"nothing in {where} is called '{pattern}'{near}")
+
+
+def _nearest_module(pattern: str, known: Collection[str]) -> str:
+    """The end of the message, where all of a module was meant: the one that is spelled most so."""
+    if not pattern.endswith(".*"):
+        return ""
+    parts = [name.split(".") for name in known]
+    depth = pattern.removesuffix(".*").count(".") + 1
+    modules = {".".join(part[:depth]) for part in parts if len(part) > depth}
+    return nearest(pattern, {f"{module}.*" for module in modules})

@@ -12,89 +12,27 @@ import os
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import onnx
-from rich.console import Group, RenderableType
-from rich.text import Text
 
 from onnx_fold.base.arguments import several
 from onnx_fold.base.progress import Report, ignore
-from onnx_fold.base.schema import SCHEMA_VERSION
-from onnx_fold.base.tables import Shown, counted, new_table
-from onnx_fold.engine.cost import Cost, Saving
 from onnx_fold.engine.protect import known_names, matching, refuse_unknown
 from onnx_fold.errors import CannotWriteError, UsageError
 from onnx_fold.files.load import all_stored, data_files, load
 from onnx_fold.files.neighbours import WORKPLACE
 from onnx_fold.files.output import appearing, check_space
 from onnx_fold.pipeline import fold
-from onnx_fold.report.fold import CheckFailedError, FoldReport, saving_dict, saving_text
+from onnx_fold.report.fold import CheckFailedError, FoldReport
+from onnx_fold.report.folder import FolderReport
 
 __all__ = ["FolderReport", "fold_folder"]
 
 _NOT_HERE = ("output", "in_place", "delete_old_data", "inputs", "calibrate")
 OPTIONS = frozenset(inspect.signature(fold).parameters) - {"model", *_NOT_HERE}
 """The options of :func:`onnx_fold.fold` that can be meant for several models."""
-
-
-@dataclass(frozen=True)
-class FolderReport(Shown):
-    """What :func:`fold_folder` did.
-
-    Attributes:
-        files: The report of each model, by its path in the folder.
-        copied: Other files, which are as they were.
-    """
-
-    files: Mapping[str, FoldReport]
-    copied: tuple[str, ...] = ()
-
-    def __repr__(self) -> str:
-        count = counted(len(self.files), "model")
-        return f"<FolderReport: {count}, {self.saving.share:.1%} of the weights less>"
-
-    @property
-    def saving(self) -> Saving:
-        """Cost of all models before and after."""
-        each = [report.saving for report in self.files.values()]
-        return Saving(_sum(one.before for one in each), _sum(one.after for one in each))
-
-    @property
-    def is_folded(self) -> bool:
-        """Whether anything was folded."""
-        return any(report.folded for report in self.files.values())
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON-ready data."""
-        return {
-            "schema_version": SCHEMA_VERSION,
-            "files": {name: report.to_dict() for name, report in self.files.items()},
-            "total": saving_dict(self.saving),
-            "copied": list(self.copied),
-        }
-
-    def __rich__(self) -> RenderableType:
-        """For the terminal: the report of each model, then the total."""
-        parts: list[RenderableType] = []
-        for name, report in self.files.items():
-            parts += [Text(name, "bold underline"), Text(), report, Text()]
-        table = new_table(f"All of the folder ({counted(len(self.files), 'model')})")
-        table.add_column("model", overflow="fold")
-        for column in ("streams folded", "weights", "after", "saved"):
-            table.add_column(column, justify="right")
-        for name, report in self.files.items():
-            before, after = report.saving.before, report.saving.after
-            numbers = f"{before.weights:,}", f"{after.weights:,}", f"{report.saving.share:.1%}"
-            table.add_row(name, str(len(report.folded)), *numbers)
-        return Group(*parts, table, saving_text(self.saving, self.is_folded))
-
-
-def _sum(costs: Iterable[Cost]) -> Cost:
-    listed = list(costs)
-    return Cost(*(sum(getattr(c, name) for c in listed) for name in ("weights", "bytes", "nodes")))
 
 
 def fold_folder(

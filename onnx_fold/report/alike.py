@@ -61,21 +61,24 @@ def _largest(candidates: Iterable[CandidateReport]) -> float | None:
     return max((each.error for each in candidates if each.error is not None), default=None)
 
 
-def alike(streams: Iterable[StreamReport]) -> list[Alike]:
-    """``streams`` by their structure, in the order of the first of each."""
+def alike(streams: Iterable[StreamReport], *, reasons: int | None = None) -> list[Alike]:
+    """``streams`` by their structure, in the order of the first of each.
+
+    With ``reasons`` only so many of the reasons why a stream stayed tell it from another.
+    """
     found: dict[Hashable, list[StreamReport]] = {}
     for stream in streams:
-        found.setdefault(structure(stream), []).append(stream)
+        found.setdefault(structure(stream, reasons), []).append(stream)
     return [Alike(same) for same in found.values()]
 
 
-def structure(stream: StreamReport) -> Hashable:
-    """Equal for streams that differ in a number of their names only."""
+def structure(stream: StreamReport, most: int | None = None) -> Hashable:
+    """Equal for streams that differ in a number of their names only; see :func:`alike`."""
     layers = tuple(
         (nameless(each.name), each.role, each.weights, each.weights_after) for each in stream.layers
     )
     fold = None if stream.folded is None else (stream.folded.strategy, nameless(stream.folded.text))
-    reasons = frozenset(map(nameless, stream.reasons))
+    reasons = frozenset(map(nameless, stream.reasons[:most]))
     return stream.width, stream.dtype, layers, fold, reasons
 
 

@@ -83,3 +83,12 @@ def _attention(group: dict[str, tuple[str, HeadLayout | None]]) -> Attention:
         kv.heads if kv else None,
         known.head_dim if known else None,
     )
+
+
+def kinds(layers: Iterable[Attention]) -> list[tuple[Attention, int]]:
+    """The first layer of each kind, and how many there are of it."""
+    found: dict[tuple[object, ...], list[Attention]] = {}
+    for each in layers:
+        key = each.kind, each.num_heads, each.num_kv_heads, each.head_dim
+        found.setdefault(key, []).append(each)
+    return [(same[0], len(same)) for same in found.values()]

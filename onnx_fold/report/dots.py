@@ -153,13 +153,15 @@ def speed_plot(report: BenchReport) -> Plot:
         )
         for each in phases
     ]
-    caption = f"speed-up with its 95 % interval; dashed: {limit}, what decode at batch 1 can gain"
+    caption = f"speed-up with its 95 % interval; dashed: {limit}"
+    if report.has_tokens:
+        caption += ", what decode at batch 1 can gain"
     return Plot(rows, ticks, lines, caption)
 
 
 def _named(phase: Phase) -> str:
-    tokens = f"{phase.seq} tokens" if phase.name == "prefill" else f"past {phase.past}"
-    return f"{phase.name}, batch {phase.batch}, {tokens}"
+    sizes = {"prefill": f", {phase.seq} tokens", "decode": f", past {phase.past}"}
+    return f"{phase.name}, batch {phase.batch}{sizes.get(phase.name, '')}"
 
 
 def _step(span: float) -> float:

@@ -21,9 +21,12 @@ from onnx_fold.engine.outcome import CandidateReport, StreamReport
 from onnx_fold.errors import OnnxFoldError
 from onnx_fold.graph.linear import compact
 from onnx_fold.report.alike import Alike, alike
+from onnx_fold.report.verdict import verdict
 
 MAX_REASONS = 2
-"""Reasons shown for one stream; all of them are in the JSON report."""
+"""Reasons shown for one stream where each has a line; all of them are in the JSON report."""
+
+GROUPS = "Group: which changes of basis pass through a stream: general, any; orthogonal, rotations."
 
 
 @dataclass(frozen=True)
@@ -105,13 +108,17 @@ class FoldReport(Shown):
         }
 
     def __rich__(self) -> RenderableType:
-        """For the terminal: what was folded, what was left alone and why, what was gained."""
-        parts: list[RenderableType] = []
+        """For the terminal: the verdict, what was folded, what not and why, what was gained."""
+        parts: list[RenderableType] = [Text(verdict(self), "bold"), Text()]
         if self.folded:
             title = "Would fold" if self.is_plan else "Folded"
-            parts.append(folds_table(self.folded, title, is_long=self.is_long))
+            parts.append(
+                folds_table(self.folded, title, is_long=self.is_long, has_groups=self.is_plan)
+            )
         if self.left_alone:
             parts.append(reasons_table(self.left_alone, is_long=self.is_long))
+        if self.left_alone or (self.folded and self.is_plan):
+            parts.append(Text(GROUPS, "dim"))
         parts += [Text(text) for text in untouched_texts(self)]
         if self.slower_on:
             parts.append(slower_text(self.slower_on))
@@ -141,17 +148,21 @@ def saving_dict(saving: Saving) -> dict[str, Any]:
 
 
 def _kinds(streams: Sequence[StreamReport], is_long: bool) -> list[Alike]:
-    return [Alike([stream]) for stream in streams] if is_long else alike(streams)
+    return [Alike([stream]) for stream in streams] if is_long else alike(streams, reasons=1)
 
 
 def _and_more(kind: Alike) -> str:
     return f"\n(and {kind.count - 1} alike)" if kind.count > 1 else ""
 
 
-def folds_table(streams: Sequence[StreamReport], title: str, *, is_long: bool = True) -> Table:
+def folds_table(
+    streams: Sequence[StreamReport], title: str, *, is_long: bool = True, has_groups: bool = False
+) -> Table:
     """One line for each folded stream, or for all that are alike."""
     table = new_table(f"{title} ({counted(len(streams), 'stream')})")
     table.add_column("what into what", overflow="fold")
+    if has_groups:
+        table.add_column("group")
     table.add_column("by")
     table.add_column("weights", justify="right")
     table.add_column("cond", justify="right")
@@ -162,6 +173,7 @@ def folds_table(streams: Sequence[StreamReport], title: str, *, is_long: bool = 
         errors = [fold.error for fold in folds if fold.error is not None]
         table.add_row(
             folds[0].text + _and_more(kind),
+            *([kind.first.group] if has_groups else []),
             folds[0].strategy,
             f"{-kind.weights_removed:+,}",
             f"{max(conditions):.0e}" if conditions else "",
@@ -174,15 +186,17 @@ def reasons_table(streams: Sequence[StreamReport], *, is_long: bool = True) -> T
     """One line for each stream that was left alone, or for all that are alike; with the reasons."""
     table = new_table(f"Left alone ({counted(len(streams), 'stream')})")
     table.add_column("stream", overflow="fold")
+    table.add_column("group")
     table.add_column("because", overflow="fold")
+    most = MAX_REASONS if is_long else 1
     for kind in _kinds(streams, is_long):
         stream = kind.first
-        more = len(stream.reasons) - MAX_REASONS
+        more = len(stream.reasons) - most
         shown = [
-            *stream.reasons[:MAX_REASONS],
+            *stream.reasons[:most],
             *([f"and {counted(more, 'more reason')}"] if more > 0 else []),
         ]
-        table.add_row(_arrow(stream) + _and_more(kind), "\n".join(shown))
+        table.add_row(_arrow(stream) + _and_more(kind), stream.group, "\n".join(shown))
     return table
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -26,10 +26,12 @@ from onnx_fold.errors import MissingExtraError
 from onnx_fold.files.output import replacing
 from onnx_fold.graph.linear import compact
 from onnx_fold.report.alike import Repeat, alike, reasons_of, repeats
-from onnx_fold.report.attention import Attention
+from onnx_fold.report.attention import Attention, kinds
 from onnx_fold.report.blocks import WIDTH, Drawing, draw, scale_of
 from onnx_fold.report.dots import parity_plot, speed_plot
 from onnx_fold.report.fold import FoldReport, endings_text, slower_text, untouched_texts
+from onnx_fold.report.folder import FolderReport
+from onnx_fold.report.verdict import verdict
 from onnx_fold.runtime.environment import environment
 from onnx_fold.speed.timing import BenchReport, decimals
 
@@ -61,7 +63,7 @@ class Inspected(Protocol):
         """Opsets, IR version and producer."""
 
 
-AnyReport: TypeAlias = FoldReport | ParityReport | BenchReport | Inspected
+AnyReport: TypeAlias = FoldReport | FolderReport | ParityReport | BenchReport | Inspected
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,7 @@ class Page:
     undrawn: int = 0
     sections: defaultdict[str, Any] = field(default_factory=lambda: defaultdict(list))
     environment: Sequence[tuple[str, str]] = ()
+    parts: list[tuple[str, Page]] = field(default_factory=list)
 
 
 def check() -> None:
@@ -104,7 +107,8 @@ def write_page(
     """Write ``report`` as one HTML file.
 
     Args:
-        report: What ``fold`` (its ``report``), ``inspect``, ``verify`` or ``bench`` returned.
+        report: What ``fold`` or ``export`` (its ``report``), ``fold_folder``, ``inspect``,
+            ``verify`` or ``bench`` returned.
         path: File to write; one that is there is replaced.
         command: The command that made it, to be shown.
         models: Names of the models, to be shown.
@@ -127,6 +131,8 @@ def page(report: AnyReport, *, command: str = "", models: str = "") -> str:
         content = _verify(report)
     elif isinstance(report, FoldReport):
         content = _fold(report)
+    elif isinstance(report, FolderReport):
+        content = _folder(report)
     else:
         content = _inspect(report)
     return _template().render(
@@ -176,8 +182,10 @@ def _amount(number: float) -> str:
 
 
 def _fold(report: FoldReport) -> Page:
-    verdict, tone = _verdict(report)
-    made = Page("Plan of a fold" if report.is_plan else "Fold", verdict, tone)
+    words, tone = _verdict(report)
+    made = Page("Plan of a fold" if report.is_plan else "Fold", words, tone)
+    if not report.folded:
+        made.reason = verdict(report)
     made.figures = [*_figures(report)]
     foldable = [stream for stream in report.streams if stream.is_foldable]
     blocks = repeats(foldable)
@@ -193,8 +201,15 @@ def _fold(report: FoldReport) -> Page:
         "most": MOST_LISTED,
     }
     if report.verification is not None:
-        made.reason = report.verification.reason
+        made.reason = report.verification.reason or made.reason
         made.sections |= _parity_sections(report.verification)
+    if report.module is not None:
+        made.reason = report.module.reason or made.reason
+        made.sections["module"] = parity_plot(None, report.module, LIMIT)
+        made.sections["module_shapes"] = list(dict.fromkeys(report.module.shapes))
+        made.sections["notes"] = list(
+            dict.fromkeys([*made.sections["notes"], *report.module.notes])
+        )
     made.sections["parity"] = parity_plot(report.proof, report.verification, LIMIT)
     made.sections["unproved"] = {} if report.proof is None else report.proof.unproved
     known = {} if report.verification is None else report.verification.environment
@@ -202,17 +217,39 @@ def _fold(report: FoldReport) -> Page:
     return made
 
 
+def _folder(report: FolderReport) -> Page:
+    """The numbers of all models, then what there is to say of each."""
+    each = report.files.items()
+    made = Page("Fold of a folder", *_verdict_of_all(report))
+    made.figures = [*_sizes(report.saving)]
+    others = f"{counted(len(report.copied), 'other file')} copied"
+    made.figures.append(Figure("models", str(len(report.files)), others))
+    made.parts = [(name, _fold(one)) for name, one in each]
+    made.sections["models"] = each
+    made.environment = [*_flat(environment("cpu"))]
+    return made
+
+
+def _verdict_of_all(report: FolderReport) -> tuple[str, str]:
+    if not all(report.files.values()):
+        return "not the same function", "bad"
+    folded = sum(bool(each.folded) for each in report.files.values())
+    if not folded:
+        return "nothing folds: the models stay as they are", "neutral"
+    return f"{folded} of {counted(len(report.files), 'model')} folded", "good"
+
+
 def _inspect(report: Inspected) -> Page:
     made = _fold(report.plan)
     made.title = "What would fold"
-    made.sections["attention"] = [*_attention(report.attention)]
+    made.sections["attention"] = kinds(report.attention)
     made.sections["model"] = [*_flat(report.metadata)]
     return made
 
 
 def _verdict(report: FoldReport) -> tuple[str, str]:
     count = counted(len(report.folded), "stream")
-    if report.verification is not None and not report.verification.ok:
+    if not report:
         return "not the same function", "bad"
     if not report.folded:
         return "nothing folds: the model stays as it is", "neutral"
@@ -224,7 +261,22 @@ def _verdict(report: FoldReport) -> tuple[str, str]:
 
 
 def _figures(report: FoldReport) -> Iterator[Figure]:
-    saving = report.saving
+    yield from _sizes(report.saving)
+    for provider, folds in report.slower_on.items():
+        detail = f"{counted(len(folds), 'fold')} for size, not for time"
+        yield Figure(f"time on {provider}", "likely more", detail, "bad")
+    if (proof := report.proof) is not None:
+        count = len(proof.proved) + len(proof.unproved) + len(proof.failed)
+        tone = "bad" if proof.failed else "good" if not proof.unproved else ""
+        detail = f"folds in float64, {proof.scope}" if proof.proved else "folds in float64"
+        yield Figure("proved", f"{len(proof.proved)} of {count}", detail, tone)
+    if report.verification is not None:
+        yield _parity_figure(report.verification)
+    if report.module is not None:
+        yield replace(_parity_figure(report.module), name="parity with the PyTorch module")
+
+
+def _sizes(saving: Saving) -> Iterator[Figure]:
     before, after = saving.before, saving.after
     yield Figure("weights", *_change(f"{before.weights:,}", f"{after.weights:,}", saving))
     yield Figure("bytes", *_change(decimal(before.bytes), decimal(after.bytes), saving))
@@ -234,14 +286,7 @@ def _figures(report: FoldReport) -> Iterator[Figure]:
     yield Figure("operators", nodes)
     if saving.weights:
         ratio = f"{saving.speedup:.2f}x"
-        yield Figure("decode at batch 1", f"up to {ratio}", "the ratio of the bytes")
-    if (proof := report.proof) is not None:
-        count = len(proof.proved) + len(proof.unproved) + len(proof.failed)
-        tone = "bad" if proof.failed else "good" if not proof.unproved else ""
-        detail = f"folds in float64, {proof.scope}" if proof.proved else "folds in float64"
-        yield Figure("proved", f"{len(proof.proved)} of {count}", detail, tone)
-    if report.verification is not None:
-        yield _parity_figure(report.verification)
+        yield Figure("ratio of the bytes", ratio, "about what decode at batch 1 can gain")
 
 
 def _change(before: str, after: str, saving: Saving) -> tuple[str, str, str]:
@@ -290,15 +335,6 @@ def _remarks(report: FoldReport) -> Iterator[str]:
         yield str(endings_text(report.endings))
 
 
-def _attention(layers: Sequence[Attention]) -> Iterator[tuple[Attention, int]]:
-    """Layers of one kind in one, counted."""
-    found: dict[tuple[object, ...], list[Attention]] = {}
-    for each in layers:
-        key = each.kind, each.num_heads, each.num_kv_heads, each.head_dim
-        found.setdefault(key, []).append(each)
-    return ((same[0], len(same)) for same in found.values())
-
-
 # --- verify and bench -----------------------------------------------------------------------------
 
 
@@ -340,9 +376,9 @@ def _bench(report: BenchReport) -> Page:
     made = Page("Speed", f"{verdict}, on {report.provider}", tone)
     sizes = f"{decimal(report.bytes_original)} → {decimal(report.bytes_folded)}"
     made.figures = [Figure("weights", sizes, f"ratio {report.bytes_ratio:.3f}x")]
-    made.figures.append(
-        Figure("bytes read a token", f"{report.read_ratio:.3f}x", "the limit of decode at batch 1")
-    )
+    if report.has_tokens:
+        read = f"{report.read_ratio:.3f}x"
+        made.figures.append(Figure("bytes read a token", read, "the limit of decode at batch 1"))
     for name in dict.fromkeys(phase.name for phase in report.phases):
         phase = next(each for each in report.phases if each.name == name)
         counts = f"{phase.pairs} pairs, {phase.loads} loads"
@@ -353,6 +389,7 @@ def _bench(report: BenchReport) -> Page:
     made.sections |= {
         "speed": speed_plot(report),
         "phases": report.phases,
+        "has_tokens": report.has_tokens,
         "digits": decimals,
         "names": report.names,
         "operators": {

@@ -10,6 +10,8 @@ from onnx_ir.passes.common import ShapeInferencePass
 
 from onnx_fold.base.arguments import nearest
 from onnx_fold.errors import UsageError
+from onnx_fold.graph.constants import constant
+from onnx_fold.graph.linear import label
 
 __all__ = ["renamed", "with_outputs"]
 
@@ -78,7 +80,8 @@ def with_outputs(models: Sequence[ir.Model], names: Iterable[str]) -> list[ir.Mo
     for model, which in zip(models, (ORIGINAL, FOLDED), strict=True):
         inner = _made(model)
         for name in sorted(wanted - inner.keys()):
-            raise UsageError(f"{which} has no inner value '{name}'{nearest(name, inner)}")
+            advice = _made_by_layer(name, model) or nearest(name, inner)
+            raise UsageError(f"{which} has no inner value '{name}'{advice}")
     ends = {value.name for model in models for value in model.graph.outputs}
     order = [name for name in _made(models[0]) if name in wanted - ends]
     copies = []
@@ -96,6 +99,15 @@ def _made(model: ir.Model) -> dict[str, ir.Value]:
     """What the nodes of the main graph make, by name, in their order."""
     made = (value for node in model.graph for value in node.outputs)
     return {value.name: value for value in made if value.name}
+
+
+def _made_by_layer(name: str, model: ir.Model) -> str:
+    """The end of the message, where ``name`` is that of a layer in reports."""
+    for node in model.graph:
+        weights = [constant(value) for value in node.inputs if value is not None]
+        if name in {label(node), *(label(node, each) for each in weights if each is not None)}:
+            return f"; the layer of that name makes '{node.outputs[0].name}'"
+    return ""
 
 
 def _named(model: ir.Model) -> set[str]:

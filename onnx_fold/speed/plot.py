@@ -12,7 +12,12 @@ from onnx_fold.files.output import replacing
 if TYPE_CHECKING:
     from onnx_fold.speed.timing import BenchReport, Phase
 
-ROWS = {"prefill": "time to first token, ms", "decode": "time between tokens, ms"}
+AXES = {"prefill": "tokens", "decode": "tokens in the cache", "run": "length"}
+ROWS = {
+    "prefill": "time to first token, ms",
+    "decode": "time between tokens, ms",
+    "run": "time of a run, ms",
+}
 COLOURS = "#1f6f8b", "#c1440e", "#3a7d44", "#b08900", "#6a4c93", "#444444"
 
 
@@ -84,7 +89,7 @@ def _draw(left: Any, right: Any, name: str, phases: Sequence[Phase], report: Ben
         right.errorbar(x, [p.speedup for p in line], spread, capsize=2, **style)
     right.axhline(limit, color="black", lw=0.9, ls="--", label=f"ratio of bytes read, {limit:.2f}")
     right.axhline(1, color="#999999", lw=0.8)
-    label = ("tokens" if name == "prefill" else "tokens in the cache") if by_length else "batch"
+    label = AXES[name] if by_length else "batch"
     ticks = sorted({_length(p) if by_length else p.batch for p in phases})
     for axis, title in ((left, ROWS[name]), (right, "speed-up")):
         scale = "log" if min(ticks) > 0 else "linear"
@@ -102,4 +107,4 @@ def _draw(left: Any, right: Any, name: str, phases: Sequence[Phase], report: Ben
 
 
 def _length(phase: Phase) -> int:
-    return phase.seq if phase.name == "prefill" else phase.past
+    return phase.past if phase.name == "decode" else phase.seq

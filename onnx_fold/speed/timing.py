@@ -55,6 +55,12 @@ __all__ = ["BenchReport", "Phase", "Timing", "bench"]
 RESAMPLES = 2000
 """Bootstrap samples of the spread of a ratio."""
 
+LEAST_PAIRS = 3
+"""Pairs of a load that run however long they take: 12 in the four loads of the default."""
+
+RUN = "run"
+"""The one phase of a model that takes no tokens, such as one of images or of sound."""
+
 _STOP_SPINNING = {"session.force_spinning_stop": "1"}
 """Else the threads of one session wait busily while the other is timed."""
 
@@ -67,7 +73,8 @@ class Timing:
         median_ms: Median, in milliseconds.
         p90_ms: 90th percentile, in milliseconds.
         p99_ms: 99th percentile, in milliseconds.
-        tokens_per_second: Tokens of all rows over the time of all runs.
+        tokens_per_second: Tokens of all rows over the time of all runs; rows, where a phase is a
+            run.
     """
 
     median_ms: float
@@ -81,9 +88,9 @@ class Phase:
     """Prefill or decode, for one batch and one length.
 
     Attributes:
-        name: ``prefill`` or ``decode``.
+        name: ``prefill`` or ``decode``; :data:`RUN` of a model that takes no tokens.
         batch: Rows.
-        seq: New tokens of a row in one run.
+        seq: New tokens of a row in one run, or the length that other inputs have.
         past: Tokens in the cache, in decode before its first step.
         pairs: Runs of each model.
         original: Times of the original model.
@@ -151,6 +158,11 @@ class BenchReport(Shown):
     environment: dict[str, Any] = field(default_factory=dict)
     names: tuple[str, str] = ORIGINAL_AND_FOLDED
 
+    @property
+    def has_tokens(self) -> bool:
+        """Whether the models take tokens: else a phase is a run."""
+        return all(phase.name != RUN for phase in self.phases)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the report for JSON."""
         return {"schema_version": SCHEMA_VERSION, **asdict(self)}
@@ -170,9 +182,11 @@ class BenchReport(Shown):
 
     def __rich__(self) -> RenderableType:
         """Return a table of the phases, the bytes, and the notes."""
+        item = "token" if self.has_tokens else "run"
         size = Text(
             f"weights {decimal(self.bytes_original)} → {decimal(self.bytes_folded)}, bytes ratio"
-            f" {self.bytes_ratio:.3f}x; of those that a token reads {self.read_ratio:.3f}x"
+            f" {self.bytes_ratio:.3f}x; of those that a {item} reads"
+            f" {self.read_ratio:.3f}x"
         )
         parts: list[RenderableType] = [_table(self), size]
         names = dict.fromkeys(each.phase for each in self.operators)
@@ -187,7 +201,7 @@ def bench(
     original: ModelSource,
     folded: ModelSource,
     *,
-    provider: Provider = "cpu",
+    provider: Provider = "auto",
     batch: int | Iterable[int] = 1,
     prefill: int | Iterable[int] = 128,
     past: int | None = None,
@@ -221,7 +235,8 @@ def bench(
         loads: How often both models are loaded, at least 2; each load has its share of the pairs,
             rounded up.
         warmup: Pairs before these, after each load.
-        seconds: Stop a phase after this time, with at least two pairs of each load; None runs all.
+        seconds: Stop a phase after this time, with at least :data:`LEAST_PAIRS` of each load; None
+            runs all.
         threads: Threads of one operator; None lets ONNX Runtime decide.
         cuda_graph: Capture each phase as a CUDA graph, which takes launch overhead out of decode. A
             graph has fixed shapes, so the cache does not grow.
@@ -263,6 +278,10 @@ def bench(
         bed.load((0, 1) if number % 2 == 0 else (1, 0))
         for rows in batches:
             for length in lengths:
+                if not takes_tokens(models[0]):
+                    progress(f"{now}, batch {rows}")
+                    bed.measure(RUN, rows, length, 0)
+                    continue
                 progress(f"{now}, batch {rows}, {length} tokens")
                 bed.measure("prefill", rows, length, 0)
                 bed.measure("decode", rows, 1, length if past is None else past)
@@ -274,6 +293,11 @@ def bench(
     if not report.phases:
         raise UsageError("; ".join(report.notes))
     return report
+
+
+def takes_tokens(model: ir.Model) -> bool:
+    """Whether there are tokens among its inputs, or a cache of them."""
+    return has_cache(model) or token_counts(model, input_shapes(model))[1] is not None
 
 
 _Times: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
@@ -336,13 +360,14 @@ class _TestBed:
         report = self.report
         if not has_cache(self.model):
             past = 0
+        if name == "decode" and not has_cache(self.model):
             report.notes.append("the model has no cache: decode is a run of one token")
         shape = self._really(batch, seq, past)
         if shape in self.tried:
             report.notes.append(f"{name} was left out: the shape of the inputs is fixed")
             return
         self.tried.add(shape)
-        pairs = self._share(report.repeats if name == "prefill" else report.tokens)
+        pairs = self._share(report.tokens if name == "decode" else report.repeats)
         make = self._decode(shape) if name == "decode" else self._fixed(shape)
         try:
             first = make(self.sessions[0])
@@ -365,6 +390,10 @@ class _TestBed:
         """Return the batch, new tokens and past that will run: what is wanted, or what is fixed."""
         shapes = input_shapes(self.model, batch=batch, seq=seq, past=past)
         rows, tokens, cached = token_counts(self.model, shapes)
+        if not takes_tokens(self.model):
+            rows = next((shape[0] for shape in shapes.values() if shape), 1)
+            is_fixed = shapes == input_shapes(self.model, batch=batch, seq=seq + 1)
+            tokens = 1 if is_fixed else seq
         return batch if rows is None else rows, seq if tokens is None else tokens, cached
 
     def values(self, shape: _Shape) -> dict[str, Any]:
@@ -410,7 +439,7 @@ def _paired(
 ) -> _Times:
     """Return the seconds of ``repeats`` runs of both, ``[2, n]``, in the order AB, BA, AB, ...
 
-    After ``seconds`` the warm-up ends, and the runs do after two pairs.
+    After ``seconds`` the warm-up ends, and the runs do after :data:`LEAST_PAIRS`.
     """
     end = time.perf_counter() + seconds
     for i in range(-warmup, 0):
@@ -421,7 +450,7 @@ def _paired(
     second.reset()
     times: list[tuple[float, float]] = []
     for i in range(repeats):
-        if len(times) >= 2 and time.perf_counter() > end:
+        if len(times) >= LEAST_PAIRS and time.perf_counter() > end:
             break
         times.append(_pair(first, second, i))
     return np.array(times).T
@@ -443,7 +472,8 @@ def _phase(name: str, shape: _Shape, loads: Sequence[_Times], seed: int) -> Phas
     times = np.concatenate(loads, axis=1)
     ratios = times[0] / times[1]
     low, high = _spread([each[0] / each[1] for each in loads], seed)
-    original, folded = (_timing(each, shape[0] * shape[1]) for each in times)
+    items = shape[0] * (1 if name == RUN else shape[1])
+    original, folded = (_timing(each, items) for each in times)
     speedup, pairs = float(np.median(ratios)), len(ratios)
     return Phase(name, *shape, pairs, original, folded, speedup, low, high, len(loads))
 
@@ -471,26 +501,37 @@ def _spread(loads: Sequence[Any], seed: int, resamples: int = RESAMPLES) -> tupl
     return float(low), float(high)
 
 
+_READING = {
+    True: "median / 90th / 99th percentile in ms, to the first token (prefill) or between two"
+    " (decode);\nspeed-up with its 95 % interval; tokens a second of the second model",
+    False: "median / 90th / 99th percentile in ms; speed-up with its 95 % interval; rows a second"
+    " of the second model",
+}
+"""How to read the table, of models that take tokens and of others."""
+
+
 def _table(report: BenchReport) -> Table:
-    details = [f"{report.repeats} prefills and {report.tokens} decode steps of each"]
+    what = f"{report.repeats} prefills and {report.tokens} decode steps"
+    details = [f"{what if report.has_tokens else f'{report.repeats} runs'} of each"]
     if report.threads is not None:
         details.append(f"{report.threads} threads")
     if report.cuda_graph:
         details.append("CUDA graphs")
     table = figures_table(
         f"Speed on {report.provider}: {', '.join(details)}",
-        "median / 90th / 99th percentile in ms, to the first token (prefill) or between two"
-        " (decode);\nspeed-up with its 95 % interval; tokens a second of the second model\n"
-        + "; ".join(_counts(report.phases)),
+        "\n".join([_READING[report.has_tokens], "; ".join(_counts(report.phases))]),
     )
     table.add_column("phase", no_wrap=True)
-    sizes, ratios = ("batch", "tokens", "past"), ("tokens/s", "speed-up", "95 %")
+    sizes: tuple[str, ...] = ("batch", "tokens", "past")
+    ratios = ("tokens/s", "speed-up", "95 %")
+    if not report.has_tokens:
+        sizes, ratios = ("batch", "length"), ("rows/s", "speed-up", "95 %")
     for heading in (*sizes, *report.names, *ratios):
         table.add_column(heading, justify="right", no_wrap=True)
     for phase in report.phases:
         table.add_row(
             phase.name,
-            *(str(size) for size in (phase.batch, phase.seq, phase.past)),
+            *(str(size) for size in (phase.batch, phase.seq, phase.past)[: len(sizes)]),
             *(_quantiles(timing) for timing in (phase.original, phase.folded)),
             f"{phase.folded.tokens_per_second:,.0f}",
             f"{phase.speedup:.3f}x",
