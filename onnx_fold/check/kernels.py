@@ -15,23 +15,14 @@ import numpy as np
 import onnx
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
-from scipy import special
 
 from onnx_fold.algebra.device import Array
+from onnx_fold.algebra.operators import Erf
 
 __all__ = ["evaluator", "run"]
 
 _BLOCK = 2**22
 """Elements of windows that are written out at a time."""
-
-
-class Erf(OpRun):
-    """The error function, in the type of its input."""
-
-    op_domain = ""
-
-    def _run(self, x: Array) -> tuple[Array]:
-        return (np.asarray(special.erf(x)).astype(x.dtype),)
 
 
 class GatherElements(OpRun):

@@ -37,6 +37,7 @@ from onnx_fold.engine.outcome import (
     norms_kept,
 )
 from onnx_fold.engine.probe import Subject, probe
+from onnx_fold.engine.splits import split_constants
 from onnx_fold.graph.channels import Group
 from onnx_fold.graph.edit import Editor
 from onnx_fold.graph.linear import Linear, compact
@@ -46,6 +47,7 @@ from onnx_fold.rewriting.rebase import become_identity, rebase
 from onnx_fold.rewriting.rewrite import CannotRewriteError, Rewrite, Work
 from onnx_fold.streams.branches import Branches, find_branches
 from onnx_fold.streams.ends import Activations
+from onnx_fold.streams.fixed import RowLayer, find_row_layers
 from onnx_fold.streams.joined import Joined, find_joined
 from onnx_fold.streams.norms import find_norm_streams
 from onnx_fold.streams.stream import Stream, find_streams
@@ -255,8 +257,8 @@ def propose(strategy: str, text: str, plan: Callable[[], Candidate]) -> Proposal
 class FoldPass(ir.passes.InPlacePass):
     """Base of the fold strategies; also a pass of its own in any ``onnx_ir.passes.Sequential``.
 
-    A strategy sets ``name`` and implements :meth:`candidates`, :meth:`of_branches` or
-    :meth:`of_joined`.
+    A strategy sets ``name`` and implements :meth:`candidates`, :meth:`of_branches`,
+    :meth:`of_joined` or :meth:`of_rows`.
 
     Attributes:
         name: What it is called on the command line.
@@ -294,11 +296,20 @@ class FoldPass(ir.passes.InPlacePass):
         """Yield the ways in which it can fold a layer behind channels side by side."""
         yield from ()
 
+    def of_rows(self, layer: RowLayer) -> Iterator[Proposal]:
+        """Yield the ways in which it can fold a layer that reads rows of a constant."""
+        yield from ()
+
     def proposals(self, subject: Subject) -> Iterator[Proposal]:
         """Yield the ways in which it can fold ``subject``."""
-        if isinstance(subject, Stream):
-            return self.candidates(subject)
-        return self.of_joined(subject) if isinstance(subject, Joined) else self.of_branches(subject)
+        match subject:
+            case Branches():
+                return self.of_branches(subject)
+            case Joined():
+                return self.of_joined(subject)
+            case RowLayer():
+                return self.of_rows(subject)
+        return self.candidates(subject)
 
     def make_identity(self, stream: Stream, layer: Linear, basis: Basis) -> Proposal:
         """Propose ``basis``, in which ``layer`` becomes the identity: ``W T``, and ``T⁻¹ R``.
@@ -354,7 +365,10 @@ def fold_streams(
         each.begin()
     shapes = Shapes(model)
     editor = Editor(model.graph)
-    with make_explicit(model, shapes.without_facts(), editor, options.protect):
+    with (
+        split_constants(model.graph, editor, options.protect),
+        make_explicit(model, shapes.without_facts(), editor, options.protect),
+    ):
         reports = _fold_streams(model, passes, options, activations, shapes, editor, progress)
     for value in model.graph.initializers.values():
         if isinstance(value.const_value, FoldedTensor):
@@ -466,13 +480,16 @@ def _subjects(
 
     progress("looking for streams", 0, 0)
     shapes = inferred or Shapes(model)
+    if _ask(passes, "of_rows"):
+        found = [*find_row_layers(model.graph, shapes, is_picked=False)]
+        yield from told("layer of a constant", found)
     if _ask(passes, "of_branches"):
         yield from told("sum of branches", [*find_branches(model.graph, shapes)])
     if _ask(passes, "of_joined"):
         yield from told("concatenation", [*find_joined(model.graph, shapes)])
     if any(each.group == Group.ORTHOGONAL for each in passes):
-        found = find_norm_streams(model, activations, shapes.without_facts())
-        ends = [each for each in found if each.readers or not each.is_closed]
+        normed = find_norm_streams(model, activations, shapes.without_facts())
+        ends = [each for each in normed if each.readers or not each.is_closed]
         between = [each for each in ends if each.written_by]
         yield from told("stream with norms", between)
     streams = find_streams(model, activations, shapes)
