@@ -4,7 +4,8 @@
 else looks at each row by itself: "precompute the first layer" (N. Graef, arXiv 2402.13388). The
 same holds for a learned query that is repeated for every input: ``repeat(q) W + b`` is
 ``repeat(q W + b)``, and ``d²`` weights are as many as the query has rows. Nothing is inverted, and
-each result is rounded once.
+each result is rounded once. Rows that tokens pick are asked about where the weights count that one
+token reads: the tables store more than the layers did.
 """
 
 from __future__ import annotations

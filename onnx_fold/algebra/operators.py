@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from functools import lru_cache
@@ -14,7 +15,7 @@ from scipy import special
 
 from onnx_fold.algebra.device import Array
 
-__all__ = ["Erf", "on_rows"]
+__all__ = ["Erf", "Gelu", "on_rows"]
 
 _BLOCK = 2**22
 """Elements of rows that go through an operator at a time."""
@@ -27,6 +28,19 @@ class Erf(OpRun):
 
     def _run(self, x: Array) -> tuple[Array]:
         return (np.asarray(special.erf(x)).astype(x.dtype),)
+
+
+class Gelu(OpRun):
+    """``x Φ(x)``, in the type of its input; that of ``onnx.reference`` is exact to float32 only."""
+
+    op_domain = ""
+
+    def _run(self, x: Array, approximate: str | None = None) -> tuple[Array]:
+        if approximate == "tanh":
+            gate = 1.0 + np.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3))
+        else:
+            gate = 1.0 + special.erf(x / math.sqrt(2.0))
+        return (np.asarray(0.5 * x * gate).astype(x.dtype),)
 
 
 def on_rows(
@@ -78,4 +92,4 @@ def _evaluator(node: bytes, opset: int) -> tuple[ReferenceEvaluator, list[str]]:
     graph = onnx.helper.make_graph([proto], "node", infos[:-1], infos[-1:])
     opsets = [onnx.helper.make_opsetid("", opset)]
     model = onnx.helper.make_model(graph, opset_imports=opsets)
-    return ReferenceEvaluator(model, new_ops=[Erf]), names
+    return ReferenceEvaluator(model, new_ops=[Erf, Gelu]), names

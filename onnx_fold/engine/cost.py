@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from onnx_fold.graph.constants import FLOATS, constant
 from onnx_fold.graph.operators import operator
-from onnx_fold.rewriting.rewrite import Work
+from onnx_fold.rewriting.rewrite import Work, read_size
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class Cost:
     Attributes:
         weights: Elements of all floating-point initializers and Constant nodes.
         bytes: Their size as stored.
+        read: Bytes that one token reads of the initializers, see :func:`bytes_read`.
         nodes: Operators, those in the bodies of control flow included; a function call is one, a
             Constant none.
     """
@@ -29,6 +30,7 @@ class Cost:
     weights: int
     bytes: int
     nodes: int = 0
+    read: int = 0
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,11 @@ class Saving:
         """Bytes ratio: the limit of the speed-up of decoding at batch 1."""
         return self.before.bytes / self.after.bytes if self.after.bytes else 1.0
 
+    @property
+    def read_ratio(self) -> float:
+        """Ratio of the bytes that one token reads, where that is not all that is stored."""
+        return self.before.read / self.after.read if self.after.read else 1.0
+
 
 def cost(model: ir.Model) -> Cost:
     """Weigh ``model``; no weight is read."""
@@ -68,6 +75,7 @@ def cost(model: ir.Model) -> Cost:
         weights=sum(tensor.size for tensor in tensors),
         bytes=sum(tensor.nbytes for tensor in tensors),
         nodes=sum(operator(node) != "Constant" for node in model.graph.all_nodes()),
+        read=bytes_read(model),
     )
 
 
@@ -120,15 +128,10 @@ Of what is copied and gathered, the slower of both."""
 
 
 def bytes_read(model: ir.Model) -> int:
-    """Bytes of the initializers that decoding one token reads: all but tables looked up by row."""
+    """Bytes of the initializers that decoding one token reads: one row of a table, else all."""
     return sum(
-        value.const_value.nbytes
+        read_size(value, value.const_value, value.const_value.nbytes)
         for graph in model.graphs()
         for value in graph.initializers.values()
-        if value.const_value is not None and not _is_looked_up(value)
+        if value.const_value is not None
     )
-
-
-def _is_looked_up(value: ir.Value) -> bool:
-    uses = value.uses()
-    return bool(uses) and all(operator(node) == "Gather" and index == 0 for node, index in uses)

@@ -45,6 +45,7 @@ class CandidateReport:
         text: What would be folded into what.
         weights_removed: Elements of initializers saved.
         nodes_added: Operators added, less those removed.
+        reads_removed: Elements that one token reads no more: of a table it reads one row.
         condition: Condition number of the matrix that is inverted; None if none is.
         error: Predicted relative error; None if it was refused before that was known.
         error_original: What rounding alone does to the same rows in the original.
@@ -62,6 +63,7 @@ class CandidateReport:
     error_original: float | None = None
     slower_on: Mapping[str, str] = field(default_factory=dict)
     refused: str | None = None
+    reads_removed: int = 0
 
     @property
     def name(self) -> str:

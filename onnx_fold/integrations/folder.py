@@ -12,7 +12,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,8 @@ class FolderReport(Shown):
 
 def _sum(costs: Iterable[Cost]) -> Cost:
     listed = list(costs)
-    return Cost(*(sum(getattr(c, name) for c in listed) for name in ("weights", "bytes", "nodes")))
+    names = [each.name for each in fields(Cost)]
+    return Cost(*(sum(getattr(c, name) for c in listed) for name in names))
 
 
 def fold_folder(
