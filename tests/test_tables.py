@@ -71,6 +71,13 @@ def test_a_layer_of_a_constant_is_a_constant():
     assert operators(result.model) == ["Mul"]
 
 
+def test_constants_of_constants():
+    """What is seen through a Transpose is a constant like any other."""
+    text = f"""(float[b, t, {OUT}] x) => (float[b, t, {OUT}] y) {{ r = Transpose(Qt) s = Add(r, c)
+        q = MatMul(s, W) y = Mul(x, q) }}"""
+    fold(graph(text, Qt=HELD["Q"].T.copy(), c=normal(D), W=HELD["W"]), only=TABLES)
+
+
 def test_gemm_counts_its_factors():
     text = f"""(float[t, {OUT}] x) => (float[t, n] y) {{ s = Constant <value_ints = [5, {D}]> ()
         r = Expand(Q, s) q = Gemm <alpha = 0.5, beta = 2.0, transB = 1> (r, Wt, b)

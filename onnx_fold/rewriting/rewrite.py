@@ -145,7 +145,7 @@ class Rewrite:
             if _rank(tensor) >= min_rank
         )
         for key, tensor in come.items():
-            read -= stored_size(tensor) // (int(tensor.shape[0]) if key in tables else 1)
+            read -= stored_size(tensor) // (tensor.shape.numpy()[0] if key in tables else 1)
         return read
 
     def weights_after(self, member: End) -> int:

@@ -250,10 +250,7 @@ def find_row_layers(graph: ir.Graph, shapes: Shapes, *, is_picked: bool) -> Iter
 
 
 def _is_layer(rows: Rows) -> bool:
-    """Whether they are what a layer writes, and no gain that is a product for the time of a fold.
-
-    Layers on the way that follow each other are one.
-    """
+    """Whether they are what a layer writes; a gain that is a product for the time is none."""
     layer = rows.layers[-1]
     return layer.y is rows.value and not isinstance(layer.weight.tensor, ImpliedTensor)
 
@@ -277,16 +274,18 @@ _REDUCTIONS = frozenset(
 
 
 def _behind(node: ir.Node, known: dict[ir.Value, Rows], shapes: Shapes) -> Rows | None:
-    """The rows that ``node`` makes, if it makes some."""
+    """The rows that ``node`` makes, if it makes some; a constant is rows where it is read."""
     if len(node.outputs) != 1 or node.domain not in STANDARD or not node.inputs:
+        return None
+    if constant(node.outputs[0]) is not None:
         return None
     if operator(node) == "ConstantOfShape":
         return _repeated(node, shapes)
     if operator(node) in _COPIES:
         return _moved(node, known, shapes)
-    product_ = as_product(node, shapes)
-    if product_ is not None:
-        return _multiplied(product_, known, shapes)
+    layer = as_product(node, shapes)
+    if layer is not None:
+        return _multiplied(layer, known, shapes)
     if operator(node) in _SAME:
         return _unchanged(node, known, shapes)
     return _changed(node, known, shapes)
