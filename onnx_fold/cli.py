@@ -82,7 +82,8 @@ def _planning(command: Callable[..., None]) -> Callable[..., None]:
                 "--only",
                 multiple=True,
                 metavar="PASS",
-                help="Run this pass only (merge, absorb, interpolate, select, rotate).",
+                help="Run this pass only (tables, branches, concat, merge, scale,"
+                " absorb, interpolate, select, rotate).",
             ),
             click.option("--skip", multiple=True, metavar="PASS", help="Do not run this pass."),
             click.option(
@@ -115,11 +116,12 @@ def _planning(command: Callable[..., None]) -> Callable[..., None]:
             ),
             click.option(
                 "--objective",
-                type=click.Choice(["speed", "size"]),
+                type=click.Choice(["speed", "size", "bytes-read"]),
                 default="speed",
                 show_default=True,
                 help="speed: leave folds whose operators take longer than the weights did that they"
-                " save; size: take whatever saves weights.",
+                " save; size: take whatever saves weights; bytes-read: take whatever lets one token"
+                " read fewer weights, also where the file grows, to twice its size at most.",
             ),
             click.option(
                 "--target",

@@ -47,7 +47,7 @@ from onnx_fold.streams.untouched import find_given, find_quantised
 from onnx_fold.trust import Folded, proved, within_limits
 
 OBJECTIVES = get_args(Objective)
-"""What folds are for: never slower, or as few weights as can be."""
+"""What folds are for: never slower, as few weights as can be, or as few of them read a token."""
 
 CHECKS = ("auto", "full", "sampled")
 """Ways to verify a fold: both models whole, some of the folded streams, or whichever fits."""
@@ -208,7 +208,9 @@ def fold(
         objective: What folds are for. ``"speed"`` leaves those whose operators take longer than
             reading and multiplying the weights did that they save, and in 16 bits those with more
             than 3 times the original's error; ``"size"`` takes whatever saves weights, up to 6
-            times, and reports which cost time.
+            times, and reports which cost time. ``"bytes-read"`` is the same, but counts the weights
+            that one token reads, of a table one row: what depends on the token alone is computed
+            for each row of the embedding, and the model may store up to twice the weights for it.
         target: With ``"speed"``, where no fold may cost time: ``"cpu"`` or ``"cuda"``. None is the
             ``provider`` that the fold is checked on.
         verify: Prove each fold in float64 (:mod:`onnx_fold.check.proof`), then compare the models
@@ -252,6 +254,7 @@ def fold(
         force=force,
         device=find_device(device),
         target=_target_of(objective, target, provider),
+        by_reads=objective == "bytes-read",
     )
     _check_options(options, strategy)
     progress("reading", 0, 0)
@@ -426,10 +429,10 @@ def _target_of(
         raise UsageError(f"unknown objective '{objective}'; there are {', '.join(OBJECTIVES)}")
     if target not in (None, *TARGETS):
         raise UsageError(f"unknown target '{target}'; there are {', '.join(TARGETS)}")
-    if objective == "size":
+    if objective != "speed":
         if target is not None:
             raise UsageError(
-                "a target is for the objective speed; size takes all that saves weights"
+                f"a target is for the objective speed; {objective} takes all that saves weights"
             )
         return None
     if target is not None:

@@ -11,6 +11,7 @@ from onnx_fold.passes.merge import MergePass
 from onnx_fold.passes.rotate import RotatePass
 from onnx_fold.passes.scale import ScalePass
 from onnx_fold.passes.select_heads import SelectPass
+from onnx_fold.passes.tables import TablesPass
 
 __all__ = [
     "PASSES",
@@ -22,10 +23,11 @@ __all__ = [
     "RotatePass",
     "ScalePass",
     "SelectPass",
+    "TablesPass",
 ]
 
 PASSES = (
-    *(BranchesPass, ConcatPass, MergePass, ScalePass),
+    *(TablesPass, BranchesPass, ConcatPass, MergePass, ScalePass),
     *(AbsorbPass, InterpolatePass, SelectPass, RotatePass),
 )
 """All strategies, in the order in which they propose."""

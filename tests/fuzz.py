@@ -297,6 +297,15 @@ def embedding(b: Builder) -> list[Value]:
     return [found]
 
 
+def query(b: Builder) -> list[Value]:
+    """A learned query, or zeros, for every input alike."""
+    rows, width = b.choose(1, SEQ), b.integer(1, MAX_WIDTH)
+    shape = (BATCH, rows, width)
+    if b.rarely():
+        return [b.add("Expand", [b.hold(b.numbers()), b.ints(*shape)], shape)]
+    return [b.add("Expand", [b.weight(rows, width), b.ints(*shape)], shape)]
+
+
 # --- Operators that may lie inside a stream, and their twins that may not ------------------------
 
 
@@ -643,6 +652,7 @@ def experts(b: Builder) -> list[Value]:
 
 LINEAR = (
     *(matmul, matmul, matmul, left_matmul, gemm, einsum, conv, fused_matmul, embedding, pixels),
+    query,
 )
 INSIDE = (
     *(unary, softmax, cast, gain, total, dead_skip, where, permute, regroup, axes, repeat, part),

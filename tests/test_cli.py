@@ -491,7 +491,7 @@ def wrong() -> ir.Model:
         (["fold", "m.onnx", "-o", "f.onnx", "--verify", "some"], "'some' is not one of"),
         (["fold", "m.onnx", "-o", "f.onnx", "--pivot", "w"], "'w' is not one of"),
         (["fold", "m.onnx", "-o", "f.onnx", "--only", "melt"],
-         "unknown pass 'melt'; there are branches"),
+         "unknown pass 'melt'; there are tables"),
         (["inspect", "m.onnx", "--skip", "melt"], "unknown pass 'melt'"),
         (["fold", "m.onnx", "-o", "f.onnx", "--report", "f.onnx"], "name the same file"),
         (["fold", "m.onnx", "-o", "f.onnx", "--tolerance", "low"], "not a valid float"),

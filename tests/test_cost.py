@@ -61,7 +61,8 @@ def test_cost_counts_floats_wherever_they_are():
         half=normal(6, dtype=np.float16),
         ids=np.arange(9),
     )
-    assert cost(model) == Cost(weights=4 + 16 + 6, bytes=4 * 4 + 16 * 4 + 6 * 2, nodes=4)
+    size = 4 * 4 + 16 * 4 + 6 * 2
+    assert cost(model) == Cost(weights=4 + 16 + 6, bytes=size, nodes=4, read=size)
 
 
 def test_nothing_weighs_nothing():

@@ -50,6 +50,19 @@ def test_erf_is_as_wide_as_its_input() -> None:
     np.testing.assert_array_equal(evaluator(model)({"x": x})["y"], special.erf(x))
 
 
+@pytest.mark.parametrize("how", ["none", "tanh"])
+def test_gelu_is_as_wide_as_its_input(how: str) -> None:
+    text = f'(double[n] x) => (double[n] y) {{ y = Gelu<approximate = "{how}">(x) }}'
+    x = np.linspace(-3.0, 3.0, 50)
+    inner = (
+        special.erf(x / np.sqrt(2))
+        if how == "none"
+        else np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))
+    )
+    found = evaluator(graph(text, opset=20))({"x": x})["y"]
+    np.testing.assert_allclose(found, x * (1 + inner) / 2, rtol=1e-14)
+
+
 @pytest.mark.parametrize("axis", [0, 1, -1])
 @pytest.mark.parametrize("shape", [(3, 70, 2), (2, 40, 1), (3, 1, 2)])
 def test_gather_elements(axis: int, shape: tuple[int, ...]) -> None:

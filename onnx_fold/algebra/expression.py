@@ -27,6 +27,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from onnx_fold.algebra.device import HOST, Array, Device, Indices, Shape
+from onnx_fold.algebra.operators import on_rows
 from onnx_fold.algebra.storage import InFile, InMemory, OnDemand, OnDisk
 from onnx_fold.errors import NotFiniteError
 
@@ -211,6 +212,19 @@ def _take_spread(node: Expression, indices: Expression, axis: int) -> Expression
     )
 
 
+def _place(operand: int, inputs: Sequence[int | None], ranks: Sequence[int | None]) -> int | None:
+    """The axis of the rows of an operand; None if it is a constant."""
+    is_rows = any(index == operand and rank for index, rank in zip(inputs, ranks, strict=True))
+    return 0 if is_rows else None
+
+
+def _on_rows(
+    _: Expression, device: Device, *operands: Any, inputs: Sequence[int | None], **how: Any
+) -> Any:
+    arrays = [None if index is None else device.fetch(operands[index]) for index in inputs]
+    return device.load(on_rows(operands=arrays, **how))
+
+
 _elementwise = _by_slices(lambda axis, *operands, **_: [axis] * len(operands))
 
 # --- Operations -----------------------------------------------------------------------------------
@@ -306,6 +320,16 @@ Solve = Operation(  # A⁻¹ y, or A⁻ᵀ y (transposed), by the LU factors of 
     shape=lambda lu, y, transposed=False: y.shape,
     dtype=lambda lu, y, transposed=False: y.dtype,
     take=_by_slices(lambda axis, *_, **__: None if axis == 0 else (None, 1)),
+)
+OnRows = Operation(  # [n, width]: what an ONNX operator makes of each row of operands, by itself
+    "OnRows",
+    lambda node, device, *operands, width, **how: _on_rows(node, device, *operands, **how),
+    shape=lambda x, *_, width, **__: (x.shape[0], width),
+    take=_by_slices(
+        lambda axis, *operands, inputs, ranks, **_: (
+            None if axis else [_place(index, inputs, ranks) for index in range(len(operands))]
+        )
+    ),
 )
 Spread = Operation(  # row order[i] is the unit vector units[i], then the next row of rest: [n, d]
     "Spread",

@@ -15,7 +15,7 @@ DeviceName: TypeAlias = Literal["cpu", "cuda"] | str
 Pivot: TypeAlias = Literal["auto", "q", "k", "v", "p"]
 """Which matrix becomes the identity where there is a choice."""
 
-Objective: TypeAlias = Literal["speed", "size"]
+Objective: TypeAlias = Literal["speed", "size", "bytes-read"]
 """What folds are for."""
 
 TargetName: TypeAlias = Literal["cpu", "cuda"]

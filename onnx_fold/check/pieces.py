@@ -43,9 +43,15 @@ def cut(
     outputs = _behind([before[name] for name in stream.changed if name in before], same) & ends
     if not outputs:
         return None
-    inputs = [
-        _in_front((values[name] for name in outputs), ends - outputs) for values in (before, after)
-    ]
+    while True:
+        inputs = [
+            _in_front((values[name] for name in outputs), ends - outputs)
+            for values in (before, after)
+        ]
+        apart = {name for name in inputs[0] ^ inputs[1] if not before[name].is_graph_input()}
+        if not apart:
+            break
+        ends -= apart  # one of them does without: what both read lies in front of it
     if inputs[0] != inputs[1]:
         return None
     first, second = (_extract(model, sorted(inputs[0]), sorted(outputs)) for model in models)

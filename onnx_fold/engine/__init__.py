@@ -16,6 +16,7 @@ from onnx_fold.rewriting.resize import resize_stream
 from onnx_fold.rewriting.rewrite import CannotRewriteError, Rewrite
 from onnx_fold.streams.branches import Branches
 from onnx_fold.streams.ends import ConstantWriter, Reader, Writer
+from onnx_fold.streams.fixed import RowLayer
 from onnx_fold.streams.heads import role
 from onnx_fold.streams.joined import Joined
 from onnx_fold.streams.stream import Stream
@@ -40,6 +41,7 @@ __all__ = [
     "Reader",
     "Recorder",
     "Rewrite",
+    "RowLayer",
     "Stream",
     "Writer",
     "become_identity",

@@ -6,13 +6,14 @@ and after is the limit of the speed-up of decoding (Graef, arXiv 2404.12362, "Ex
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
 from onnx_fold.graph.constants import FLOATS, constant
 from onnx_fold.graph.operators import operator
-from onnx_fold.rewriting.rewrite import Work
+from onnx_fold.rewriting.rewrite import Work, read_size
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Cost:
     Attributes:
         weights: Elements of all floating-point initializers and Constant nodes.
         bytes: Their size as stored.
+        read: Those of them that one token reads: one row of a table, else all.
         nodes: Operators, those in the bodies of control flow included; a function call is one, a
             Constant none.
     """
@@ -29,6 +31,7 @@ class Cost:
     weights: int
     bytes: int
     nodes: int = 0
+    read: int = 0
 
 
 @dataclass(frozen=True)
@@ -53,22 +56,38 @@ class Saving:
         """Bytes ratio: the limit of the speed-up of decoding at batch 1."""
         return self.before.bytes / self.after.bytes if self.after.bytes else 1.0
 
+    @property
+    def read_ratio(self) -> float:
+        """Ratio of the bytes that one token reads, where that is not all that is stored."""
+        return self.before.read / self.after.read if self.after.read else 1.0
+
 
 def cost(model: ir.Model) -> Cost:
     """Weigh ``model``; no weight is read."""
-    stored = [value.const_value for g in model.graphs() for value in g.initializers.values()]
-    bodies: tuple[ir.Graph | ir.Function, ...] = (model.graph, *model.functions.values())
-    stored += [
-        held.tensor
-        for node in (node for body in bodies for node in body.all_nodes())
-        if operator(node) == "Constant" and (held := constant(node.outputs[0])) is not None
-    ]
-    tensors = [tensor for tensor in stored if tensor is not None and tensor.dtype in FLOATS]
+    stored = [(value, tensor) for value, tensor in _stored(model) if tensor.dtype in FLOATS]
     return Cost(
-        weights=sum(tensor.size for tensor in tensors),
-        bytes=sum(tensor.nbytes for tensor in tensors),
+        weights=sum(tensor.size for _, tensor in stored),
+        bytes=sum(tensor.nbytes for _, tensor in stored),
         nodes=sum(operator(node) != "Constant" for node in model.graph.all_nodes()),
+        read=sum(read_size(value, tensor, tensor.nbytes) for value, tensor in stored),
     )
+
+
+def bytes_read(model: ir.Model) -> int:
+    """Bytes of constants that decoding one token reads: one row of a table, else all."""
+    return sum(read_size(value, tensor, tensor.nbytes) for value, tensor in _stored(model))
+
+
+def _stored(model: ir.Model) -> Iterator[tuple[ir.Value, ir.TensorProtocol]]:
+    """What initializers and Constant nodes hold."""
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            if value.const_value is not None:
+                yield value, value.const_value
+    bodies: tuple[ir.Graph | ir.Function, ...] = (model.graph, *model.functions.values())
+    for node in (node for body in bodies for node in body.all_nodes()):
+        if operator(node) == "Constant" and (held := constant(node.outputs[0])) is not None:
+            yield node.outputs[0], held.tensor
 
 
 @dataclass(frozen=True)
@@ -117,18 +136,3 @@ TARGETS = {
 """By provider, measured: see docs/operators-cpu.md, operators-cuda.md and operators-cuda-graph.md.
 CUDA: an operator as in a captured graph, 7.5e6 bytes; launched one by one it takes twice as long.
 Of what is copied and gathered, the slower of both."""
-
-
-def bytes_read(model: ir.Model) -> int:
-    """Bytes of the initializers that decoding one token reads: all but tables looked up by row."""
-    return sum(
-        value.const_value.nbytes
-        for graph in model.graphs()
-        for value in graph.initializers.values()
-        if value.const_value is not None and not _is_looked_up(value)
-    )
-
-
-def _is_looked_up(value: ir.Value) -> bool:
-    uses = value.uses()
-    return bool(uses) and all(operator(node) == "Gather" and index == 0 for node, index in uses)

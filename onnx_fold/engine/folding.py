@@ -28,7 +28,7 @@ from onnx_fold.algebra.expression import Expression, FoldedTensor, ImpliedTensor
 from onnx_fold.algebra.precision import product_dtype, unit_roundoff
 from onnx_fold.base.arguments import Pivot, TargetName
 from onnx_fold.base.progress import Report, ignore
-from onnx_fold.engine.cost import TARGETS
+from onnx_fold.engine.cost import TARGETS, cost
 from onnx_fold.engine.outcome import (
     CandidateReport,
     NormsKept,
@@ -37,6 +37,7 @@ from onnx_fold.engine.outcome import (
     norms_kept,
 )
 from onnx_fold.engine.probe import Subject, probe
+from onnx_fold.engine.splits import split_constants
 from onnx_fold.graph.channels import Group
 from onnx_fold.graph.edit import Editor
 from onnx_fold.graph.linear import Linear, compact
@@ -46,6 +47,7 @@ from onnx_fold.rewriting.rebase import become_identity, rebase
 from onnx_fold.rewriting.rewrite import CannotRewriteError, Rewrite, Work
 from onnx_fold.streams.branches import Branches, find_branches
 from onnx_fold.streams.ends import Activations
+from onnx_fold.streams.fixed import RowLayer, find_row_layers
 from onnx_fold.streams.joined import Joined, find_joined
 from onnx_fold.streams.norms import find_norm_streams
 from onnx_fold.streams.stream import Stream, find_streams
@@ -53,6 +55,9 @@ from onnx_fold.streams.stream import Stream, find_streams
 logger = logging.getLogger(__name__)
 
 PIVOTS = ("auto", "q", "k", "v", "p")
+
+GROWTH = 2
+"""How many times the weights that a model had it may store where only those read count."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,8 @@ class Options:
         device: Where weights are evaluated.
         target: The provider on which no fold may take longer than what it saves; None folds
             whatever saves weights.
+        by_reads: Whether weights count that one token reads, not those that are stored.
+        room: By how many weights the model may still grow.
     """
 
     pivot: Pivot = "auto"
@@ -80,6 +87,8 @@ class Options:
     taken_back: Mapping[str, str] = field(default_factory=dict)
     device: Device = HOST
     target: TargetName | None = None
+    by_reads: bool = False
+    room: int = 0
 
 
 Memo = dict[tuple[object, ...], tuple[CandidateReport, tuple[ir.TensorProtocol, ...]]]
@@ -97,6 +106,7 @@ class Candidate:
         basis: The basis that is inverted, if one is.
         degree_of: What it shares with candidates that differ from it in degree only: of these the
             ones that save less are more accurate. None if there are no such.
+        by_reads: Whether weights count that one token reads, not those that are stored.
     """
 
     strategy: str
@@ -104,6 +114,17 @@ class Candidate:
     rewrite: Rewrite
     basis: Basis | None = None
     degree_of: object = None
+    by_reads: bool = False
+
+    @cached_property
+    def saved(self) -> int:
+        """What counts of the weights that go, less those that come."""
+        return self.reads_removed if self.by_reads else self.weights_removed
+
+    @cached_property
+    def reads_removed(self) -> int:
+        """Elements of initializers that one token reads no more."""
+        return self.rewrite.reads_removed()
 
     @cached_property
     def weights_removed(self) -> int:
@@ -127,8 +148,8 @@ class Candidate:
         Matrices count first: no operator is worth the few weights of a bias. Operators that compute
         sizes, a few integers, do not count.
         """
-        matrices = self.rewrite.weights_removed(min_rank=2)
-        return -matrices, self.work.nodes, -self.weights_removed
+        removed = self.rewrite.reads_removed if self.by_reads else self.rewrite.weights_removed
+        return -removed(min_rank=2), self.work.nodes, -self.saved
 
     @property
     def keeps_layers(self) -> bool:
@@ -136,6 +157,8 @@ class Candidate:
         return self.gain[0] == 0 and not self.rewrite.resized
 
     def _growth(self) -> str:
+        if self.by_reads:
+            return f"one token would read as many weights, and {-self.saved:,} more"
         shared = self.rewrite.shared()
         if shared:
             names = " and ".join(map(repr, shared))
@@ -146,7 +169,7 @@ class Candidate:
 
     def slower_on(self, itemsize: float) -> dict[str, str]:
         """The providers on which it costs time, and where: in decode or in prefill."""
-        work, weights = self.work, self.weights_removed
+        work, weights = self.work, self.saved
         lost = {name: each.loses(work, weights, itemsize) for name, each in TARGETS.items()}
         return {name: phase for name, phase in lost.items() if phase}
 
@@ -177,12 +200,16 @@ class Candidate:
             text=self.text,
             weights_removed=self.weights_removed,
             nodes_added=self.nodes,
+            reads_removed=self.reads_removed,
             slower_on=self.slower_on(stream.dtype.itemsize),
         )
         saves_operators = isinstance(stream, Branches) and self.nodes < 0
         saves_operators |= self.rewrite.drops_implied
-        if self.weights_removed < 0 or (self.weights_removed == 0 and not saves_operators):
+        if self.saved < 0 or (self.saved == 0 and not saves_operators):
             return replace(report, refused=self._growth())
+        if self.weights_removed + options.room < 0:
+            refused = f"it would store {-self.weights_removed:,} weights more, and the model over"
+            return replace(report, refused=f"{refused} {GROWTH} times those that it had")
         if protected := sorted(self.rewrite.names() & options.protect):
             return replace(report, refused=f"'{protected[0]}' is protected")
         if report.name in options.taken_back:
@@ -255,8 +282,8 @@ def propose(strategy: str, text: str, plan: Callable[[], Candidate]) -> Proposal
 class FoldPass(ir.passes.InPlacePass):
     """Base of the fold strategies; also a pass of its own in any ``onnx_ir.passes.Sequential``.
 
-    A strategy sets ``name`` and implements :meth:`candidates`, :meth:`of_branches` or
-    :meth:`of_joined`.
+    A strategy sets ``name`` and implements :meth:`candidates`, :meth:`of_branches`,
+    :meth:`of_joined` or :meth:`of_rows`.
 
     Attributes:
         name: What it is called on the command line.
@@ -296,11 +323,26 @@ class FoldPass(ir.passes.InPlacePass):
         """Yield the ways in which it can fold a layer behind channels side by side."""
         yield from ()
 
+    def of_rows(self, layer: RowLayer) -> Iterator[Proposal]:
+        """Yield the ways in which it can fold a layer that reads rows of a constant."""
+        yield from ()
+
     def proposals(self, subject: Subject) -> Iterator[Proposal]:
         """Yield the ways in which it can fold ``subject``."""
-        if isinstance(subject, Stream):
-            return self.candidates(subject)
-        return self.of_joined(subject) if isinstance(subject, Joined) else self.of_branches(subject)
+        for proposal in self._asked(subject):
+            if isinstance(proposal, Candidate):
+                proposal.by_reads = self.options.by_reads
+            yield proposal
+
+    def _asked(self, subject: Subject) -> Iterator[Proposal]:
+        match subject:
+            case Branches():
+                return self.of_branches(subject)
+            case Joined():
+                return self.of_joined(subject)
+            case RowLayer():
+                return self.of_rows(subject)
+        return self.candidates(subject)
 
     def make_identity(self, stream: Stream, layer: Linear, basis: Basis) -> Proposal:
         """Propose ``basis``, in which ``layer`` becomes the identity: ``W T``, and ``T⁻¹ R``.
@@ -356,7 +398,10 @@ def fold_streams(
         each.begin()
     shapes = Shapes(model)
     editor = Editor(model.graph)
-    with make_explicit(model, shapes.without_facts(), editor, options.protect):
+    with (
+        split_constants(model.graph, editor, options.protect),
+        make_explicit(model, shapes.without_facts(), editor, options.protect),
+    ):
         reports = _fold_streams(model, passes, options, activations, shapes, editor, progress)
     for value in model.graph.initializers.values():
         if isinstance(value.const_value, FoldedTensor):
@@ -381,6 +426,8 @@ def _fold_streams(
     memo: Memo = {}
     phases = _phases(passes)
     rotated: set[ir.Value] = set()
+    if options.by_reads:
+        options = replace(options, room=(GROWTH - 1) * cost(model).weights)
     while True:
         left: list[tuple[int, StreamReport]] = []
         touched: set[ir.Node] = set()
@@ -414,6 +461,8 @@ def _fold_streams(
                 if activations is not None:
                     activations.forget(moved)
                 names = frozenset(v.name for v in (*moved, *rewrite.touched) if v.name)
+                if options.by_reads:
+                    options = replace(options, room=options.room + rewrite.weights_removed())
                 rewrite.apply(editor)
                 logger.info("%s: %s", report.folded.strategy, report.folded.text)
                 touched |= changed
@@ -468,13 +517,17 @@ def _subjects(
 
     progress("looking for streams", 0, 0)
     shapes = inferred or Shapes(model)
+    if _ask(passes, "of_rows"):
+        is_picked = any(each.options.by_reads for each in passes)
+        found = [*find_row_layers(model.graph, shapes, is_picked=is_picked)]
+        yield from told("layer of a constant", found)
     if _ask(passes, "of_branches"):
         yield from told("sum of branches", [*find_branches(model.graph, shapes)])
     if _ask(passes, "of_joined"):
         yield from told("concatenation", [*find_joined(model.graph, shapes)])
     if any(each.group == Group.ORTHOGONAL for each in passes):
-        found = find_norm_streams(model, activations, shapes.without_facts())
-        ends = [each for each in found if each.readers or not each.is_closed]
+        normed = find_norm_streams(model, activations, shapes.without_facts())
+        ends = [each for each in normed if each.readers or not each.is_closed]
         between = [each for each in ends if each.written_by]
         yield from told("stream with norms", between)
     streams = find_streams(model, activations, shapes)
@@ -568,9 +621,9 @@ def _ranked(
         waiting = [candidate for candidate in waiting if not _is_full(candidate, stream)]
     if waiting and later:
         others = [proposal for each in later for proposal in each.proposals(stream)]
-        savings = [each.weights_removed for each in others if isinstance(each, Candidate)]
+        savings = [each.saved for each in others if isinstance(each, Candidate)]
         most = max(savings, default=0)
-        waiting = [each for each in waiting if each.keeps_layers or each.weights_removed >= most]
+        waiting = [each for each in waiting if each.keeps_layers or each.saved >= most]
     yield from _ties(narrowed(waiting))
 
 

@@ -14,6 +14,7 @@ from onnx_fold.graph.linear import compact
 from onnx_fold.rewriting.rewrite import Rewrite, stored_size
 from onnx_fold.streams.branches import Branches
 from onnx_fold.streams.ends import End
+from onnx_fold.streams.fixed import RowLayer
 from onnx_fold.streams.heads import roles
 from onnx_fold.streams.joined import Joined
 from onnx_fold.streams.stream import Opening, Stream
@@ -44,6 +45,7 @@ class CandidateReport:
         text: What would be folded into what.
         weights_removed: Elements of initializers saved.
         nodes_added: Operators added, less those removed.
+        reads_removed: Elements that one token reads no more: of a table it reads one row.
         condition: Condition number of the matrix that is inverted; None if none is.
         error: Predicted relative error; None if it was refused before that was known.
         error_original: What rounding alone does to the same rows in the original.
@@ -61,6 +63,7 @@ class CandidateReport:
     error_original: float | None = None
     slower_on: Mapping[str, str] = field(default_factory=dict)
     refused: str | None = None
+    reads_removed: int = 0
 
     @property
     def name(self) -> str:
@@ -133,7 +136,9 @@ class StreamReport:
 
     @classmethod
     def of(
-        cls, stream: Stream | Branches | Joined, kept: Mapping[ir.Value, NormsKept] = _NOTHING
+        cls,
+        stream: Stream | Branches | Joined | RowLayer,
+        kept: Mapping[ir.Value, NormsKept] = _NOTHING,
     ) -> StreamReport:
         """Describe ``stream`` before anything is done to it.
 
@@ -143,6 +148,8 @@ class StreamReport:
             ends = [stream.source.name or "?"], stream.labels
         elif isinstance(stream, Joined):
             ends = stream.labels, [stream.reader.label]
+        elif isinstance(stream, RowLayer):
+            ends = [stream.rows.source.label], stream.labels
         if not isinstance(stream, Stream):
             dtype, layers = stream.dtype.name.lower(), [*layers_of(stream)]
             group = stream.group.name.lower()
@@ -175,12 +182,15 @@ class StreamReport:
 
 
 def layers_of(
-    stream: Stream | Branches | Joined, rewrite: Rewrite | None = None
+    stream: Stream | Branches | Joined | RowLayer, rewrite: Rewrite | None = None
 ) -> Iterator[LayerReport]:
     """Its tables, writers and readers, in this order, and what ``rewrite`` makes of them."""
     roles: list[tuple[Role, Sequence[End]]]
     if isinstance(stream, Branches):
         yield from _layers_of_branches(stream, rewrite)
+        return
+    if isinstance(stream, RowLayer):
+        yield from _layers_of_rows(stream, rewrite)
         return
     if isinstance(stream, Joined):
         writers = [writer for each in stream.streams for writer in each.writers]
@@ -207,6 +217,15 @@ def _layers_of_branches(branches: Branches, rewrite: Rewrite | None) -> Iterator
         if rewrite is not None:
             after = 0 if each is not largest else rewrite.weights_in_place_of(branches.result)
         yield LayerReport(each.label, "reader", before, after, each.node.outputs[0].name or "")
+
+
+def _layers_of_rows(each: RowLayer, rewrite: Rewrite | None) -> Iterator[LayerReport]:
+    """Of the layers that go the last one is a table from then on."""
+    for layer in each.rows.layers:
+        before = after = stored_size(layer.weight.tensor)
+        if rewrite is not None:
+            after = rewrite.weights_in_place_of(each.rows.value) if layer is each.layer else 0
+        yield LayerReport(layer.label, "reader", before, after, layer.y.name or "")
 
 
 def _group(stream: Stream, kept: Mapping[ir.Value, NormsKept]) -> Group:

@@ -25,10 +25,11 @@ from onnx_fold.engine.rows import Known, Planned, Rows, holding, times
 from onnx_fold.rewriting.rewrite import Rewrite
 from onnx_fold.streams.branches import Branches
 from onnx_fold.streams.ends import Reader, Writer
+from onnx_fold.streams.fixed import RowLayer
 from onnx_fold.streams.joined import Joined
 from onnx_fold.streams.stream import Stream
 
-Subject: TypeAlias = Stream | Branches | Joined
+Subject: TypeAlias = Stream | Branches | Joined | RowLayer
 """What a pass is asked about."""
 
 
@@ -48,7 +49,7 @@ def probe(
     of ``h`` are not zero, and only some columns of ``y`` are looked at. A probe, not a bound.
 
     Args:
-        subject: A stream, branches, or channels side by side.
+        subject: A stream, branches, channels side by side, or a layer that reads rows.
         rewrite: The change.
         rows: How many rows of ``h`` to draw.
         device: Where to evaluate.
@@ -62,6 +63,8 @@ def probe(
     with np.errstate(over="ignore", invalid="ignore"):
         if isinstance(subject, Branches):
             return run.branches(subject)
+        if isinstance(subject, RowLayer):
+            return run.rows(subject)
         return run.joined(subject) if isinstance(subject, Joined) else run.stream(subject)
 
 
@@ -119,6 +122,13 @@ class _Run:
         made = self._rewrite.replaced[branches.result]
         y_new = self._planned.made(made, None, {branches.source: x})
         return self._errors(y, y, np.zeros_like(y) if y_new is None else y_new.dense)
+
+    def rows(self, layer: RowLayer) -> tuple[float, float]:
+        """What is stored is rounded once, as the last of its layers would round it."""
+        numbers = layer.rows.numbers
+        picked = self._generator.integers(0, numbers.shape[0], self._count)
+        y = self._planned.evaluated(take(numbers, picked, 0)).astype(np.float64)
+        return self._errors(y, y, y)
 
     def _written(self, stream: Stream) -> tuple[Array, Array]:
         """The value of ``stream``, ``[rows, d]``, before and after the change."""

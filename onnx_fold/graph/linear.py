@@ -174,7 +174,13 @@ def find_linears(graph: ir.Graph, shapes: Shapes | None = None) -> list[Linear]:
 
 
 def as_linear(node: ir.Node, shapes: Shapes | None = None) -> Linear | None:
-    """Read ``node`` as a linear layer, if it is one."""
+    """Read ``node`` as a linear layer, if it is one: what it multiplies is computed."""
+    linear = as_product(node, shapes)
+    return None if linear is None or constant(linear.x) is not None else linear
+
+
+def as_product(node: ir.Node, shapes: Shapes | None = None) -> Linear | None:
+    """Read ``node`` as a product by a constant matrix, which may be one of a constant."""
     recognise = _RECOGNISERS.get(operator(node))
     return recognise(node, shapes) if recognise is not None else None
 
@@ -183,12 +189,6 @@ def _held(node: ir.Node, index: int) -> Constant | None:
     """The weight at one input of ``node``; one without elements has no basis to change."""
     found = constant(node.inputs[index]) if index < len(node.inputs) else None
     return found if found is not None and found.dtype in FLOATS and found.size > 0 else None
-
-
-def _computed(node: ir.Node, index: int) -> ir.Value | None:
-    """What is multiplied: an input that is not the same in every run."""
-    value = node.inputs[index]
-    return value if value is not None and constant(value) is None else None
 
 
 def _picked(node: ir.Node, index: int, shapes: Shapes | None) -> tuple[Edge, Constant] | None:
@@ -217,7 +217,7 @@ def _matmul(
     if len(node.inputs) != 2 or alpha == 0.0:
         return None
     for index in (1, 0):
-        value = _computed(node, 1 - index)
+        value = node.inputs[1 - index]
         weight, edge = _held(node, index), (node, index)
         if weight is None and (picked := _picked(node, index, shapes)) is not None:
             edge, weight = picked
@@ -264,7 +264,7 @@ def _fused_matmul(node: ir.Node, shapes: Shapes | None) -> Linear | None:
 
 
 def _gemm(node: ir.Node, shapes: Shapes | None) -> Linear | None:
-    weight, x = _held(node, 1), _computed(node, 0)
+    weight, x = _held(node, 1), node.inputs[0]
     alpha = node.attributes.get_float("alpha", 1.0)
     if weight is None or x is None or alpha == 0.0 or len(weight.shape) != 2:
         return None
@@ -293,7 +293,7 @@ def _optional(node: ir.Node, index: int) -> Edge | None:
 
 def _conv(node: ir.Node, shapes: Shapes | None) -> Linear | None:
     """A convolution reads its channels and writes them, by a matrix for each position."""
-    weight, x = _held(node, 1), _computed(node, 0)
+    weight, x = _held(node, 1), node.inputs[0]
     if weight is None or x is None or node.attributes.get_int("group", 1) != 1:
         return None
     positions = math.prod(weight.shape[2:])
@@ -320,7 +320,7 @@ def _conv(node: ir.Node, shapes: Shapes | None) -> Linear | None:
 
 def _conv_transpose(node: ir.Node, shapes: Shapes | None) -> Linear | None:
     """A transposed convolution: some positions that it writes get less than others, or nothing."""
-    weight, x = _held(node, 1), _computed(node, 0)
+    weight, x = _held(node, 1), node.inputs[0]
     if weight is None or x is None or node.attributes.get_int("group", 1) != 1:
         return None
     axis = 1 - len(weight.shape)
@@ -349,7 +349,7 @@ def _einsum(node: ir.Node, shapes: Shapes | None) -> Linear | None:
     if len(inputs) != 2 or not arrow or len(node.inputs) != 2:
         return None
     index = 1 if _held(node, 1) is not None else 0
-    weight, x = _held(node, index), _computed(node, 1 - index)
+    weight, x = _held(node, index), node.inputs[1 - index]
     of_w, of_x, of_y = inputs[index], inputs[1 - index], result
     if of_x.startswith("...") and of_y.startswith("..."):
         of_x, of_y = of_x[3:], of_y[3:]
@@ -394,7 +394,7 @@ def _einsum(node: ir.Node, shapes: Shapes | None) -> Linear | None:
 
 def _attention(node: ir.Node, shapes: Shapes | None) -> Linear | None:
     """The packed input projection of an attention operator: a reader, whatever follows inside."""
-    weight, x = _held(node, 1), _computed(node, 0)
+    weight, x = _held(node, 1), node.inputs[0]
     if weight is None or x is None or len(weight.shape) != 2:
         return None
     return Linear(

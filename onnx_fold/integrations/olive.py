@@ -60,7 +60,7 @@ class OnnxFold(Pass):  # type: ignore[misc]  # it has no types
         target = Path(resolve_onnx_path(output_model_path, source.name))
         options = {name: getattr(config, name) for name, *_ in _options(self.accelerator_spec)}
         verify, report = options.pop("verify"), options.pop("report")
-        if options["objective"] == "size":
+        if options["objective"] != "speed":
             options["target"] = None
         given = {name: value for name, value in options.items() if value is not None}
         if data_files(source):
@@ -92,7 +92,7 @@ def _options(accelerator: Any) -> Iterator[tuple[str, Any, Any, str]]:
 
     yield (
         *("objective", str, "speed"),
-        f"What folds are for: never slower, or as few weights as can be: "
+        f"What folds are for: never slower, as few weights as can be, or as few bytes a token: "
         f"{one_of(*get_args(Objective))}.",
     )
     yield (

@@ -144,6 +144,7 @@ def saving_dict(saving: Saving) -> dict[str, Any]:
         "weights_removed": saving.weights,
         "weights_removed_share": saving.share,
         "bytes_ratio": saving.speedup,
+        "read_ratio": saving.read_ratio,
     }
 
 
@@ -242,14 +243,20 @@ def saving_text(saving: Saving, is_folded: bool) -> Text:
         return Text(
             f"Nothing folded: {before.weights:,} weights, {before.nodes:,} operators, unchanged."
         )
-    return Text.assemble(
+    text = Text.assemble(
         f"Weights {before.weights:,} → {after.weights:,} (",
-        (f"-{saving.share:.1%}", "bold green"),
+        (f"{-saving.share:+.1%}", "bold green" if saving.share > 0 else "bold"),
         f"), {decimal(before.bytes)} → {decimal(after.bytes)}, operators {before.nodes:,} →"
         f" {after.nodes:,}; bytes ratio ",
-        (f"{saving.speedup:.2f}x", "bold green"),
+        (f"{saving.speedup:.2f}x", "bold green" if saving.share > 0 else "bold"),
         ".",
     )
+    if saving.weights < 0:
+        text.append(
+            f" The file grew so that one token reads less of it: {decimal(before.read)} →"
+            f" {decimal(after.read)}, ratio {saving.read_ratio:.2f}x."
+        )
+    return text
 
 
 def _arrow(stream: StreamReport) -> str:

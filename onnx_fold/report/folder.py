@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -71,4 +71,5 @@ class FolderReport(Shown):
 
 def _sum(costs: Iterable[Cost]) -> Cost:
     listed = list(costs)
-    return Cost(*(sum(getattr(c, name) for c in listed) for name in ("weights", "bytes", "nodes")))
+    names = [each.name for each in fields(Cost)]
+    return Cost(*(sum(getattr(c, name) for c in listed) for name in names))

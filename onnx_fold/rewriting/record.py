@@ -107,6 +107,11 @@ class Recorder:
         """Note an operator with one output, which is ``like`` another value."""
         return self._step(Step(self._before, operator, inputs, attributes, like=like))[0]
 
+    def again(self, node: ir.Node, *inputs: Operand | None) -> Made:
+        """Note what ``node`` does, which has one output, once more, with other ``inputs``."""
+        told = {each.name: each.value for each in node.attributes.values()}
+        return self._step(Step(self._before, operator(node), inputs, told))[0]
+
     def split(self, value: Operand, sizes: Sequence[int], axis: int = -1) -> tuple[Made, ...]:
         """Note a Split of the channel axis of ``value`` into parts of ``sizes``."""
         return self._step(Step(self._before, "Split", (value,), {"axis": axis}, tuple(sizes)))

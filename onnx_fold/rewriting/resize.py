@@ -43,7 +43,7 @@ def _resize(value: ir.Value, stream: Stream, width: int, rewrite: Rewrite) -> No
     shape_input = channels(node).shape_input
     if shape_input is None:
         return
-    shape = _resized_shape(node, stream, width, rewrite)
+    shape = resized_shape(node, stream, width, rewrite)
     if isinstance(shape, ir.TensorProtocol):
         rewrite.stored[node, shape_input] = shape
     elif shape is not None:
@@ -54,7 +54,7 @@ def _names_axes(node: ir.Node) -> bool:
     return "axes" in node.attributes or (len(node.inputs) > 1 and node.inputs[1] is not None)
 
 
-def _resized_shape(
+def resized_shape(
     node: ir.Node, stream: Stream, width: int, rewrite: Rewrite
 ) -> ir.TensorProtocol | Made | None:
     """The shape input that ``node`` (Reshape, Expand) needs for ``width`` channels.

@@ -133,7 +133,20 @@ class Rewrite:
         def total(tensors: Iterable[ir.TensorProtocol]) -> int:
             return sum(stored_size(tensor) for tensor in tensors if _rank(tensor) >= min_rank)
 
-        return total(self._gone()) - total(come.values())
+        return total(self._gone().values()) - total(come.values())
+
+    def reads_removed(self, min_rank: int = 0) -> int:
+        """The same of what one token reads: of a table that rows are picked from, one row."""
+        tables = self._new_tables()
+        come = {id(tensor): tensor for tensor in self._new_tensors() if _rank(tensor) >= min_rank}
+        read = sum(
+            read_size(leaf, tensor, stored_size(tensor))
+            for leaf, tensor in self._gone().items()
+            if _rank(tensor) >= min_rank
+        )
+        for key, tensor in come.items():
+            read -= stored_size(tensor) // (tensor.shape.numpy()[0] if key in tables else 1)
+        return read
 
     def weights_after(self, member: End) -> int:
         """Elements that a layer or table weighs once it is applied: 0 if it is the identity."""
@@ -153,14 +166,14 @@ class Rewrite:
     @property
     def drops_implied(self) -> bool:
         """Whether a matrix goes that was written out only to be merged."""
-        return any(isinstance(tensor, ImpliedTensor) for tensor in self._gone())
+        return any(isinstance(tensor, ImpliedTensor) for tensor in self._gone().values())
 
-    def _gone(self) -> list[ir.TensorProtocol]:
-        """The weights that go."""
+    def _gone(self) -> dict[ir.Value, ir.TensorProtocol]:
+        """The weights that go, by what holds them."""
         values = self._unread().values
         held = {each.leaf: each for each in map(constant, values) if each is not None}
-        weights = [each for leaf, each in held.items() if leaf in values and each.dtype in FLOATS]
-        return [each.tensor for each in weights]
+        gone = {leaf: each for leaf, each in held.items() if leaf in values}
+        return {leaf: each.tensor for leaf, each in gone.items() if each.dtype in FLOATS}
 
     def work(self) -> Work:
         """What it adds for one token."""
@@ -223,6 +236,17 @@ class Rewrite:
         for tensor in (*self.stored.values(), *self.biases.values(), *held):
             if isinstance(tensor, FoldedTensor):
                 yield tensor
+
+    def _new_tables(self) -> set[int]:
+        """Ids of the new tensors from which nothing but rows is picked."""
+        picked: dict[int, list[bool]] = defaultdict(list)
+        for (node, index), tensor in self.stored.items():
+            picked[id(tensor)].append(_picks_rows(node, index))
+        for step in self._steps():
+            for index, operand in enumerate(step.inputs):
+                if isinstance(operand, Held):
+                    picked[id(operand.content)].append(_picks_rows(step, index))
+        return {key for key, picks in picked.items() if all(picks)}
 
     def _entries(self) -> list[Entry]:
         """What has to be built, in order."""
@@ -339,6 +363,21 @@ class Rewrite:
 def stored_size(tensor: ir.TensorProtocol) -> int:
     """Elements that are stored of ``tensor``."""
     return tensor.stored_size if isinstance(tensor, ImpliedTensor) else tensor.size
+
+
+def read_size(value: ir.Value, tensor: ir.TensorProtocol, size: int) -> int:
+    """How much of the ``size`` of a constant, ``tensor``, one token reads: a row of a table."""
+    is_table = bool(value.uses()) and all(_picks_rows(node, index) for node, index in value.uses())
+    dims = tensor.shape.numpy()
+    return size // max(1, dims[0]) if is_table and dims else size
+
+
+def _picks_rows(node: ir.Node | Step, index: int) -> bool:
+    """Whether an input is a table, of which ``node`` picks rows."""
+    name = node.operator if isinstance(node, Step) else operator(node)
+    axis = node.attributes.get("axis", 0)
+    number = axis.as_int() if isinstance(axis, ir.Attr) else axis
+    return name == "Gather" and index == 0 and number == 0
 
 
 def _rank(tensor: ir.TensorProtocol) -> int:
