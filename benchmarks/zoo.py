@@ -183,7 +183,7 @@ def models() -> Iterator[Model]:
         "segformer-b0",
         _segformer,
         None,
-        lambda: (torch.randn(1, 3, 256, 256),),
+        lambda: (torch.randn(1, 3, 512, 512),),
         {"dynamo": False, "opset_version": 17},
     )
 
