@@ -215,7 +215,9 @@ def _by_cases(model: ir.Model) -> dict[str, Dims]:
     if not 0 < len(symbols) <= len(_CASES[0]):
         return {}
     cases = [dict(zip(symbols, case, strict=False)) for case in _CASES]
-    names = {tuple(case[symbol] for case in cases): symbol for symbol in symbols}
+    names: dict[tuple[Dim, ...], Dim] = {
+        tuple(case[symbol] for case in cases): symbol for symbol in symbols
+    }
 
     def name_of(sizes: tuple[Dim, ...]) -> Dim:
         if not all(isinstance(size, int) for size in sizes):
