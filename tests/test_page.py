@@ -22,6 +22,7 @@ from onnx_fold.report.alike import alike, nameless, reasons_of, repeats
 from onnx_fold.report.blocks import WIDTH, draw, scale_of
 from onnx_fold.report.dots import parity_plot, speed_plot
 from onnx_fold.report.fold import FoldReport
+from onnx_fold.report.folder import FolderReport
 from onnx_fold.report.page import page, write_page
 from onnx_fold.speed.timing import BenchReport, Phase, Timing
 
@@ -448,11 +449,12 @@ def reports(deep):
         ),
         "parity": deep.report.verification,
         "bench": timed(),
+        "folder": FolderReport({"a.onnx": deep.report, "b" * 90: report(left)}, ("config.json",)),
     }
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium on the PATH to open the page in")
-@pytest.mark.parametrize("name", ["fold", "plan", "left", "long", "parity", "bench"])
+@pytest.mark.parametrize("name", ["fold", "plan", "left", "long", "parity", "bench", "folder"])
 def test_on_a_phone(deep, tmp_path, name):
     text = page(reports(deep)[name], command="onnx-fold " + "--option " * 30, models="m" * 100)
     frame = tmp_path / "frame.html"
