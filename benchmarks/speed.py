@@ -73,10 +73,10 @@ steps from a cache of that length, which stays on the device. [{name}.json]({nam
 whole reports. Times are medians; in brackets is the 95 % interval of the speed-up, from so many
 *pairs* in so many *loads* of both models, resampled by load. *A/A* is the original against a copy
 of itself, a second file of the same bytes, with the same options: a speed-up within that interval
-is none; rows without it are older than this column. *bytes* is the ratio of the bytes of all weights; *read* that of the bytes that a token
-reads, without the table of the embedding: about what decode at batch 1 can gain. It may be more, as
-a product that goes takes its overhead along. Where no time of a fold is given, other work was done
-beside it.
+is none; rows without it are older than this column. *bytes* is the ratio of the bytes of all
+weights; *read* that of the bytes that a token reads, without the table of the embedding: about what
+decode at batch 1 can gain. It may be more, as a product that goes takes its overhead along. Where
+no time of a fold is given, other work was done beside it.
 
 """
 
