@@ -178,7 +178,7 @@ class Candidate:
         values = work.copied + work.gathered
         return (
             f"it would be slower on {target}: {work.nodes:+} operators and"
-            f" {values:,} values to move a token, for {self.weights_removed:,} weights"
+            f" {values:,} values to move at each position, for {self.weights_removed:,} weights"
             f" (--objective size takes it all the same)"
         )
 
