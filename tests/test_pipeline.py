@@ -49,7 +49,7 @@ def test_not_a_model():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"only": ["mrege"]}, "unknown pass 'mrege'; there are branches"),
+        ({"only": ["mrege"]}, "unknown pass 'mrege'; there are tables, branches"),
         ({"strategy": "best"}, "unknown pass 'best'"),
         ({"pivot": "o"}, "unknown pivot 'o'"),
         ({"protect": ["lm_haed"]}, "nothing in the model is called 'lm_haed'"),
