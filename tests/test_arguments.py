@@ -67,7 +67,9 @@ PAIRS = "verify", "bench"
 @pytest.mark.parametrize("name", ["fold", "inspect", "verify", "bench"])
 def test_defaults_are_those_of_the_command_line(name):
     known = inspect.signature(getattr(onnx_fold, name)).parameters
-    given = cli.cli.commands[name].make_context(name, ["a", "b"][: 1 + (name in PAIRS)]).params
+    files = ["a", "b"][: 1 + (name in PAIRS)]
+    parent = cli.cli.make_context("onnx-fold", [name, *files])
+    given = cli.cli.commands[name].make_context(name, files, parent=parent).params
     for option in given.keys() & known.keys() - OTHERWISE - {"model", "original", "folded"}:
         mine, theirs = several(known[option].default), several(given[option])
         assert [each for each in mine if each] == [each for each in theirs if each], option
