@@ -541,11 +541,11 @@ def test_an_adapter_beside_a_gemm_of_any_number_of_rows() -> None:
 
 # --- Channels that are moved ----------------------------------------------------------------------
 
-PIXELS = {"W": normal(8, 6), "b": normal(6, seed=1), "flat": np.array([0, 8, -1])}
+PIXELS = {"W": normal(32, 24), "b": normal(24, seed=1), "flat": np.array([0, 32, -1])}
 
 
 @pytest.mark.parametrize(
-    ("dims", "back"), [("2, 8, 3, 4", np.array([2, 6, 3, 4])), ("n, 8, h, 4", None)]
+    ("dims", "back"), [("2, 32, 3, 4", np.array([2, 24, 3, 4])), ("n, 32, h, 4", None)]
 )
 def test_a_layer_that_reads_pixels_is_a_convolution(dims: str, back: np.ndarray | None) -> None:
     """``[n, c, h·w]``, transposed, a product, and back: a 1x1 convolution of the image."""
@@ -553,11 +553,11 @@ def test_a_layer_that_reads_pixels_is_a_convolution(dims: str, back: np.ndarray 
     shape += (
         ""
         if back is not None
-        else " p = Shape<start = 2, end = 4>(x) back = Concat<axis = 0>(n, six, p)"
+        else " p = Shape<start = 2, end = 4>(x) back = Concat<axis = 0>(n, width, p)"
     )
-    held = {"back": back} if back is not None else {"six": np.array([6])}
+    held = {"back": back} if back is not None else {"width": np.array([24])}
     source = graph(
-        f"(float[{dims}] x) => (float[{dims.replace('8', '6')}] z) {{ r = Reshape(x, flat)"
+        f"(float[{dims}] x) => (float[{dims.replace('32', '24')}] z) {{ r = Reshape(x, flat)"
         f" t = Transpose<perm = [0, 2, 1]>(r) y = MatMul(t, W) a = Add(y, b) {shape}"
         " u = Transpose<perm = [0, 2, 1]>(a) v = Reshape(u, back) z = Relu(v) }",
         **PIXELS,
@@ -576,7 +576,7 @@ def test_a_convolution_of_rows_is_a_product() -> None:
         " r = Reshape(t, image) y = Conv(r, K, b) g = Reshape(y, rows)"
         " u = Transpose<perm = [0, 2, 1]>(g) z = Relu(u) }",
         K=normal(6, 8, 1, 1),
-        b=PIXELS["b"],
+        b=normal(6, seed=1),
         image=np.array([0, 8, 3, 4]),
         rows=np.array([2, 6, 12]),
     )
@@ -598,8 +598,22 @@ def test_a_convolution_of_rows_is_a_product() -> None:
     ],
 )
 def test_other_moves_stay(body: str) -> None:
-    source = graph(f"(float[2, 8, 4, 4] x) => (float[2, 6, 4, 4] z) {{ {body} }}", W=PIXELS["W"])
+    source = graph(f"(float[2, 32, 4, 4] x) => (float[2, 24, 4, 4] z) {{ {body} }}", W=PIXELS["W"])
     assert proto(fold(source, only=["branches"]).model) == proto(source)
+
+
+@pytest.mark.parametrize("is_image", [True, False])
+def test_few_channels_of_an_image_are_no_convolution(is_image: bool) -> None:
+    """Four heads that are mixed, as in CaiT: a convolution of an image is no faster there."""
+    there, back = ([0, 2, 3, 1], [0, 3, 1, 2]) if is_image else ([0, 2, 1], [0, 2, 1])
+    dims = "5, 5" if is_image else "25"
+    source = graph(
+        f"(float[2, 4, {dims}] x) => (float[2, 4, {dims}] z) {{ t = Transpose<perm = {there}>(x)"
+        f" y = MatMul(t, W) v = Transpose<perm = {back}>(y) z = Softmax<axis = -1>(v) }}",
+        W=normal(4, 4),
+    )
+    found = fold(source, only=["branches"])
+    assert bool(found.report.folded) is not is_image
 
 
 def test_a_bias_behind_a_sum_goes_into_a_convolution() -> None:

@@ -28,6 +28,8 @@ __all__ = ["Branches", "find_branches"]
 _SUMS = ("Add", "Sub", "Sum")
 _BESIDE = ("BatchNormalization", "Transpose")
 _LAYOUTS = ("Flatten", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
+_BLOCK = 16
+"""Channels that ONNX Runtime's convolutions of images take at a time."""
 _LAYERS = ("Conv", "Gemm", "MatMul", "Einsum", "com.microsoft::FusedMatMul")
 
 
@@ -365,16 +367,23 @@ def _laid_out(node: ir.Node, axis: int, shapes: Shapes) -> _Path | None:
             value, at = moved
             positions = _positions(value, axis, shapes) if has_layer and at == axis else None
             if positions is not None and positions == _positions(node.outputs[0], axis, shapes):
-                can_run = axis == -1 or _has_convolutions(value, nodes, shapes)
-                return _Path(value, total, tuple(nodes)) if can_run else None
+                pays = axis == -1 or _pays_as_convolution(value, total, nodes, shapes)
+                return _Path(value, total, tuple(nodes)) if pays else None
     return None
 
 
-def _has_convolutions(value: ir.Value, path: Sequence[ir.Node], shapes: Shapes) -> bool:
-    """Whether a runtime of the model has a kernel for convolutions in the type of ``value``."""
+def _pays_as_convolution(
+    value: ir.Value, total: LinearMap, path: Sequence[ir.Node], shapes: Shapes
+) -> bool:
+    """Whether a runtime of the model has a kernel for it in the type of ``value``, and a fast one.
+
+    Convolutions of images take channels in blocks; with less than one they are no faster.
+    """
     dtype, graph = shapes.dtype(value), path[-1].graph
     alike = (each for each in graph or () if shapes.dtype(each.outputs[0]) == dtype)
-    return dtype == ir.DataType.FLOAT or any(operator(each) == "Conv" for each in alike)
+    can_run = dtype == ir.DataType.FLOAT or any(operator(each) == "Conv" for each in alike)
+    is_narrow = min(total.in_features, total.out_features) < _BLOCK
+    return can_run and not (is_narrow and total.axis < -2)
 
 
 def _moved(node: ir.Node, axis: int, width: int, shapes: Shapes) -> tuple[ir.Value, int] | None:
