@@ -640,3 +640,15 @@ def test_a_resize_by_a_scale_stays() -> None:
         by=np.array([1, 1, 1.1, 1.1], np.float32),
     )
     assert proto(fold(source, only=["branches"]).model) == proto(source)
+
+
+def test_a_shape_that_a_long_chain_reads_stays() -> None:
+    """What is computed from a shape is followed without recursion, and not without end."""
+    chain = " ".join(f"k{i + 1} = Add(k{i}, one)" for i in range(1200))
+    source = graph(
+        f"(float[n, 8, 5, 5] x) => (float[n, 8, 5, 5] z, int64[4] k1200) {{ y = Conv(x, P)"
+        f" k0 = Shape(y) {chain} s = Add(y, x) z = Relu(s) }}",
+        P=normal(8, 8, 1, 1),
+        one=np.array([1]),
+    )
+    assert proto(fold(source, only=["branches"]).model) == proto(source)

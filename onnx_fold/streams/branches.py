@@ -28,6 +28,8 @@ __all__ = ["Branches", "find_branches"]
 _SUMS = ("Add", "Sub", "Sum")
 _BESIDE = ("BatchNormalization", "Transpose")
 _LAYOUTS = ("Flatten", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
+_MAX_SIZES = 32
+"""Operators that compute a size from a shape, at most."""
 _BLOCK = 16
 """Channels that ONNX Runtime's convolutions of images take at a time."""
 _LAYERS = ("Conv", "Gemm", "MatMul", "Einsum", "com.microsoft::FusedMatMul")
@@ -309,12 +311,18 @@ def _inside(
 
 
 def _serves(node: ir.Node, inside: Collection[ir.Node]) -> bool:
-    """Whether what ``node`` makes is needed by those ``inside`` alone."""
-    return all(
-        not value.is_graph_output()
-        and all(user in inside or _serves(user, inside) for user, _ in value.uses())
-        for value in node.outputs
-    )
+    """Whether what ``node`` makes is needed by those ``inside`` alone, whatever is made of it."""
+    queue, seen = [node], {node}
+    while queue:
+        for value in queue.pop().outputs:
+            if value.is_graph_output():
+                return False
+            users = {user for user, _ in value.uses()} - seen.union(inside)
+            seen |= users
+            queue.extend(users)
+        if len(seen) > _MAX_SIZES:
+            return False
+    return True
 
 
 def _way(node: ir.Node, axis: int, shapes: Shapes) -> _Path | None:
