@@ -17,7 +17,8 @@ uniform, with 0.58 of the deviation of its bound.
 compared too, and ``B`` then goes on with the value of ``A``: so the noise of many layers does not
 add up before anything is looked at. Such a value may mean something else in ``B``, as in another
 basis. It does, and is left out, if ``A`` with this value in the place of its own gets farther from
-the outputs of ``B`` than it was. A difference does not count if it moves the outputs of ``A`` far
+the outputs of ``B`` than it was, or from ``B`` at a value on the way there, which ``B`` computes as
+``A`` does. A difference does not count if it moves the outputs of ``A`` far
 less than the draws do (:data:`IRRELEVANT`): a bias that a softmax cancels is no part of the
 function.
 """
@@ -207,7 +208,17 @@ class _Comparison:
         near as the noise of the layers behind it lets it come.
         """
         given = self.a(feed, {name: folded[name]})
-        return self._distance(given, folded) > 1.5 * self._distance(original, folded)
+        if self._distance(given, folded) > 1.5 * self._distance(original, folded):
+            return True
+        return any(self._moves(other, given, original, folded) for other in {*self.names} - {name})
+
+    def _moves(self, name: str, given: Arrays, original: Arrays, folded: Arrays) -> bool:
+        """Whether ``a`` gets farther off at ``name`` than ``b`` is, which computes it as ``a``."""
+        value = _squares(np.where(np.isfinite(original[name]), original[name], 0.0)).whole
+        moved, own = (
+            _squares(_difference(each[name], original[name])).whole for each in (given, folded)
+        )
+        return moved > 4 * own + self.floor**2 * value
 
     def _distance(self, x: Arrays, y: Arrays) -> float:
         pairs = [(_difference(x[name], y[name]), y[name]) for name in self.outputs]
