@@ -2,7 +2,8 @@
 
 ``x W + s (x A) B = x (W + s A B)`` (LoRA, E. Hu et al., arXiv 2106.09685), and the blocks of
 RepVGG, MobileOne, FastViT and RepViT in the form in which they are trained: convolutions of several
-sizes, an identity, each with a BatchNorm. A BatchNorm beside a layer is a single path of two.
+sizes, an identity, each with a BatchNorm. A BatchNorm beside a layer is a single path of two, and
+so is a layer between operators that move its channels and put them back.
 """
 
 from __future__ import annotations
