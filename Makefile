@@ -12,7 +12,7 @@ demo: $(VENV)/.user
 	$(BIN)/onnx-fold demo
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --durations=15
 
 EXAMPLES ?= 5000
 fuzz: $(VENV)/.dev
