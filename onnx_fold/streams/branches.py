@@ -235,15 +235,11 @@ def _behind_layout(node: ir.Node, axis: int, graph: ir.Graph, shapes: Shapes) ->
             return _put_back(found, node)
         if not channels(producer).is_uniform or len(producer.outputs) > 1:
             return None
-        try:
-            crossed = ports(producer, Port(True, 0, axis), gain.in_features, shapes)
-        except OpensStreamError:
-            return None
-        front = [port for port in crossed or () if not port.is_output]
-        if len(front) != 1 or front[0].index != 0 or producer.inputs[0] is None:
+        front = _in_front(producer, axis, gain.in_features, shapes)
+        if front is None:
             return None
         between.append(value)
-        axis, value = front[0].axis, producer.inputs[0]
+        value, axis = front
     return None
 
 
@@ -397,20 +393,27 @@ def _pays_as_convolution(
 
 def _moved(node: ir.Node, axis: int, width: int, shapes: Shapes) -> tuple[ir.Value, int] | None:
     """What a layout reads, and where the channels are there, if positions stay in order."""
+    front = _in_front(node, axis, width, shapes)
+    if front is not None and operator(node) == "Transpose":
+        x, at = front
+        rank = shapes.rank(x) or 0
+        others = [each for each in node.attributes.get_ints("perm", ()) if each - rank != at]
+        if others != sorted(others) or not others:
+            return None
+    return front
+
+
+def _in_front(node: ir.Node, axis: int, width: int, shapes: Shapes) -> tuple[ir.Value, int] | None:
+    """What ``node`` reads, and where the channels are there; they may come from there alone."""
     x = node.inputs[0]
     try:
         crossed = ports(node, Port(True, 0, axis), width, shapes) or []
     except OpensStreamError:
         return None
-    front = [port.axis for port in crossed if not port.is_output]
-    if x is None or len(front) != 1:
+    front = [port for port in crossed if not port.is_output]
+    if x is None or len(front) != 1 or front[0].index != 0:
         return None
-    if operator(node) == "Transpose":
-        rank = shapes.rank(x) or 0
-        others = [each for each in node.attributes.get_ints("perm", ()) if each - rank != front[0]]
-        if others != sorted(others) or not others:
-            return None
-    return x, front[0]
+    return x, front[0].axis
 
 
 def _positions(value: ir.Value, axis: int, shapes: Shapes) -> Dims | None:
