@@ -127,7 +127,7 @@ def fold_and_count(
     result = onnx_fold.fold(source, objective=objective, verify=False)
     tensors = [
         value.const_value
-        for value in result.model.graph.initializers.values()
+        for value in result.ir.graph.initializers.values()
         if isinstance(value.const_value, FoldedTensor)
     ]
     expressions = [tensor.expression for tensor in tensors]

@@ -8,12 +8,12 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, get_args
 
 import onnx
-import onnx_ir as ir
+import onnx_ir
 from rich.console import Group, RenderableType
 
 from onnx_fold.algebra.basis import max_ratio
@@ -58,23 +58,30 @@ class FoldResult:
     """A folded model and what was done to it.
 
     Attributes:
-        model: The result; the source is never changed.
+        ir: The result; the source is never changed.
         report: What was folded into what, what was not, and why.
         original: The model that it came from.
         source: The file that that came from, if it came from a file.
+        was_proto: The source was an ``onnx.ModelProto``.
     """
 
-    model: ir.Model
+    ir: onnx_ir.Model
     report: FoldReport
-    original: ir.Model
+    original: onnx_ir.Model
     source: Path | None = None
+    was_proto: bool = False
+
+    @cached_property
+    def model(self) -> onnx_ir.Model | onnx.ModelProto:
+        """The result in the type that was given: :attr:`proto` for a message, else :attr:`ir`."""
+        return self.proto if self.was_proto else self.ir
 
     @property
     def proto(self) -> onnx.ModelProto:
         """The result as one message that holds its weights; one over 2 GiB has to be saved."""
-        copy = self.model.clone()
+        copy = self.ir.clone()
         read_in(copy)
-        return ir.to_proto(copy)
+        return onnx_ir.to_proto(copy)
 
     def __repr__(self) -> str:
         return f"<FoldResult: {self.report!r}>"
@@ -102,7 +109,7 @@ class FoldResult:
         """
         target = Path(path)
         check_format(target)
-        check_target(target, _inputs(self.source, self.original, self.model))
+        check_target(target, _inputs(self.source, self.original, self.ir))
         with self._written(target, shard_size, executor):
             pass
 
@@ -120,10 +127,10 @@ class FoldResult:
             or self.report.folded
             or shard_size is not None
             or self.source.suffix != target.suffix
-            or any(external_tensors(self.model))
+            or any(external_tensors(self.ir))
         ):
             return saving(
-                self.model,
+                self.ir,
                 target,
                 in_place=in_place,
                 delete_old_data=delete_old_data,
@@ -226,8 +233,8 @@ def fold(
         progress: Is called with what is being done, bytes written, and bytes in all.
 
     Returns:
-        The folded model and the report. Its weights were evaluated if they were verified or
-        written; else they are when they are read.
+        The folded model, in the type that was given (:attr:`FoldResult.model`), and the report. Its
+        weights were evaluated if they were verified or written; else they are when they are read.
 
     Raises:
         CannotWriteError: The output cannot be written, or is an input; what was there is still
@@ -270,8 +277,9 @@ def fold(
     sizes = None if shapes is None else list(several(shapes))
     most = max_ratio(precision(original), for_size=options.target is None or force)
     how = {"provider": provider, "shapes": sizes, "inputs": inputs, "max_ratio": most}
-    place = source, destination, in_place, mode, how, shard_size, executor, delete_old_data
-    finish = _Finish(*place, progress)
+    given = source, isinstance(model, onnx.ModelProto)
+    place = destination, in_place, mode, how, shard_size, executor, delete_old_data
+    finish = _Finish(*given, *place, progress)
     if not mode:
         return finish(original, plan({}))
     prove = partial(proved, plan, original, progress, strict=strict or force)
@@ -288,7 +296,7 @@ def fold(
 
 
 def _plan(
-    original: ir.Model,
+    original: onnx_ir.Model,
     passes: Sequence[FoldPass],
     options: Options,
     seen: Activations | None,
@@ -314,6 +322,7 @@ class _Finish:
     """Evaluates, writes and judges a folded model."""
 
     source: Path | None
+    was_proto: bool
     destination: Path | None
     in_place: bool
     mode: bool | str
@@ -323,14 +332,14 @@ class _Finish:
     delete_old_data: bool
     progress: Report
 
-    def __call__(self, original: ir.Model, folded: Folded) -> FoldResult:
+    def __call__(self, original: onnx_ir.Model, folded: Folded) -> FoldResult:
         """The result, written if that was asked for.
 
         Raises:
             CheckFailedError: It does not compute the same function, and was not written.
         """
         model, report = folded.model, folded.report
-        result = FoldResult(model, report, original, self.source)
+        result = self._result(original, folded)
         try:
             if self.destination is None or (self.in_place and not report.folded):
                 if self.mode and report.folded:
@@ -343,16 +352,17 @@ class _Finish:
         except WeightError as error:
             raise CheckFailedError(str(error), report) from error
         report = replace(result.report, old_data=left_over(self.destination, old))
-        return replace(result, model=load(self.destination), report=report)
+        return replace(result, ir=load(self.destination), report=report)
 
-    def judged(self, original: ir.Model, folded: Folded) -> ParityReport:
+    def judged(self, original: onnx_ir.Model, folded: Folded) -> ParityReport:
         """The parity of a model that is not written."""
         evaluate(folded.model, self.executor, self.progress)
-        return self._parity(
-            FoldResult(folded.model, folded.report, original, self.source), folded.model
-        )
+        return self._parity(self._result(original, folded), folded.model)
 
-    def _verified(self, result: FoldResult, folded: ir.Model | Path) -> FoldResult:
+    def _result(self, original: onnx_ir.Model, folded: Folded) -> FoldResult:
+        return FoldResult(folded.model, folded.report, original, self.source, self.was_proto)
+
+    def _verified(self, result: FoldResult, folded: onnx_ir.Model | Path) -> FoldResult:
         """``result`` with its verification, made with ``folded``: its model, evaluated.
 
         Raises:
@@ -367,7 +377,7 @@ class _Finish:
             raise CheckFailedError(message, report)
         return replace(result, report=report)
 
-    def _parity(self, result: FoldResult, folded: ir.Model | Path) -> ParityReport:
+    def _parity(self, result: FoldResult, folded: onnx_ir.Model | Path) -> ParityReport:
         after = load(folded)
         fits = self.mode != "auto" or fits_in_memory(result.original, after)
         if self.mode == "full" or (self.mode == "auto" and fits):
@@ -405,10 +415,10 @@ def _target(
     return target
 
 
-def _inputs(*sources: Path | ir.Model | str | os.PathLike[str] | object) -> Iterator[Path]:
+def _inputs(*sources: Path | onnx_ir.Model | str | os.PathLike[str] | object) -> Iterator[Path]:
     """The files that are read: those given, and the data files of models."""
     for source in sources:
-        if isinstance(source, ir.Model):
+        if isinstance(source, onnx_ir.Model):
             yield from (Path(tensor.path) for tensor in external_tensors(source))
         elif isinstance(source, str | os.PathLike):
             yield Path(source)

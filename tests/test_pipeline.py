@@ -20,9 +20,13 @@ def test_every_kind_of_source(model, tmp_path):
     ir.save(model, tmp_path / "m.onnx")
     sources = [model, ir.to_proto(model), tmp_path / "m.onnx", str(tmp_path / "m.onnx")]
     before = proto(model)
-    results = {proto(onnx_fold.fold(source).model) for source in sources}
-    assert len(results) == 1
+    results = [onnx_fold.fold(source) for source in sources]
+    assert len({proto(result.ir) for result in results}) == 1
     assert proto(model) == before
+    types = [ir.Model, onnx.ModelProto, ir.Model, ir.Model]
+    assert [type(result.model) for result in results] == types
+    assert results[1].model is results[1].model  # so that what a caller changes in it stays
+    assert results[1].model == results[1].proto
 
 
 @pytest.mark.filterwarnings("ignore")  # the exporter's own

@@ -59,8 +59,8 @@ class OnnxFold(ir.passes.InPlacePass):
         logger.info("%r", result.report)
         if not result.report.folded:
             return ir.passes.PassResult(model, modified=False)
-        evaluate(result.model, self.options.get("executor"))
-        _become(model, result.model)
+        evaluate(result.ir, self.options.get("executor"))
+        _become(model, result.ir)
         del result
         gc.collect()  # arrays that map the data files: who releases those next would fail
         return ir.passes.PassResult(model, modified=True)

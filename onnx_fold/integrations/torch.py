@@ -88,10 +88,10 @@ def export(
     exported = _exported(module, given, dict(kwargs or {}), torch_onnx_options)
     result = fold_model(exported, **options)
     if options.get("verify", True):
-        evaluate(result.model)
+        evaluate(result.ir)
         how: dict[str, Any] = {"args": given, "kwargs": kwargs, "shapes": shapes}
         how["provider"] = options.get("provider", "auto")
-        parity = verify(module, result.model, **how)
+        parity = verify(module, result.ir, **how)
         result = replace(result, report=replace(result.report, module=parity))
         if not parity:
             before = not result.report.folded or not verify(module, exported, **how)
@@ -101,7 +101,7 @@ def export(
     if output is None:
         return result
     result.save(output, **saving)
-    return replace(result, model=load(output))
+    return replace(result, ir=load(output))
 
 
 def _exported(
