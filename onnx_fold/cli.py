@@ -38,6 +38,30 @@ _PROVIDER = click.option(
 )
 
 
+def _parse_ranges(
+    context: click.Context, option: click.Parameter, values: tuple[str, ...]
+) -> dict[str, tuple[float, float]]:
+    ranges = {}
+    for value in values:
+        try:
+            name, limits = value.rsplit("=", 1)
+            low, high = limits.split(":")
+            ranges[name] = float(low), float(high)
+        except ValueError as error:
+            raise click.BadParameter(f"{value!r} is not like name=0:1") from error
+    return ranges
+
+
+_RANGES = click.option(
+    "--range",
+    "ranges",
+    multiple=True,
+    callback=_parse_ranges,
+    metavar="NAME=LOW:HIGH",
+    help="Where a random input lies, both included; may be given several times.",
+)
+
+
 _QUIET = click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
 
 
@@ -225,7 +249,7 @@ def _running(command: Callable[..., None]) -> Callable[..., None]:
     inputs = click.option(
         "--inputs", type=ModelPath, metavar="FILE.npz", help="Inputs to compare on, by name."
     )
-    return shape(inputs(command))
+    return shape(inputs(_RANGES(command)))
 
 
 @cli.command(short_help="Fold MODEL: same function, fewer weights.")
@@ -305,9 +329,9 @@ def fold(
             "say where to write with -o FILE or --in-place, or ask for a --dry-run"
         )
     if model.is_dir():
-        if in_place or options.pop("inputs") or options.pop("calibrate"):
+        if in_place or any(options.pop(name) for name in ("inputs", "ranges", "calibrate")):
             raise click.UsageError(
-                "--in-place, --inputs and --calibrate are for one model, not for a folder"
+                "--in-place, --inputs, --range and --calibrate are for one model, not for a folder"
             )
         options["verify"] = not no_verify and verify
         _fold_folder(model, None if dry_run else output, report, html, quiet, show_all, options)
@@ -493,6 +517,7 @@ _SEVERAL = "; may be given several times"
 @click.option("--threads", type=int, help="Threads of one operator.")
 @click.option("--cuda-graph", is_flag=True, help="Capture each phase as a CUDA graph.")
 @click.option("--profile", is_flag=True, help="Say where the time goes, by operator.")
+@_RANGES
 @click.option("--plot", type=ModelPath, metavar="FILE.svg", help="Draw latency and speed-up.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @_HTML

@@ -39,6 +39,7 @@ from onnx_fold.graph.widen import precision
 from onnx_fold.report.attention import Attention, find_attention, kinds
 from onnx_fold.report.fold import CheckFailedError, FoldReport
 from onnx_fold.runtime.calibrate import record
+from onnx_fold.runtime.inputs import Ranges
 from onnx_fold.runtime.sessions import onnxruntime, resolve_provider
 from onnx_fold.strategies import OwnPass, passes_of
 from onnx_fold.streams.ends import Activations
@@ -171,6 +172,7 @@ def fold(
     strict: bool = False,
     shapes: Mapping[str, int] | Iterable[Mapping[str, int]] | None = None,
     inputs: str | os.PathLike[str] | Mapping[str, Array] | None = None,
+    ranges: Ranges | None = None,
     provider: Provider = "auto",
     executor: Executor | None = None,
     progress: Report = ignore,
@@ -227,6 +229,7 @@ def fold(
         strict: Take nothing back: one fold that does not pass fails the whole.
         shapes: Sizes of the inputs to compare with, see :func:`onnx_fold.verify`.
         inputs: The inputs to compare with, see there too.
+        ranges: Where random inputs lie, see there too.
         provider: Where to verify: ``"cpu"``, ``"cuda"`` or ``"auto"``.
         executor: Evaluates and writes the weights, in place of threads: one job a tensor, which is
             independent of the others and can be pickled. Its workers must see the same files.
@@ -276,7 +279,8 @@ def fold(
     plan = partial(_plan, original, chosen, options, seen, progress)
     sizes = None if shapes is None else list(several(shapes))
     most = max_ratio(precision(original), for_size=options.target is None or force)
-    how = {"provider": provider, "shapes": sizes, "inputs": inputs, "max_ratio": most}
+    how = {"provider": provider, "shapes": sizes, "inputs": inputs}
+    how |= {"ranges": ranges, "max_ratio": most}
     given = source, isinstance(model, onnx.ModelProto)
     place = destination, in_place, mode, how, shard_size, executor, delete_old_data
     finish = _Finish(*given, *place, progress)

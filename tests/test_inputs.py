@@ -8,6 +8,7 @@ from helpers import model
 from onnx_fold.errors import UsageError
 from onnx_fold.runtime import sessions
 from onnx_fold.runtime.inputs import cache_links, index_limits, make_inputs
+from onnx_fold.speed.timing import takes_tokens
 
 BFLOAT16 = ir.DataType.BFLOAT16.numpy()
 
@@ -189,3 +190,43 @@ def test_inputs_that_do_not_fit_in_memory():
     )
     with pytest.raises(UsageError, match="too much for the memory"):
         make_inputs(model)
+
+
+def test_ranges():
+    source = model(
+        "m (float[n, 4] x, int64[n] steps, bool[n] kept, float[n] other) => (float[n, 4] y)"
+        " { y = Identity(x) }"
+    )
+    ranges = {"x": (0.25, 0.5), "steps": (7, 9)}
+    inputs = make_inputs(source, sizes={"n": 200}, ranges=ranges)
+    assert inputs["x"].min() >= 0.25
+    assert inputs["x"].max() <= 0.5
+    assert inputs["x"].dtype == np.float32
+    assert set(inputs["steps"]) == {7, 8, 9}
+    assert inputs["other"].min() < 0
+    with pytest.raises(UsageError, match="unknown input 'y': the model takes x, steps"):
+        make_inputs(source, ranges={"y": (0, 1)})
+    with pytest.raises(UsageError, match="'kept' holds no numbers"):
+        make_inputs(source, ranges={"kept": (0, 1)})
+    for wrong in ((1, 0), (np.nan, 1), (0, np.inf)):
+        with pytest.raises(UsageError, match="range of input 'x'"):
+            make_inputs(source, ranges={"x": wrong})
+    with pytest.raises(UsageError, match="range of input 'steps'"):
+        make_inputs(source, ranges={"steps": (0.2, 0.8)})  # no whole number is between
+
+
+@pytest.mark.parametrize(
+    ("signature", "tokens"),
+    [
+        ("float[b, t, 8] hidden_states", True),
+        ("float[b, 80, 3000] input_features", False),
+        ("float[b, t, 80] log_mel", False),
+        ("float[b, 1, t] x", False),
+        ("float[1, 50, 8] x", True),
+    ],
+)
+def test_tokens_and_sound(signature, tokens):
+    source = model(
+        f"m ({signature}) => (float[a, b, c] y) {{ y = Identity({signature.split()[-1]}) }}"
+    )
+    assert takes_tokens(source) == tokens

@@ -254,6 +254,34 @@ def test_options_that_make_no_sense(options):
         verify(two(), two(), **options)
 
 
+# --- Where inputs lie -----------------------------------------------------------------------------
+
+
+def positive(operator: str) -> ir.Model:
+    """A layer behind ``operator``: Relu and Identity agree where no input is negative."""
+    text = f"m (float[n, 16] x) => (float[n, 16] y) {{ h = {operator}(x) y = MatMul(h, A) }}"
+    return model(text, A=normal(D, D))
+
+
+def test_ranges_of_inputs(tmp_path):
+    pair = positive("Relu"), positive("Identity")
+    assert not verify(*pair)
+    assert verify(*pair, ranges={"x": (0, 255)})
+    with pytest.raises(UsageError, match="ranges are for random inputs"):
+        verify(*pair, ranges={"x": (0, 1)}, inputs={"x": np.ones((1, D), np.float32)})
+    with pytest.raises(UsageError, match="unknown input 'z'"):
+        verify(*pair, ranges={"z": (0, 1)})
+    paths = [tmp_path / "a.onnx", tmp_path / "b.onnx"]
+    for path, each in zip(paths, pair, strict=True):
+        ir.save(each, path)
+    arguments = ["verify", *map(str, paths), "--range"]
+    for text, code in {"x=0:255": 0, "x=-1:1": 1, "x=0": 2, "0:1": 2}.items():
+        done = CliRunner().invoke(cli.cli, [*arguments, text])
+        assert done.exit_code == code, done.output
+    arguments = ["bench", *map(str, paths), "--repeats", "4", "--warmup", "0", "--range", "x=0:1"]
+    assert CliRunner().invoke(cli.cli, arguments).exit_code == 0
+
+
 # --- The command line -----------------------------------------------------------------------------
 
 

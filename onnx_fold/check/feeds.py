@@ -17,6 +17,7 @@ from onnx_fold.algebra.device import Array
 from onnx_fold.check.judge import Feed
 from onnx_fold.errors import UsageError
 from onnx_fold.runtime.inputs import (
+    Ranges,
     given_inputs,
     has_cache,
     index_limits,
@@ -45,15 +46,19 @@ def make_feeds(
     shapes: Sequence[Mapping[str, int]] | None,
     samples: int,
     seed: int,
+    ranges: Ranges | None = None,
 ) -> list[Feed]:
     """Return the given inputs, or random ones of the given shapes, or of the default ones.
 
     Raises:
-        UsageError: Inputs and shapes are both given, there is nothing to run, or they do not fit.
+        UsageError: Inputs are given beside shapes or ranges, there is nothing to run, or they do
+            not fit.
     """
     if inputs is not None:
         if shapes is not None:
             raise UsageError("pass either inputs or shapes, not both")
+        if ranges:
+            raise UsageError("ranges are for random inputs, not for those that are given")
         return [Feed("given inputs", given_inputs(model, inputs))]
     if samples < 1 or (shapes is not None and not shapes):
         raise UsageError("nothing to run: at least one sample and one shape are needed")
@@ -61,28 +66,30 @@ def make_feeds(
         for sizes in shapes:
             _check_sizes(model, sizes)
         return [
-            _feed(model, dict(sizes), seed + number)
+            _feed(model, dict(sizes), seed + number, ranges)
             for number, sizes in enumerate(itertools.chain(*([s] * samples for s in shapes)))
         ]
     feeds: list[Feed] = []
     for sizes, group in _defaults(model):
         for _ in range(1 if group else samples):
-            feeds.append(_feed(model, sizes, seed + len(feeds), optional=True, group=group))
+            options: Any = {"optional": True, "group": group}
+            feeds.append(_feed(model, sizes, seed + len(feeds), ranges, **options))
     return feeds
 
 
-def frozen_feeds(model: ir.Model, seed: int) -> Iterator[Feed]:
+def frozen_feeds(model: ir.Model, seed: int, ranges: Ranges | None = None) -> Iterator[Feed]:
     """Yield inputs of sizes that the graph itself holds, for one that runs at no other size."""
     held = sorted({*_held_sizes(model), *range(1, 17)} - {0})
     pairs = sorted(itertools.product(held, held), key=lambda pair: (pair[0] * pair[1], pair))
     for batch, seq in pairs:
         if batch <= 4 and seq <= LONGEST:
-            yield _feed(model, {"batch": batch, "seq": seq}, seed, optional=True, group="frozen")
+            sizes = {"batch": batch, "seq": seq}
+            yield _feed(model, sizes, seed, ranges, optional=True, group="frozen")
 
 
-def _feed(model: ir.Model, sizes: Sizes, seed: int, **options: Any) -> Feed:
+def _feed(model: ir.Model, sizes: Sizes, seed: int, ranges: Ranges | None, **options: Any) -> Feed:
     known: Any = {name: sizes[name] for name in ("batch", "seq", "past") if name in sizes}
-    arrays = make_inputs(model, **known, sizes=sizes, seed=seed)
+    arrays = make_inputs(model, **known, sizes=sizes, seed=seed, ranges=ranges)
     return Feed(_label(model, sizes, arrays), arrays, **options)
 
 

@@ -40,7 +40,7 @@ from onnx_fold.graph.widen import precision, widen
 from onnx_fold.runtime import sessions
 from onnx_fold.runtime.environment import environment
 from onnx_fold.runtime.generate import Decoder, Function, GreedyCheck, GreedyParity
-from onnx_fold.runtime.inputs import Arrays, input_symbols
+from onnx_fold.runtime.inputs import Arrays, Ranges, input_symbols
 from onnx_fold.runtime.module import ModuleFunction, is_module
 from onnx_fold.runtime.pair import Pair
 from onnx_fold.runtime.sessions import MissingKernelError, RunFailedError
@@ -143,6 +143,7 @@ def verify(
     samples: int = 1,
     shapes: Mapping[str, int] | Iterable[Mapping[str, int]] | None = None,
     inputs: str | os.PathLike[str] | Mapping[str, Array] | None = None,
+    ranges: Ranges | None = None,
     tolerance: float | None = None,
     max_ratio: float | None = None,
     reference: bool = True,
@@ -176,6 +177,7 @@ def verify(
             original runs none of these, sizes that its graph holds. Of a module, ``()`` for its
             arguments alone.
         inputs: The inputs to run instead of random ones: arrays by name, or an ``.npz`` file.
+        ranges: The lowest and highest value of random inputs, by their names, both included.
         tolerance: A relative error that no output may exceed; it only tightens the rule.
         max_ratio: See the rule; by default the largest with which ``fold`` takes anything: 8, and 6
             in 16 bits.
@@ -237,7 +239,7 @@ def verify(
         decoder = Decoder.of(pair.before)
         check = GreedyCheck(decoder, decoder.start(inputs, seed), greedy)
         inputs = None if inputs is None else check.start
-    feeds, more = _feeds(pair, inputs, shapes, samples, seed)
+    feeds, more = _feeds(pair, inputs, shapes, samples, seed, ranges)
     whole, pair = pair, pair.comparing(several(at))
     run = _Runner(pair, provider, emulate, report.notes, check, more, progress)
     try:
@@ -294,13 +296,14 @@ def _feeds(
     shapes: Mapping[str, int] | Iterable[Mapping[str, int]] | None,
     samples: int,
     seed: int,
+    ranges: Ranges | None,
 ) -> tuple[list[Feed], Iterable[Feed]]:
     """What to run on, and of what to run the first that goes, where nothing of that does."""
     sizes = None if shapes is None else several(shapes)
     if pair.module is not None:
-        return _module_feeds(pair.module, pair.after, sizes, samples, seed), ()
-    feeds = make_feeds(pair.before, inputs, sizes, samples, seed)
-    more = frozen_feeds(pair.before, seed) if inputs is None and shapes is None else ()
+        return _module_feeds(pair.module, pair.after, sizes, samples, seed, ranges), ()
+    feeds = make_feeds(pair.before, inputs, sizes, samples, seed, ranges)
+    more = frozen_feeds(pair.before, seed, ranges) if inputs is None and shapes is None else ()
     if pair.types:
         return list(_held_by(pair.types, feeds)), _held_by(pair.types, more)
     return feeds, more
@@ -312,11 +315,12 @@ def _module_feeds(
     shapes: Sequence[Mapping[str, int]] | None,
     samples: int,
     seed: int,
+    ranges: Ranges | None,
 ) -> list[Feed]:
     """Return the module's arguments, and others of the given shapes, or of the default ones."""
     feeds = [Feed("the given arguments", module.arrays(model))]
     if shapes or (shapes is None and input_symbols(model)):
-        feeds += make_feeds(model, None, shapes, samples, seed)
+        feeds += make_feeds(model, None, shapes, samples, seed, ranges)
     return feeds
 
 

@@ -30,7 +30,7 @@ from onnx_fold.report.folder import FolderReport
 
 __all__ = ["FolderReport", "fold_folder"]
 
-_NOT_HERE = ("output", "in_place", "delete_old_data", "inputs", "calibrate")
+_NOT_HERE = ("output", "in_place", "delete_old_data", "inputs", "ranges", "calibrate")
 OPTIONS = frozenset(inspect.signature(fold).parameters) - {"model", *_NOT_HERE}
 """The options of :func:`onnx_fold.fold` that can be meant for several models."""
 

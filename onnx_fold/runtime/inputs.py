@@ -22,6 +22,7 @@ from onnx_fold.runtime.npz import read_npz, refuse_unknown
 
 __all__ = [
     "Arrays",
+    "Ranges",
     "cache_inputs",
     "cache_links",
     "given_inputs",
@@ -37,6 +38,9 @@ __all__ = [
 
 Arrays: TypeAlias = dict[str, Array]
 """Inputs or outputs of a model by their names."""
+
+Ranges: TypeAlias = Mapping[str, tuple[float, float]]
+"""The lowest and the highest value of random inputs, by their names."""
 
 
 def model_inputs(model: ir.Model) -> list[ir.Value]:
@@ -90,6 +94,7 @@ def make_inputs(
     sizes: Mapping[str, int] | None = None,
     without: Collection[str] = (),
     given: Mapping[str, Array] | None = None,
+    ranges: Ranges | None = None,
 ) -> Arrays:
     """Return random inputs that fit the signature of ``model``.
 
@@ -113,12 +118,15 @@ def make_inputs(
         sizes: Sizes of further symbolic dimensions by their name, such as ``{"height": 224}``.
         without: Names of inputs to leave out.
         given: Inputs that are known already; their symbolic dimensions have the sizes seen there.
+        ranges: Inputs that are drawn between two values, both included, evenly.
 
     Raises:
-        UsageError: An input is not a tensor, has an unknown rank, a dimension is impossible, or
-            all of them do not fit in memory.
+        UsageError: A range is empty, of no input, or of one that holds no numbers; an input is not
+            a tensor, has an unknown rank, a dimension is impossible, or all of them do not fit in
+            memory.
     """
-    inputs, given = model_inputs(model), given or {}
+    inputs, given, ranges = model_inputs(model), given or {}, ranges or {}
+    _check_ranges(inputs, ranges)
     seen = {**_seen_sizes(inputs, given), **(sizes or {})}
     shapes = input_shapes(model, batch=batch, seq=seq, past=past, sizes=seen)
     _, tokens, past = token_counts(model, shapes)
@@ -127,11 +135,41 @@ def make_inputs(
     limits = index_limits(model)
     rng = np.random.default_rng(seed)
     made = {
-        name: _fill(value, shapes[name], (seq, past), limits.get(name), rng)
+        name: _between(value, shapes[name], ranges[name], rng)
+        if name in ranges
+        else _fill(value, shapes[name], (seq, past), limits.get(name), rng)
         for value in inputs
         if (name := _name(value)) not in given and name not in without
     }
     return {**made, **given}
+
+
+def _check_ranges(inputs: Sequence[ir.Value], ranges: Ranges) -> None:
+    known = {_name(value): value for value in inputs}
+    refuse_unknown(ranges, known)
+    for name, (low, high) in ranges.items():
+        dtype = known[name].dtype
+        if not math.isfinite(high - low):
+            raise UsageError(f"the range of input '{name}' has no end: {low} to {high}")
+        if dtype is None or not (dtype.is_floating_point() or dtype.is_integer()):
+            raise UsageError(f"input '{name}' holds no numbers, and has no range")
+        if dtype.is_integer():
+            low, high = math.ceil(low), math.floor(high)
+        if not low <= high:
+            raise UsageError(f"the range of input '{name}' is empty: {low} to {high}")
+
+
+def _between(
+    value: ir.Value, shape: tuple[int, ...], limits: tuple[float, float], rng: np.random.Generator
+) -> Array:
+    """Return numbers between ``limits``, both included."""
+    assert value.dtype is not None
+    low, high = limits
+    if value.dtype.is_integer():
+        drawn = rng.integers(math.ceil(low), math.floor(high), shape, endpoint=True)
+    else:
+        drawn = rng.uniform(low, high, shape)
+    return np.asarray(drawn).astype(value.dtype.numpy())
 
 
 def _check_memory(shapes: Iterable[Sequence[int]]) -> None:
@@ -241,10 +279,20 @@ def _has_depth(value: ir.Value) -> bool:
 
 
 def _is_tokens(value: ir.Value) -> bool:
-    name, rank = _name(value).lower(), None if value.shape is None else value.shape.rank()
-    if "mask" in name or _is_cache(value):
+    name, shape = _name(value).lower(), value.shape
+    if shape is None or "mask" in name or _is_cache(value):
         return False
-    return rank == 3 or (rank == 2 and name.endswith("ids"))
+    if shape.rank() == 3:
+        return not _is_sound(name, shape)
+    return shape.rank() == 2 and name.endswith("ids")
+
+
+def _is_sound(name: str, shape: ir.Shape) -> bool:
+    """Whether ``[batch, channels, time]``, or its other order, is of a spectrum or a wave."""
+    words = "input_features", "mel", "audio", "wave", "spec", "speech", "sound", "fbank"
+    return any(word in name for word in words) or (
+        isinstance(shape[1], int) and not isinstance(shape[2], int)
+    )
 
 
 def token_counts(

@@ -39,7 +39,7 @@ from onnx_fold.errors import UsageError
 from onnx_fold.files.load import ModelSource, blames_models, load, weight_bytes
 from onnx_fold.runtime import sessions
 from onnx_fold.runtime.environment import environment
-from onnx_fold.runtime.inputs import cache_links, has_cache, input_shapes, token_counts
+from onnx_fold.runtime.inputs import Ranges, cache_links, has_cache, input_shapes, token_counts
 from onnx_fold.runtime.pair import signature_difference
 from onnx_fold.runtime.sessions import RunFailedError
 from onnx_fold.speed.operator_times import (
@@ -213,6 +213,7 @@ def bench(
     threads: int | None = None,
     cuda_graph: bool = False,
     profile: bool = False,
+    ranges: Ranges | None = None,
     seed: int = 0,
     progress: Callable[[str], None] = lambda text: None,
 ) -> BenchReport:
@@ -242,6 +243,7 @@ def bench(
             graph has fixed shapes, so the cache does not grow.
         profile: Also say where the time goes, by operator, see
             :mod:`onnx_fold.speed.operator_times`.
+        ranges: The lowest and highest value of random inputs, by their names, both included.
         seed: Seed of the inputs and of the bootstrap.
         progress: Is told what is being timed.
 
@@ -271,7 +273,8 @@ def bench(
         read_ratio=bytes_read(models[0]) / max(bytes_read(models[1]), 1),
         names=headings(original, folded),
     )
-    bed = _TestBed((original, folded), models[0], report, loads, warmup, seconds or np.inf, seed)
+    pairs = loads, warmup, seconds or np.inf
+    bed = _TestBed((original, folded), models[0], report, *pairs, seed, ranges)
     for number in range(loads):
         now = f"load {number + 1} of {loads}"
         progress(now)
@@ -318,6 +321,7 @@ class _TestBed:
     warmup: int
     seconds: float
     seed: int
+    ranges: Ranges | None
     sessions: dict[int, Any] = field(default_factory=dict)
     times: dict[tuple[str, _Shape], list[_Times]] = field(default_factory=dict)
     tried: set[_Shape] = field(default_factory=set)
@@ -431,7 +435,7 @@ class _TestBed:
         return cache_values(self.model, shape[0], shape[2], self.report.provider, self.seed)
 
     def _step(self, shape: _Shape) -> dict[str, Any]:
-        return step_values(self.model, shape, self.report.provider, self.seed)
+        return step_values(self.model, shape, self.report.provider, self.seed, self.ranges)
 
 
 def _paired(
