@@ -10,14 +10,16 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
+import onnx_ir as ir
 from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
 
-from onnx_fold.base.arguments import Provider
+from onnx_fold.base.arguments import Objective, Provider
 from onnx_fold.errors import UsageError
 from onnx_fold.files.load import load
 from onnx_fold.pipeline import fold
+from onnx_fold.report.verdict import verdict
 from onnx_fold.runtime.generate import Decoder, greedy
 from onnx_fold.runtime.sessions import resolve_provider, run, session
 from onnx_fold.speed.timing import bench
@@ -33,8 +35,6 @@ NARROW = (
     " docs/norms.md."
 )
 
-SECOND = "\nThe same with an ordinary one, which keeps its norms: onnx-fold demo --norms"
-
 
 def run_demo(
     console: Console,
@@ -44,64 +44,96 @@ def run_demo(
     provider: Provider = "auto",
     norms: bool = False,
 ) -> bool:
-    """Fold a shipped model, let both models continue ``prompt``, time both.
+    """Fold a shipped model, let both models continue ``prompt``, time both; then another, in short.
 
     Args:
         console: Where to print.
         prompt: Text to continue; None for a piece of Python.
         tokens: Characters to write.
         provider: ``"cpu"``, ``"cuda"`` or ``"auto"``.
-        norms: Take the model that keeps its norms. It is narrow, so it is folded for size.
+        norms: Tell at length, and alone, of the other one, which keeps its norms. It is narrow, so
+            it is folded for size.
 
     Returns:
-        Whether both wrote the same text.
+        Whether the folded models wrote the same text as the original ones.
 
     Raises:
         MissingExtraError: onnxruntime is not installed.
         UsageError: The prompt has characters that the model does not know.
     """
-    provider = resolve_provider(provider)
-    name = "char-gqa-norms.onnx" if norms else "char-gqa.onnx"
-    with resources.as_file(resources.files("onnx_fold.models") / name) as path:
-        return _tell(console, path, prompt or PROMPT, tokens, provider, norms)
+    provider, prompt = resolve_provider(provider), prompt or PROMPT
+    folder = resources.files("onnx_fold.models")
+    with (
+        resources.as_file(folder / "char-gqa.onnx") as plain,
+        resources.as_file(folder / "char-gqa-norms.onnx") as with_norms,
+    ):
+        if norms:
+            same = _tell(console, with_norms, prompt, tokens, provider, "size", "with RMSNorm")
+            console.print(NARROW)
+            return same
+        how = "towards orthogonal projections Q and P"
+        same = _tell(console, plain, prompt, tokens, provider, "speed", how)
+        return _tell_in_short(console, with_norms, prompt, tokens, provider) and same
 
 
 def _tell(
-    console: Console, path: Path, prompt: str, tokens: int, provider: Provider, norms: bool
+    console: Console,
+    path: Path,
+    prompt: str,
+    tokens: int,
+    provider: Provider,
+    objective: Objective,
+    how: str,
 ) -> bool:
-    original = load(path)
-    vocabulary = json.loads(original.metadata_props["onnx_fold.vocab"])
-    decoder = Decoder.of(original)
-    start = decoder.inputs(encode(prompt, vocabulary))
-    loss = float(original.metadata_props["onnx_fold.val_loss"])
     console.print(
-        f"A skipless GQA transformer, trained on Python source ({loss:.2f} nats a character)"
-        f" {'with RMSNorm' if norms else 'towards orthogonal projections Q and P'}:"
-        f" {path.name}, {path.stat().st_size / 1e6:.1f} MB.\n"
+        f"A skipless GQA transformer, trained on Python source ({_loss(path)}) {how}: {path.name},"
+        f" {path.stat().st_size / 1e6:.1f} MB.\n"
     )
-    result = fold(path, provider=provider, objective="size" if norms else "speed")
+    result = fold(path, provider=provider, objective=objective)
     console.print(result.report)
     with TemporaryDirectory() as folder:
         folded = Path(folder) / "folded.onnx"
         result.save(folded)
-        texts = []
-        random = np.random.default_rng(SEED)
-        noise = random.gumbel(scale=TEMPERATURE, size=(tokens, len(vocabulary)))
-        for model in (path, folded):
-            function = functools.partial(run, session(model, provider))
-            written = greedy(decoder, function, start, tokens, noise)
-            texts.append("".join(vocabulary[token] for token, _ in written))
-        same = texts[0] == texts[1]
+        before, after = (_written(each, prompt, tokens, provider) for each in (path, folded))
         console.print(f"\nA sample of {tokens} characters, from the original:")
-        console.print(Padding(Text.assemble((prompt, "bold"), texts[0]), (0, 4)))
-        if same:
+        console.print(Padding(Text.assemble((prompt, "bold"), before), (0, 4)))
+        if before == after:
             console.print("and from the folded model: [bold green]the same text[/].\n")
         else:
             console.print("and from the folded model, which [bold red]differs[/]:")
-            console.print(Padding(Text.assemble((prompt, "bold"), texts[1]), (0, 4)))
+            console.print(Padding(Text.assemble((prompt, "bold"), after), (0, 4)))
         console.print(bench(path, folded, provider=provider, repeats=100))
-        console.print(NARROW if norms else SECOND)
-    return same
+    return before == after
+
+
+def _tell_in_short(
+    console: Console, path: Path, prompt: str, tokens: int, provider: Provider
+) -> bool:
+    result = fold(path, provider=provider, objective="size")
+    before, after = (_written(each, prompt, tokens, provider) for each in (path, result.ir))
+    text = "the same text" if before == after else "[bold red]another text[/]"
+    console.print(
+        f"\nAnd an ordinary one, trained without that, which keeps its norms ({_loss(path)}),"
+        f" folded for size: {verdict(result.report)} It writes {text}."
+        " At length: onnx-fold demo --norms"
+    )
+    return before == after
+
+
+def _loss(path: Path) -> str:
+    return f"{float(load(path).metadata_props['onnx_fold.val_loss']):.2f} nats a character"
+
+
+def _written(model: Path | ir.Model, prompt: str, tokens: int, provider: Provider) -> str:
+    """What ``model`` writes after ``prompt``, with random numbers that are the same each time."""
+    loaded = load(model)
+    vocabulary = json.loads(loaded.metadata_props["onnx_fold.vocab"])
+    noise = np.random.default_rng(SEED).gumbel(scale=TEMPERATURE, size=(tokens, len(vocabulary)))
+    decoder = Decoder.of(loaded)
+    start = decoder.inputs(encode(prompt, vocabulary))
+    function = functools.partial(run, session(model, provider))
+    written = greedy(decoder, function, start, tokens, noise)
+    return "".join(vocabulary[token] for token, _ in written)
 
 
 def encode(text: str, vocabulary: Sequence[str]) -> list[int]:

@@ -720,8 +720,9 @@ def test_an_invalid_graph(run, command, body):
 def test_demo_tells_the_same_story_twice(run):
     code, out, err = run("demo", "--tokens", "8")
     assert (code, err) == (0, "")
-    assert "the same text" in out
+    assert out.count("the same text") == 2
     assert "Folded (9 streams)" in out
+    assert "And an ordinary one, trained without that, which keeps its norms" in out
 
 
 def test_demo_of_the_model_that_keeps_its_norms(run):
