@@ -5,9 +5,10 @@
 a square reader is absorbed, but nothing is inverted, the coefficients are at most 1.01, and no
 square matrix is needed. Rows that condition it badly may be left out: ``O₁ = [O_S; C]`` with ``k``
 rows and an orthonormal complement of their span, ``x' = [h_S, 0] + h_R B``, saves ``k d`` weights.
-In the same way ``M = M₁ [I, C]`` for the wide first layer of an FFN: its
-output becomes ``[x', x' C]``. The order of the rows (columns) goes into the weights before (behind)
-the activation. Rows after S. Goreinov et al., "How to find a good submatrix", 2010.
+In the same way ``M = M₁ [I, C]`` for the wide first layer of an FFN: its output becomes
+``[x', x' C]``, or ``[x'_S, x' C]`` with only ``k`` of its columns. The order of the rows (columns)
+goes into the weights before (behind) the activation. Rows after S. Goreinov et al., "How to find a
+good submatrix", 2010.
 """
 
 from __future__ import annotations
@@ -63,7 +64,9 @@ class InterpolatePass(FoldPass):
             free = [each for each in pays if role(each.y) is None]
         if free:
             reader = max(free, key=lambda layer: layer.out_features)
-            yield _columns_of(stream, reader, self._select(stream, reader))
+            columns = self._select(stream, reader)
+            for each in (columns, *self._select.in_part(columns)):
+                yield _columns_of(stream, reader, each)
 
 
 def _rows_of(stream: Stream, writer: Writer, rows: Rows) -> Iterator[Proposal]:
@@ -103,12 +106,13 @@ def _sum(writer: Writer, rows: Rows, rewrite: Rewrite, *, is_biased: bool) -> Op
 
 
 def _columns_of(stream: Stream, reader: Reader, columns: Rows) -> Candidate:
-    """``[x', x' C]`` in the place of ``x M``."""
-    basis = Basis(transpose(columns.selection.basis))
+    """``[x'_S, x' C]`` in the place of ``x M``; ``x'_S`` is ``x'`` where all columns are kept."""
+    kept, basis = columns.selection.kept, Basis(transpose(columns.selection.basis))
     rewrite = rebase(stream, basis, pivot=reader)
-    at, x = rewrite.before(reader.node), reader.x
-    both = at("Concat", x, columns.times_rest(x, at), axis=columns.axis)
+    at = rewrite.before(reader.node)
+    rest = columns.times_rest(reader.x, at)
+    both = at("Concat", columns.cut(reader.x, at), rest, axis=columns.axis)
     rewrite.replaced[reader.y] = columns.put_back(both, rewrite, at)
     into = compact([*stream.written_by, *(r.label for r in stream.readers if r is not reader)])
-    text = f"{stream.width} columns of {reader.label} into {into}"
-    return Candidate(InterpolatePass.name, text, rewrite, basis)
+    text = f"{kept} columns of {reader.label} into {into}"
+    return Candidate(InterpolatePass.name, text, rewrite, basis, degree_of=reader.edge)

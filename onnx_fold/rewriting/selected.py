@@ -72,6 +72,11 @@ class Rows:
             return value
         return at.pad(value, self.rank, kept, width - kept, self.axis)
 
+    def cut(self, value: Operand, at: Recorder) -> Operand:
+        """``x'_S``: those channels of ``value`` that stand for rows that are kept."""
+        kept, width = self.selection.kept, self.selection.matrix.shape[1]
+        return value if kept == width else at.split(value, [kept, width - kept], self.axis)[0]
+
     @property
     def is_conv(self) -> bool:
         """Whether the layer is a 1x1 convolution."""
