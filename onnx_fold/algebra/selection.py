@@ -244,21 +244,26 @@ def select_blocks(matrix: Array, size: int) -> Indices:
         The ``d / size`` blocks taken, in ascending order.
     """
     width, columns = matrix.shape
-    left = np.array(matrix.T, order="C")
+    rows = np.array(matrix.T, order="C")
     blocks = np.arange(columns // size)
-    shape = (-1, size, width)
-    gram = _gram(left.reshape(shape))
-    taken: list[int] = []
-    for _ in range(width // size):
-        best = int(np.argmax(np.linalg.eigvalsh(gram)[:, 0]))
-        taken.append(int(blocks[best]))
-        q = np.linalg.qr(left.reshape(shape)[best].T)[0]
-        others = np.arange(len(blocks)) != best
-        left = np.ascontiguousarray(left.reshape(shape)[others]).reshape(-1, width)
-        blocks, inside = blocks[others], left @ q
-        left -= inside @ q.T
-        gram = gram[others] - _gram(inside.reshape(-1, size, size))
-    return np.array(sorted(taken), dtype=np.intp)
+    gram = _gram(rows.reshape(-1, size, width))
+    q, inside = np.empty((width, width), rows.dtype), np.empty((columns, width), rows.dtype)
+    for step, first in enumerate(range(0, width, size)):
+        best = step + int(np.argmax(np.linalg.eigvalsh(gram[step:])[:, 0]))
+        for each in (rows, inside, gram, blocks):
+            _swap_blocks(each, step, best, len(each) // len(blocks))
+        taken, others = slice(first, first + size), slice(first + size, None)
+        outside = rows[taken] - inside[taken, :first] @ q[:first]
+        q[taken] = np.linalg.qr(outside.T)[0].T
+        inside[others, taken] = rows[others] @ q[taken].T
+        gram[step + 1 :] -= _gram(inside[others, taken].reshape(-1, size, size))
+    return np.sort(blocks[: width // size])
+
+
+def _swap_blocks(array: Array, i: int, j: int, size: int) -> None:
+    """Swap the ``i``-th and the ``j``-th ``size`` rows."""
+    first, second = slice(i * size, (i + 1) * size), slice(j * size, (j + 1) * size)
+    array[first], array[second] = array[second].copy(), array[first].copy()
 
 
 def _gram(blocks: Array) -> Array:
