@@ -352,7 +352,9 @@ def write(
     evaluate(copy, executor, report)
     read_in(copy, lambda tensor: tensor not in placed)
     proto = ir.to_proto(copy)
-    check_space(path.parent, proto.ByteSize() + sum(_sizes(jobs).values()))
+    # To tell its size a message is written once, which takes seconds where it holds the weights.
+    message = proto.ByteSize() if jobs else weight_bytes(copy)
+    check_space(path.parent, message + sum(_sizes(jobs).values()))
     run_jobs(jobs, executor, report)
     try:
         onnx.save(proto, path)
