@@ -13,7 +13,8 @@ good submatrix", 2010.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 from onnx_fold.algebra.expression import transpose
 from onnx_fold.engine import (
@@ -53,8 +54,9 @@ class InterpolatePass(FoldPass):
         if tall and not stream.tables:
             writer = max(tall, key=lambda layer: layer.in_features)
             rows = self._select(stream, writer)
-            for each in (rows, *self._select.in_part(rows)):
-                yield from _rows_of(stream, writer, each)
+            yield from self._of(rows, partial(_rows_of, stream, writer))
+            if len(stream.writers) == 1 and stream.constants:
+                yield from self._of(rows, partial(_rows_carrying_biases, stream, writer))
         plain = [reader for reader in stream.readers if reader.is_pointwise and reader.bias is None]
         wide = [reader for reader in plain if reader.out_features > stream.width]
         free = [reader for reader in wide if hidden_beside(stream, reader) is not None]
@@ -65,32 +67,44 @@ class InterpolatePass(FoldPass):
         if free:
             reader = max(free, key=lambda layer: layer.out_features)
             columns = self._select(stream, reader)
-            for each in (columns, *self._select.in_part(columns)):
-                yield _columns_of(stream, reader, each)
+            yield from self._of(columns, partial(_columns_of, stream, reader))
+
+    def _of(self, rows: Rows, plan: Callable[[Rows], Proposal | None]) -> Iterator[Proposal]:
+        """What ``plan`` makes of all rows of the basis; when it is asked for, of a part of them."""
+        for whole in filter(None, [plan(rows)]):
+            if isinstance(whole, Candidate):
+                whole.lesser = lambda: filter(None, map(plan, self._select.in_part(rows)))
+            yield whole
 
 
-def _rows_of(stream: Stream, writer: Writer, rows: Rows) -> Iterator[Proposal]:
-    """Biases are expressed in the new basis, or carried through the readers."""
-    text = f"{rows.selection.kept} rows of {writer.label} into {compact(stream.read_by)}"
+def _rows_of(stream: Stream, writer: Writer, rows: Rows) -> Candidate | None:
+    """Biases are expressed in the new basis."""
     basis = Basis(rows.selection.basis, inverted=True)
-    rebased = rebase(stream, basis, pivot=writer)
-    readers = {reader.edge: rebased.stored[reader.edge] for reader in stream.readers}
-    if writer.bias is None or writer.bias in rebased.stored:
-        is_inverted = len(rebased.stored) > len(readers)
-        rebased.replaced[writer.y] = _sum(writer, rows, rebased, is_biased=True)
-        inverted = basis if is_inverted else None
-        degree_of = writer.edge, "own bias"
-        yield Candidate(InterpolatePass.name, text, rebased, inverted, degree_of)
+    rewrite = rebase(stream, basis, pivot=writer)
+    if writer.bias is not None and writer.bias not in rewrite.stored:
+        return None
+    is_inverted = len(rewrite.stored) > len(stream.readers)
+    rewrite.replaced[writer.y] = _sum(writer, rows, rewrite, is_biased=True)
+    used, degree_of = basis if is_inverted else None, (writer.edge, "own bias")
+    return Candidate(InterpolatePass.name, _text(stream, writer, rows), rewrite, used, degree_of)
+
+
+def _rows_carrying_biases(stream: Stream, writer: Writer, rows: Rows) -> Proposal:
+    """Biases are carried through the readers."""
+    text, degree_of = _text(stream, writer, rows), (writer.edge, "carried bias")
 
     def plan() -> Candidate:
-        carried = Rewrite(stored=readers)
-        carry_biases(stream, writer, carried)
-        carried.replaced[writer.y] = _sum(writer, rows, carried, is_biased=False)
-        degree_of = writer.edge, "carried bias"
-        return Candidate(InterpolatePass.name, text, carried, degree_of=degree_of)
+        stored = rebase(stream, Basis(rows.selection.basis, inverted=True), pivot=writer).stored
+        rewrite = Rewrite({reader.edge: stored[reader.edge] for reader in stream.readers})
+        carry_biases(stream, writer, rewrite)
+        rewrite.replaced[writer.y] = _sum(writer, rows, rewrite, is_biased=False)
+        return Candidate(InterpolatePass.name, text, rewrite, degree_of=degree_of)
 
-    if len(stream.writers) == 1 and stream.constants:
-        yield propose(InterpolatePass.name, text, plan)
+    return propose(InterpolatePass.name, text, plan)
+
+
+def _text(stream: Stream, writer: Writer, rows: Rows) -> str:
+    return f"{rows.selection.kept} rows of {writer.label} into {compact(stream.read_by)}"
 
 
 def _sum(writer: Writer, rows: Rows, rewrite: Rewrite, *, is_biased: bool) -> Operand:

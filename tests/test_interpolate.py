@@ -314,7 +314,9 @@ def in_part(source, kept: int, fold=folded, **options):
     every = InterpolatePass.candidates
 
     def some(self, stream):
-        return (each for each in every(self, stream) if each.text.startswith(f"{kept} "))
+        for whole in every(self, stream):
+            offered = (whole, *whole.in_part())
+            yield from (each for each in offered if each.text.startswith(f"{kept} "))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(InterpolatePass, "candidates", some)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import operator
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import groupby
@@ -106,6 +106,7 @@ class Candidate:
         basis: The basis that is inverted, if one is.
         degree_of: What it shares with candidates that differ from it in degree only: of these the
             ones that save less are more accurate. None if there are no such.
+        lesser: Plans those of these that save less; asked where it is not accurate enough.
         by_reads: Whether weights count that one token reads, not those that are stored.
     """
 
@@ -114,6 +115,7 @@ class Candidate:
     rewrite: Rewrite
     basis: Basis | None = None
     degree_of: object = None
+    lesser: Callable[[], Iterator[Proposal]] | None = None
     by_reads: bool = False
 
     @cached_property
@@ -150,6 +152,13 @@ class Candidate:
         """
         removed = self.rewrite.reads_removed if self.by_reads else self.rewrite.weights_removed
         return -removed(min_rank=2), self.work.nodes, -self.saved
+
+    def in_part(self) -> Iterator[Proposal]:
+        """Those that save less than it and differ in degree only."""
+        for proposal in () if self.lesser is None else self.lesser():
+            if isinstance(proposal, Candidate):
+                proposal.by_reads = self.by_reads
+            yield proposal
 
     @property
     def keeps_layers(self) -> bool:
@@ -570,12 +579,10 @@ def _choose(
             judged.append(verdict)
         return verdict.refused is None
 
-    def narrowed(candidates: Sequence[Candidate]) -> list[Candidate]:
-        free = [each for each in candidates if each.priced(stream, options).refused is None]
-        dear = [each for each in candidates if each not in free]
-        return [*_accurate(free, is_accurate), *dear]
+    def is_priced(candidate: Candidate) -> bool:
+        return candidate.priced(stream, options).refused is None
 
-    for group in _ranked(stream, passes, later, judged, narrowed):
+    for group in _ranked(stream, passes, later, judged, is_priced, is_accurate):
         accepted: list[tuple[CandidateReport, Candidate]] = []
         for candidate in sorted(group, key=lambda candidate: candidate.basis is not None):
             verdict = candidate.judged(stream, options, memo)
@@ -605,7 +612,8 @@ def _ranked(
     passes: Sequence[FoldPass],
     later: Sequence[FoldPass],
     refused: list[CandidateReport],
-    narrowed: Callable[[Sequence[Candidate]], Sequence[Candidate]],
+    is_priced: Callable[[Candidate], bool],
+    is_accurate: Callable[[Candidate], bool],
 ) -> Iterator[list[Candidate]]:
     """Candidates that tie, those that gain most first, of those the ones with fewest operators.
 
@@ -613,10 +621,12 @@ def _ranked(
     save as much have failed; what saves less waits for it, but for what stands in nothing's way.
     """
     waiting: list[Candidate] = []
+    whole: list[Candidate] = []
     for _, tier in groupby(sorted(passes, key=_operators), key=_operators):
         proposals = [proposal for each in tier for proposal in each.proposals(stream)]
-        refused += [proposal for proposal in proposals if isinstance(proposal, CandidateReport)]
-        waiting += [proposal for proposal in proposals if isinstance(proposal, Candidate)]
+        found = list(_candidates(proposals, refused))
+        waiting += found
+        whole += [candidate for candidate in found if candidate.lesser is not None]
         yield from _ties([candidate for candidate in waiting if _is_full(candidate, stream)])
         waiting = [candidate for candidate in waiting if not _is_full(candidate, stream)]
     if waiting and later:
@@ -624,7 +634,23 @@ def _ranked(
         savings = [each.saved for each in others if isinstance(each, Candidate)]
         most = max(savings, default=0)
         waiting = [each for each in waiting if each.keeps_layers or each.saved >= most]
-    yield from _ties(narrowed(waiting))
+    for candidate in filter(is_priced, whole):
+        waiting += _candidates(candidate.in_part(), refused)
+    free = [each for each in waiting if is_priced(each)]
+    yield from _ties(
+        [*_accurate(free, is_accurate), *(each for each in waiting if each not in free)]
+    )
+
+
+def _candidates(
+    proposals: Iterable[Proposal], refused: list[CandidateReport]
+) -> Iterator[Candidate]:
+    """Those of ``proposals`` that can be done; the others are added to ``refused``."""
+    for proposal in proposals:
+        if isinstance(proposal, Candidate):
+            yield proposal
+        else:
+            refused.append(proposal)
 
 
 def _accurate(
