@@ -44,6 +44,15 @@ def test_conv(kind: str, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_close(evaluator(model)(inputs)["y"], outputs(model, **inputs)["y"])
 
 
+@pytest.mark.parametrize("opset", [7, 9, 13, 14, 15, 18])
+def test_batch_normalization_has_given_statistics(opset: int) -> None:
+    text = "(float[n, 4, h] x) => (float[n, 4, h] y) { y = BatchNormalization(x, s, b, m, v) }"
+    held = {name: normal(4, seed=seed) for seed, name in enumerate("sbm")}
+    model = graph(text, opset, **held, v=np.abs(normal(4, seed=5)))
+    inputs = feeds(model, {"n": 2, "h": 9})
+    assert_close(evaluator(model)(inputs)["y"], outputs(model, **inputs)["y"])
+
+
 def test_erf_is_as_wide_as_its_input() -> None:
     model = graph("(double[n] x) => (double[n] y) { y = Erf(x) }")
     x = np.linspace(-3.0, 3.0, 50)

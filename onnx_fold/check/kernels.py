@@ -1,9 +1,9 @@
 """``onnx.reference`` with kernels that finish: images of any size in seconds and little memory.
 
 Its Conv writes out the window of every position, its Erf calls Python for every element, in
-float32, its Gelu is exact to float32, and its GatherElements fails on a matrix of more than 32
-columns. The kernels here compute the same from the ONNX specification. What no later node reads is
-dropped at once.
+float32, its Gelu is exact to float32, its GatherElements fails on a matrix of more than 32 columns,
+and its BatchNormalization below opset 14 mixes the statistics of its input in. The kernels here
+compute the same from the ONNX specification. What no later node reads is dropped at once.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import numpy as np
 import onnx
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
+from onnx.reference.ops.op_batch_normalization import BatchNormalization_14
 
 from onnx_fold.algebra.device import Array
 from onnx_fold.algebra.operators import Erf, Gelu
@@ -103,9 +104,31 @@ def _zeros(
     return list(zip(pads[: len(sizes)], pads[len(sizes) :], strict=True))
 
 
+class BatchNormalization(BatchNormalization_14):
+    """With the statistics that it is given, but where it is told to train."""
+
+    op_domain = ""
+
+    def _run(
+        self,
+        x: Array,
+        scale: Array,
+        bias: Array,
+        mean: Array,
+        var: Array,
+        epsilon: float | None = None,
+        momentum: float | None = None,
+        training_mode: int | None = None,
+        **_: Any,
+    ) -> tuple[Array, ...]:
+        how = {"epsilon": epsilon, "momentum": momentum, "training_mode": training_mode or 0}
+        outputs: tuple[Array, ...] = super()._run(x, scale, bias, mean, var, **how)
+        return outputs
+
+
 def evaluator(model: onnx.ModelProto) -> ReferenceEvaluator:
     """``model`` for :func:`run`, computed by NumPy in the types that it has."""
-    return ReferenceEvaluator(model, new_ops=[Conv, Erf, GatherElements, Gelu])
+    return ReferenceEvaluator(model, new_ops=[BatchNormalization, Conv, Erf, GatherElements, Gelu])
 
 
 def run(model: ReferenceEvaluator, inputs: Mapping[str, Any]) -> list[Any]:
