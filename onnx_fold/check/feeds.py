@@ -17,10 +17,12 @@ from onnx_fold.algebra.device import Array
 from onnx_fold.check.judge import Feed
 from onnx_fold.errors import UsageError
 from onnx_fold.runtime.inputs import (
+    IMAGE,
     Ranges,
     given_inputs,
     has_cache,
     index_limits,
+    input_shapes,
     input_symbols,
     make_inputs,
     symbol_sizes,
@@ -38,6 +40,12 @@ MULTIPLICATIONS = 2e10
 """What a run of a long or wide input may take: a second or so."""
 
 Sizes = dict[str, int]
+
+_KNOWN = ("batch", "seq", "past", "image")
+"""The sizes that every model may be given."""
+
+_IMAGES = (32, 48, 96, 112, 128, 160, 192, 224, 256, 299, 320, 384, 448, 512)
+"""Sides of images to try, where a network does not take the usual ones."""
 
 
 def make_feeds(
@@ -80,6 +88,10 @@ def make_feeds(
 def frozen_feeds(model: ir.Model, seed: int, ranges: Ranges | None = None) -> Iterator[Feed]:
     """Yield inputs of sizes that the graph itself holds, for one that runs at no other size."""
     held = sorted({*_held_sizes(model), *range(1, 17)} - {0})
+    for image in _IMAGES if _has_image(model) else ():
+        yield _feed(
+            model, {"batch": 1, "image": image}, seed, ranges, optional=True, group="frozen"
+        )
     pairs = sorted(itertools.product(held, held), key=lambda pair: (pair[0] * pair[1], pair))
     for batch, seq in pairs:
         if batch <= 4 and seq <= LONGEST:
@@ -88,7 +100,7 @@ def frozen_feeds(model: ir.Model, seed: int, ranges: Ranges | None = None) -> It
 
 
 def _feed(model: ir.Model, sizes: Sizes, seed: int, ranges: Ranges | None, **options: Any) -> Feed:
-    known: Any = {name: sizes[name] for name in ("batch", "seq", "past") if name in sizes}
+    known: Any = {name: sizes[name] for name in _KNOWN if name in sizes}
     arrays = make_inputs(model, **known, sizes=sizes, seed=seed, ranges=ranges)
     return Feed(_label(model, sizes, arrays), arrays, **options)
 
@@ -149,9 +161,14 @@ def _unlike(model: ir.Model) -> Iterator[Sizes]:
     if not repeated:
         return
     leading = {first[usual[name]] for name in repeated}
-    yield {name: 2 + number for number, name in enumerate(usual)}
-    yield {name: 1 if name in repeated else size for name, size in usual.items()}
-    yield {name: 1 if name in leading else size for name, size in usual.items()}
+    one = {name: 32 if size == IMAGE else 1 for name, size in usual.items()}
+    yield {name: (2 + number) * one[name] for number, name in enumerate(usual)}
+    yield {name: one[name] if name in repeated else size for name, size in usual.items()}
+    yield {name: one[name] if name in leading else size for name, size in usual.items()}
+
+
+def _has_image(model: ir.Model) -> bool:
+    return input_shapes(model) != input_shapes(model, image=2 * IMAGE)
 
 
 def _weights(model: ir.Model) -> int:
@@ -173,10 +190,10 @@ def _held_sizes(model: ir.Model) -> Iterator[int]:
 def _check_sizes(model: ir.Model, sizes: Mapping[str, int]) -> None:
     dims = (dim for value in model.graph.inputs for dim in value.shape or ())
     symbols = {str(dim) for dim in dims if isinstance(dim, ir.SymbolicDim)}
-    unknown = sorted(set(sizes) - symbols - {"batch", "seq", "past"})
+    unknown = sorted(set(sizes) - symbols - {*_KNOWN})
     if unknown:
         listed = ", ".join(sorted(symbols)) or "none"
         raise UsageError(
-            f"unknown dimension '{unknown[0]}': expected batch, seq, past or one of the model's own"
-            f" ({listed})"
+            f"unknown dimension '{unknown[0]}': expected {', '.join(_KNOWN)} or one of the model's"
+            f" own ({listed})"
         )

@@ -24,6 +24,9 @@ hold
   square of all of them where that is larger. A small row has no small errors, and the worst one of
   the original is no matter of chance, as its error of the very same row would be.
 
+A Sigmoid is rounded as 1 is, however small its result. So where an output comes from Sigmoids
+alone, norms below those of as many ones count as these; and what the Sigmoids read is judged, too.
+
 Where the output has logits, ``KL(softmax(r) || softmax(b))`` is at most ``max_ratio^2`` times that
 of the original (it grows with the square of an error) and of logits that are rounded once more; and
 where the most likely token is another one it must be a tie: ``r`` prefers its own by at most
@@ -159,6 +162,7 @@ class Judge:
         folded: The folded model, if it is of another float type.
         close: ``atol`` and ``rtol``, if the rule is NumPy's.
         inner: Names of outputs that are inner values of the model, and so no logits.
+        squashed: Names of outputs of which all comes from Sigmoids.
     """
 
     model: ir.Model
@@ -168,6 +172,7 @@ class Judge:
     folded: ir.Model | None = None
     close: tuple[float, float] | None = None
     inner: Collection[str] = ()
+    squashed: Collection[str] = ()
 
     def __post_init__(self) -> None:
         self.models = [self.model] if self.folded is None else [self.model, self.folded]
@@ -245,33 +250,40 @@ class Judge:
             top1, kl = float(np.mean(a.argmax(-1) == b.argmax(-1))), _divergence(a, b)
             result.top1_agreement = min(top1, _or(result.top1_agreement, top1))
             result.kl_divergence = max(kl, _or(result.kl_divergence, kl))
-        marks = self._marks(a, b, r, dtype, logits)
+        unit = float(result.name in self.squashed)
+        marks = self._marks(a, b, r, dtype, logits, unit)
         if r is None or marks[0].name == "relative":
             self._note_no_yardstick(result.name, a, r)
         worst = max(marks, key=lambda mark: mark.margin)
         if result.margin is None or worst.margin > result.margin:
-            self._keep(result, worst, a, b, r)
+            self._keep(result, worst, a, b, r, unit)
         if worst.margin > 1.0:
             result.reason = worst.reason(label, result.ratio)
 
     def _marks(
-        self, a: Array, b: Array, r: Array | None, coarsest: ir.DataType, logits: bool
+        self,
+        a: Array,
+        b: Array,
+        r: Array | None,
+        coarsest: ir.DataType,
+        logits: bool,
+        unit: float,
     ) -> list[_Mark]:
         """Return every error that is judged, with its limit."""
         if self.close is not None:
             return [_worst_element(a, b, *self.close)]
         u = unit_roundoff(coarsest)
-        own = None if r is None else _relative_error(a, r)
+        own = None if r is None else _relative_error(a, r, unit)
         ceiling = 4 * math.sqrt(max(u, unit_roundoff(self.narrowest)))
         if r is None or own is None or own > ceiling:
             limit = TOLERANCE[coarsest]
             source = f"{coarsest.name.lower()}'s, without a yardstick"
             if self.tolerance is not None and self.tolerance < limit:
                 limit, source = self.tolerance, "the tolerance"
-            return [_Mark("relative", _relative_error(b, a), limit, source)]
+            return [_Mark("relative", _relative_error(b, a, unit), limit, source)]
         marks = []
         floor = TOLERANCE[coarsest] if coarsest == ir.DataType.DOUBLE else self.max_ratio * u
-        for name, (own, error) in _errors(a, b, r).items():
+        for name, (own, error) in _errors(a, b, r, unit).items():
             limit, source = self.max_ratio * own + floor, f"{self.max_ratio:g}x the original's"
             if name == "folded" and ceiling < limit:
                 limit, source = ceiling, "half of the digits"
@@ -294,14 +306,14 @@ class Judge:
         ]
 
     def _keep(
-        self, result: OutputParity, worst: _Mark, a: Array, b: Array, r: Array | None
+        self, result: OutputParity, worst: _Mark, a: Array, b: Array, r: Array | None, unit: float
     ) -> None:
         result.margin, result.limit = worst.margin, worst.limit
         result.judged, result.limit_from = worst.name, worst.source
-        result.relative_error, result.cosine = _relative_error(b, a), _cosine(a, b)
+        result.relative_error, result.cosine = _relative_error(b, a, unit), _cosine(a, b)
         if r is None:
             return
-        errors = _errors(a, b, r)
+        errors = _errors(a, b, r, unit)
         result.error_original, result.error_folded = errors["folded"]
         ratios = {name: error / own if own else None for name, (own, error) in errors.items()}
         result.ratio = ratios["folded"]
@@ -404,20 +416,21 @@ def _worst_element(a: Array, b: Array, atol: float, rtol: float) -> _Mark:
     return _Mark("element", float(errors[worst]), float(limits[worst]), source)
 
 
-def _errors(a: Array, b: Array, r: Array) -> dict[str, tuple[float, float]]:
+def _errors(a: Array, b: Array, r: Array, unit: float) -> dict[str, tuple[float, float]]:
     """Return the errors of ``a`` and ``b``: of the whole, the worst row, the worst channel."""
     x, y, z = (each.reshape(-1, each.shape[-1] if each.ndim else 1) for each in (a, b, r))
     return {
-        "folded": (_relative_error(a, r), _relative_error(b, r)),
-        "row": (_worst_error(x, z, 1), _worst_error(y, z, 1)),
-        "channel": (_worst_error(x, z, 0), _worst_error(y, z, 0)),
+        "folded": (_relative_error(a, r, unit), _relative_error(b, r, unit)),
+        "row": (_worst_error(x, z, 1, unit), _worst_error(y, z, 1, unit)),
+        "channel": (_worst_error(x, z, 0, unit), _worst_error(y, z, 0, unit)),
     }
 
 
-def _worst_error(x: Array, r: Array, axis: int) -> float:
+def _worst_error(x: Array, r: Array, axis: int, unit: float) -> float:
     """Return the largest ``||x_i - r_i|| / s_i`` of rows (axis 1) or channels (axis 0)."""
     sizes, errors = (np.sum(np.square(each), axis) for each in (r, x - r))
-    scales = np.maximum(sizes, sizes.mean() if sizes.size else 0.0)
+    least = max(sizes.mean() if sizes.size else 0.0, unit**2 * r.shape[axis])
+    scales = np.maximum(sizes, least)
     with np.errstate(divide="ignore", invalid="ignore"):
         worst = np.where(errors > 0, errors / scales, 0.0).max(initial=0.0)
     return math.sqrt(float(worst))
@@ -435,9 +448,13 @@ def _wide(array: Array) -> Array:
     return array.astype(np.float64)
 
 
-def _relative_error(x: Array, reference: Array) -> float:
-    """Return ``||x - reference||_2 / ||reference||_2``, of two zeros 0."""
+def _relative_error(x: Array, reference: Array, unit: float = 0.0) -> float:
+    """Return ``||x - reference||_2 / ||reference||_2``, of two zeros 0.
+
+    The norm counts at least as if all elements were ``unit``.
+    """
     difference, norm = float(np.linalg.norm(x - reference)), float(np.linalg.norm(reference))
+    norm = max(norm, unit * math.sqrt(reference.size))
     if norm == 0.0:
         return math.inf if difference else 0.0
     return difference / norm

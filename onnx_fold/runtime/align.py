@@ -13,7 +13,7 @@ from onnx_fold.errors import UsageError
 from onnx_fold.graph.constants import constant
 from onnx_fold.graph.linear import label
 
-__all__ = ["renamed", "with_outputs"]
+__all__ = ["renamed", "squashed", "with_outputs"]
 
 ORIGINAL, FOLDED = "the original", "the folded model"
 
@@ -93,6 +93,45 @@ def with_outputs(models: Sequence[ir.Model], names: Iterable[str]) -> list[ir.Mo
         copy.graph.outputs[:0] = [made[name] for name in order]
         copies.append(copy)
     return copies
+
+
+_LAYOUTS = frozenset(
+    {"Concat", "Flatten", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Transpose"}
+    | {"Gather", "Unsqueeze"}
+)
+"""Operators that put values elsewhere."""
+
+
+def squashed(model: ir.Model) -> dict[str, set[str]]:
+    """Return the outputs of which all comes from Sigmoids, and the values that these read."""
+    found = {}
+    for output in model.graph.outputs:
+        sources = _squashed(output)
+        if output.name and sources:
+            found[output.name] = {str(value.name) for value in sources}
+    return found
+
+
+def _squashed(output: ir.Value) -> set[ir.Value]:
+    """The values from which Sigmoids make all of ``output``; none if something else does."""
+    sources, seen, todo = set[ir.Value](), set[ir.Value](), [output]
+    while todo:
+        value = todo.pop()
+        if value in seen:
+            continue
+        seen.add(value)
+        node = value.producer()
+        if node is None or node.inputs[:1] in ((), (None,)):
+            return set()
+        if node.op_type == "Sigmoid":
+            sources |= {each for each in node.inputs if each is not None}
+        elif node.op_type == "Concat":
+            todo += [each for each in node.inputs if each is not None]
+        elif node.op_type in _LAYOUTS:
+            todo += [each for each in node.inputs[:1] if each is not None]
+        else:
+            return set()
+    return {value for value in sources if value.producer() is not None}
 
 
 def _made(model: ir.Model) -> dict[str, ir.Value]:

@@ -21,6 +21,7 @@ from onnx_fold.graph.inline import inline_all
 from onnx_fold.runtime.npz import read_npz, refuse_unknown
 
 __all__ = [
+    "IMAGE",
     "Arrays",
     "Ranges",
     "cache_inputs",
@@ -35,6 +36,9 @@ __all__ = [
     "symbol_sizes",
     "token_counts",
 ]
+
+IMAGE = 64
+"""Pixels along the side of an image: most networks take multiples of 32."""
 
 Arrays: TypeAlias = dict[str, Array]
 """Inputs or outputs of a model by their names."""
@@ -90,6 +94,7 @@ def make_inputs(
     batch: int = 1,
     seq: int = 8,
     past: int = 0,
+    image: int = IMAGE,
     seed: int = 0,
     sizes: Mapping[str, int] | None = None,
     without: Collection[str] = (),
@@ -99,8 +104,9 @@ def make_inputs(
     """Return random inputs that fit the signature of ``model``.
 
     Symbolic dimensions get their size from their name (``batch``, ``past``, ``seq``, the sum of two
-    of them), else from the input that they belong to (``input_ids`` is ``[batch, seq]``), else 3; a
-    symbol has one size everywhere. Fixed dimensions stay as they are.
+    of them), else from the input that they belong to (``input_ids`` is ``[batch, seq]``, floats of
+    rank 4 are an image), else 3; a symbol has one size everywhere. Fixed dimensions stay as they
+    are.
 
     Indices are in the range of the smallest constant table that they are looked up in, and look up
     all of its rows before they repeat one. Masks are 1
@@ -114,6 +120,7 @@ def make_inputs(
         batch: Rows.
         seq: New tokens of a row.
         past: Tokens in the cache, if the model has one.
+        image: Pixels along each side of an image.
         seed: Seed of all random numbers.
         sizes: Sizes of further symbolic dimensions by their name, such as ``{"height": 224}``.
         without: Names of inputs to leave out.
@@ -128,7 +135,7 @@ def make_inputs(
     inputs, given, ranges = model_inputs(model), given or {}, ranges or {}
     _check_ranges(inputs, ranges)
     seen = {**_seen_sizes(inputs, given), **(sizes or {})}
-    shapes = input_shapes(model, batch=batch, seq=seq, past=past, sizes=seen)
+    shapes = input_shapes(model, batch=batch, seq=seq, past=past, image=image, sizes=seen)
     _, tokens, past = token_counts(model, shapes)
     seq = tokens or seq
     _check_memory(shapes.values())
@@ -233,6 +240,7 @@ def input_shapes(
     batch: int = 1,
     seq: int = 8,
     past: int = 0,
+    image: int = IMAGE,
     sizes: Mapping[str, int] | None = None,
 ) -> dict[str, tuple[int, ...]]:
     """Return the shape of every input that must be fed; see :func:`make_inputs`.
@@ -240,7 +248,7 @@ def input_shapes(
     Raises:
         UsageError: An input is not a tensor, has an unknown rank, or a dimension is impossible.
     """
-    wanted = {"batch": batch, "seq": seq, "past": past if has_cache(model) else 0}
+    wanted = {"batch": batch, "seq": seq, "past": past if has_cache(model) else 0, "image": image}
     return _resolve(model_inputs(model), wanted, sizes or {})
 
 
@@ -364,7 +372,7 @@ def _size(
     if symbol in bound:
         return bound[symbol]
     with contextlib.suppress(ValueError):
-        size = dim.evaluate(
+        size = symbol and dim.evaluate(
             {
                 name: bound.get(name, _size_by_symbol(value, axis, name, wanted) or 3)
                 for name in dim.free_symbols()
@@ -417,9 +425,20 @@ def _size_by_axis(value: ir.Value, axis: int, symbol: str, wanted: Mapping[str, 
     is_index = value.dtype is not None and value.dtype.is_integer()
     if axis == 0:
         return wanted["batch"]
+    if _is_side(value, axis):
+        return wanted["image"]
     if axis == 1 and (is_index or len(_shape(value)) == 3):
         return wanted["seq"]
     return 3
+
+
+def _is_side(value: ir.Value, axis: int) -> bool:
+    """Whether ``axis`` is the height or width of an image, its channels in front or behind."""
+    shape = _shape(value)
+    if len(shape) != 4 or value.dtype is None or not value.dtype.is_floating_point():
+        return False
+    is_last = shape[3] in (1, 3, 4) and not isinstance(shape[1], int)
+    return axis in ((1, 2) if is_last else (2, 3))
 
 
 def _fill(

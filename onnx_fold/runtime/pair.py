@@ -12,7 +12,7 @@ from onnx_fold.algebra.precision import FRACTION_BITS
 from onnx_fold.errors import UsageError
 from onnx_fold.files.load import ModelSource, load
 from onnx_fold.graph.widen import precision
-from onnx_fold.runtime.align import renamed, with_outputs
+from onnx_fold.runtime.align import renamed, squashed, with_outputs
 from onnx_fold.runtime.module import ModuleFunction, is_module
 
 __all__ = ["Pair", "signature_difference"]
@@ -30,6 +30,7 @@ class Pair:
         module: The module that stands for the original, as a function.
         types: The float types of the folded model's inputs, where they are not the original's.
         inner: Inner values that are compared, and so outputs of ``before`` and ``after``.
+        squashed: Outputs of which all comes from Sigmoids.
     """
 
     original: Any
@@ -39,6 +40,7 @@ class Pair:
     module: ModuleFunction | None = None
     types: Mapping[str, ir.DataType] = field(default_factory=dict)
     inner: frozenset[str] = frozenset()
+    squashed: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, original: Any, folded: ModelSource, args: Any, kwargs: Any) -> Pair:
@@ -71,6 +73,17 @@ class Pair:
             return self
         a, b = with_outputs((self.before, self.after), inner)
         return replace(self, original=a, folded=b, before=a, after=b, inner=inner)
+
+    def unsquashed(self) -> Pair:
+        """With what Sigmoids read to make an output as outputs, too.
+
+        A Sigmoid is rounded as 1 is, however small its result; and where it is close to 0 or 1
+        nothing tells two models apart but what it reads.
+        """
+        found = squashed(self.before)
+        theirs = {value.name for node in self.after.graph for value in node.outputs}
+        read = {name for names in found.values() for name in names & theirs}
+        return replace(self.comparing({*self.inner, *read}), squashed=frozenset(found))
 
     def difference(self, *, any_float: bool = False) -> str:
         """The first difference of the two signatures in words, or an empty string."""
