@@ -167,6 +167,71 @@ def test_convolution_and_batch_norm() -> None:
     assert not fold(graph(texts[1], **held)).report.folded
 
 
+@pytest.mark.parametrize(
+    "behind",
+    [
+        "m = Mul(g, a) s = Add(m, t)",  # PP-OCR: one number each, the constant first
+        "m = Div(a, g) s = Add(t, m)",
+        "m = Mul(a, c) s = Sub(m, d)",
+        "s = Mul(c, a)",
+    ],
+)
+def test_gains_behind_a_convolution(behind: str) -> None:
+    text = f"{IMAGE} {{ a = Conv<pads = [1, 1, 1, 1], group = 8>(x, K, b) {behind} z = Relu(s) }}"
+    held = {"g": normal(1, seed=1), "t": normal(1, seed=2), "b": normal(8, seed=3)}
+    held |= {"c": normal(8, 1, 1, seed=4), "d": normal(1, 8, 1, 1, seed=5)}
+    source = graph(text, K=normal(8, 1, 3, 3), **{k: v for k, v in held.items() if k in text})
+    assert operators(folded(source).ir) == ["Conv", "Relu"]
+
+
+def test_gains_in_front_of_a_convolution() -> None:
+    """A bias only where no zeros are put around it."""
+    front = "r = Relu(x) m = Mul(g, r) s = Add(m, t)"
+    held = {"g": normal(1, seed=1), "t": normal(1, seed=2), "b": normal(8, seed=3)}
+    plain = graph(f"{IMAGE} {{ {front} z = Conv(s, K, b) }}", K=normal(8, 8, 1, 1), **held)
+    assert operators(folded(plain).ir) == ["Relu", "Conv"]
+    padded = graph(
+        f"{IMAGE} {{ {front} z = Conv<pads = [1, 1, 1, 1]>(s, K, b) }}",
+        K=normal(8, 8, 3, 3),
+        **held,
+    )
+    assert not fold(padded).report.folded
+    without_bias = front.replace("s = Add(m, t)", "s = Identity(m)")
+    del held["t"]
+    padded = graph(
+        f"{IMAGE} {{ {without_bias} z = Conv<pads = [1, 1, 1, 1]>(s, K, b) }}",
+        K=normal(8, 8, 3, 3),
+        **held,
+    )
+    assert operators(folded(padded).ir) == ["Relu", "Conv"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a = Conv(x, K, b) m = Mul(a, g) n = Exp(a) z = Add(m, n)",  # something else reads it
+        "a = Conv(x, K, b) m = Mul(a, w) z = Relu(m)",  # one number a position
+        "a = Conv(x, K, b) z = Add(a, g)",  # no gain: ONNX Runtime fuses it
+        "a = Conv(x, K, b) m = Mul(a, a) z = Relu(m)",
+    ],
+)
+def test_gains_that_are_none(text: str) -> None:
+    held = {"g": normal(1, seed=1), "b": normal(8, seed=3), "w": normal(4, seed=4)}
+    head = "(float[n, 8, h, 4] x) => (float[n, 8, h, 4] z)"
+    used = {name: array for name, array in held.items() if f", {name})" in text}
+    source = graph(f"{head} {{ {text} }}", K=normal(8, 8, 1, 1), **used)
+    assert not fold(source).report.folded
+
+
+def test_a_gain_behind_a_product_stays() -> None:
+    source = graph(
+        f"{ROWS} {{ a = MatMul(x, W) m = Mul(g, a) z = Relu(m) }}",
+        W=normal(16, 16),
+        g=normal(1, seed=1),
+    )
+    assert not fold(source).report.folded
+
+
 # --- Products -------------------------------------------------------------------------------------
 
 

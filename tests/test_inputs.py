@@ -215,6 +215,22 @@ def test_ranges():
         make_inputs(source, ranges={"steps": (0.2, 0.8)})  # no whole number is between
 
 
+def test_images_are_as_large_as_networks_take_them():
+    source = model(
+        'm (float[n, 3, height, width] x, float[n, h, w, 3] y, float[n, 3, "?", "?"] z)'
+        " => (float[a, b, c, d] s) { s = Identity(x) }"
+    )
+    source.graph.inputs[2].shape = ir.Shape([None, 3, -1, None])  # as other exporters write it
+    shapes = {name: array.shape for name, array in make_inputs(source, batch=2).items()}
+    assert shapes == {"x": (2, 3, 64, 64), "y": (2, 64, 64, 3), "z": (2, 3, 64, 64)}
+    larger = make_inputs(source, image=96, sizes={"width": 32})
+    assert [array.shape for array in larger.values()] == [
+        (1, 3, 96, 32),
+        (1, 96, 96, 3),
+        (1, 3, 96, 96),
+    ]
+
+
 @pytest.mark.parametrize(
     ("signature", "tokens"),
     [

@@ -14,6 +14,7 @@ from onnx_fold.check import judge, parity
 from onnx_fold.check.parity import verify
 from onnx_fold.errors import InvalidModelError, UsageError
 from onnx_fold.runtime import sessions
+from onnx_fold.runtime.sessions import RunFailedError
 
 BFLOAT16 = ir.DataType.BFLOAT16.numpy()
 
@@ -628,3 +629,40 @@ def test_of_many_column_vectors_no_number_is_judged_alone():
     model = graph(text, P=normal(16, 16), M=normal(24, 16, seed=1))
     result = onnx_fold.fold(model, shapes={"b": 8192})
     assert result.report.verification.stored.ratio < 2
+
+
+# --- Outputs that tell nothing --------------------------------------------------------------------
+
+
+def detector(seed: int, bias: float, behind: str = "z = Sigmoid(s)") -> ir.Model:
+    """A layer whose Sigmoid is saturated: scores of a detector that sees nothing."""
+    text = f"m (float[n, 8] x) => (float[n, k] z) {{ r = MatMul(x, W) s = Add(r, b) {behind} }}"
+    weight = normal(8, 8, seed=seed)
+    return model(text, W=weight, b=np.full(8, bias, np.float32))
+
+
+@pytest.mark.parametrize("behind", ["z = Sigmoid(s)", "p = Sigmoid(s) z = Transpose(p)"])
+def test_a_saturated_sigmoid_is_judged_by_what_it_reads(behind):
+    original = detector(0, -16.0, behind)
+    report = verify(original, detector(0, -16.0, behind))
+    assert report
+    assert [output.name for output in report.outputs] == ["s", "z"]
+    other = verify(original, detector(1, -16.0, behind))
+    assert not other
+    assert "output 's'" in other.reason  # all scores are 1e-7 in both: these tell nothing
+
+
+def test_one_input_without_a_reference_leaves_the_others_theirs(monkeypatch):
+    source = detector(0, 0.0, "z = Relu(s)")
+    run = sessions.run
+
+    def failing(session, inputs):
+        if inputs["x"].dtype == np.float64 and inputs["x"].shape[0] == 2:
+            raise RunFailedError("no kernel for two rows")
+        return run(session, inputs)
+
+    monkeypatch.setattr(sessions, "run", failing)
+    report = verify(source, source)
+    assert report
+    assert report.outputs[0].error_original is not None
+    assert [note for note in report.notes if "no kernel for two rows" in note]

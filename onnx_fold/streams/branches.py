@@ -28,6 +28,8 @@ __all__ = ["Branches", "find_branches"]
 
 _SUMS = ("Add", "Sub", "Sum")
 _BESIDE = ("BatchNormalization", "Transpose")
+_GAINS = ("Div", "Mul")
+"""Beside a convolution: ONNX Runtime leaves gains that are one number, or come first."""
 _LAYOUTS = ("Flatten", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
 _MAX_SIZES = 32
 """Operators that compute a size from a shape, at most."""
@@ -146,7 +148,7 @@ def _begins(node: ir.Node) -> bool:
     if operator(node) in _SUMS:
         user = only_user(node.outputs[0])
         return user is None or operator(user) not in _SUMS
-    return operator(node) in ("BatchNormalization", *_LAYERS, *_LAYOUTS)
+    return operator(node) in ("BatchNormalization", *_GAINS, *_LAYERS, *_LAYOUTS)
 
 
 def _branches(node: ir.Node, axis: int, graph: ir.Graph, shapes: Shapes) -> Branches | None:
@@ -168,7 +170,8 @@ def _branches(node: ir.Node, axis: int, graph: ir.Graph, shapes: Shapes) -> Bran
     first = operands[next(iter(chosen))][1]
     others = len(rest)
     total, rest = _shifted(total, rest, shapes.rank(first) or 0)
-    if len(chosen) == 1 and not 0 < len(rest) < others:
+    has_gain = any(operator(each) in _GAINS for path in chosen.values() for each in path.nodes)
+    if len(chosen) == 1 and not (0 < len(rest) < others or (has_gain and not rest)):
         return None
     nodes = dict.fromkeys(each for path in chosen.values() for each in path.nodes)
     (source,) = {path.source for path in chosen.values()}
@@ -205,11 +208,12 @@ def _shifted(
 
 
 def _single(node: ir.Node, axis: int, graph: ir.Graph, shapes: Shapes) -> Branches | None:
-    """A layer and the BatchNorm in front of it or behind it, or the moves of channels around it."""
+    """A layer and what is beside it: a BatchNorm, moves of channels, or gains of a convolution."""
     x = as_map(node, axis, shapes)
     inside = {node} if x is None else _inside([node], [x[0]], axis, graph, shapes)
     for path in _paths(node.outputs[0], axis, shapes, inside):
-        if path.has_layer and any(operator(each) in _BESIDE for each in path.nodes):
+        beside = (*_BESIDE, *_GAINS) if path.map.axis < -1 else _BESIDE
+        if path.has_layer and any(operator(each) in beside for each in path.nodes):
             return Branches(path.source, node.outputs[0], path.map, [], [*path.nodes], shapes)
     return _behind_layout(node, axis, graph, shapes)
 
