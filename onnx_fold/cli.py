@@ -509,6 +509,7 @@ _SEVERAL = "; may be given several times"
 @click.option(
     "--past", type=int, show_default="as --prefill", help="Tokens in the cache in decode."
 )
+@click.option("--image", default=64, show_default=True, help="Pixels along each side of an image.")
 @click.option("--tokens", default=64, show_default=True, help="Steps of decode, in pairs.")
 @click.option("--repeats", default=30, show_default=True, help="Runs of prefill, in pairs.")
 @click.option("--loads", default=4, show_default=True, help="Loads that share these pairs.")

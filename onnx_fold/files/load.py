@@ -361,10 +361,5 @@ def _count(text: str, what: str, name: str) -> int:
 
 
 def weight_bytes(model: ir.Model) -> int:
-    """Bytes of all initializers of all graphs."""
-    return sum(
-        value.const_value.nbytes
-        for graph in model.graphs()
-        for value in graph.initializers.values()
-        if value.const_value is not None
-    )
+    """Bytes of all tensors that ``model`` holds, those of Constant nodes, too."""
+    return sum(tensor.nbytes for tensor, _ in stored_tensors(model))

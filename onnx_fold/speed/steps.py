@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnx_fold.runtime import sessions
-from onnx_fold.runtime.inputs import Ranges, cache_inputs, input_shapes, make_inputs
+from onnx_fold.runtime.inputs import IMAGE, Ranges, cache_inputs, input_shapes, make_inputs
 from onnx_fold.runtime.sessions import RunFailedError
 
 __all__ = ["Decode", "Fixed", "Step", "Values", "cache_values", "step_values"]
@@ -167,10 +167,11 @@ def step_values(
     shape: tuple[int, int, int],
     provider: str,
     seed: int,
+    image: int = IMAGE,
     ranges: Ranges | None = None,
 ) -> dict[str, Any]:
     """Return the inputs beside the cache on the device, for a batch, new tokens and past."""
     batch, seq, past = shape
-    sizes = {"batch": batch, "seq": seq, "past": past}
+    sizes = {"batch": batch, "seq": seq, "past": past, "image": image}
     arrays = make_inputs(model, **sizes, seed=seed, without=cache_inputs(model), ranges=ranges)
     return {name: sessions.to_ort_value(array, provider) for name, array in arrays.items()}

@@ -39,7 +39,14 @@ from onnx_fold.errors import UsageError
 from onnx_fold.files.load import ModelSource, blames_models, load, weight_bytes
 from onnx_fold.runtime import sessions
 from onnx_fold.runtime.environment import environment
-from onnx_fold.runtime.inputs import Ranges, cache_links, has_cache, input_shapes, token_counts
+from onnx_fold.runtime.inputs import (
+    IMAGE,
+    Ranges,
+    cache_links,
+    has_cache,
+    input_shapes,
+    token_counts,
+)
 from onnx_fold.runtime.pair import signature_difference
 from onnx_fold.runtime.sessions import RunFailedError
 from onnx_fold.speed.operator_times import (
@@ -213,6 +220,7 @@ def bench(
     threads: int | None = None,
     cuda_graph: bool = False,
     profile: bool = False,
+    image: int = IMAGE,
     ranges: Ranges | None = None,
     seed: int = 0,
     progress: Callable[[str], None] = lambda text: None,
@@ -243,6 +251,7 @@ def bench(
             graph has fixed shapes, so the cache does not grow.
         profile: Also say where the time goes, by operator, see
             :mod:`onnx_fold.speed.operator_times`.
+        image: Pixels along each side of an image whose size is free.
         ranges: The lowest and highest value of random inputs, by their names, both included.
         seed: Seed of the inputs and of the bootstrap.
         progress: Is told what is being timed.
@@ -254,9 +263,10 @@ def bench(
         InvalidModelError: One of the models cannot be loaded.
     """
     batches, lengths = (tuple(dict.fromkeys(several(each))) for each in (batch, prefill))
-    if min(repeats, tokens, *batches, *lengths) < 1 or min(warmup, past or 0) < 0:
+    if min(repeats, tokens, image, *batches, *lengths) < 1 or min(warmup, past or 0) < 0:
         raise UsageError(
-            "batch, prefill, tokens and repeats must be at least 1, past and warmup at least 0"
+            "batch, prefill, tokens, image and repeats must be at least 1, past and warmup at"
+            " least 0"
         )
     if loads < 2:
         raise UsageError("loads must be at least 2: one alone does not show what they differ by")
@@ -274,7 +284,7 @@ def bench(
         names=headings(original, folded),
     )
     pairs = loads, warmup, seconds or np.inf
-    bed = _TestBed((original, folded), models[0], report, *pairs, seed, ranges)
+    bed = _TestBed((original, folded), models[0], report, *pairs, seed, image, ranges)
     for number in range(loads):
         now = f"load {number + 1} of {loads}"
         progress(now)
@@ -321,6 +331,7 @@ class _TestBed:
     warmup: int
     seconds: float
     seed: int
+    image: int
     ranges: Ranges | None
     sessions: dict[int, Any] = field(default_factory=dict)
     times: dict[tuple[str, _Shape], list[_Times]] = field(default_factory=dict)
@@ -392,11 +403,12 @@ class _TestBed:
 
     def _really(self, batch: int, seq: int, past: int) -> _Shape:
         """Return the batch, new tokens and past that will run: what is wanted, or what is fixed."""
-        shapes = input_shapes(self.model, batch=batch, seq=seq, past=past)
+        sizes = {"batch": batch, "past": past, "image": self.image}
+        shapes = input_shapes(self.model, **sizes, seq=seq)
         rows, tokens, cached = token_counts(self.model, shapes)
         if not takes_tokens(self.model):
             rows = next((shape[0] for shape in shapes.values() if shape), 1)
-            is_fixed = shapes == input_shapes(self.model, batch=batch, seq=seq + 1)
+            is_fixed = shapes == input_shapes(self.model, **sizes, seq=seq + 1)
             tokens = 1 if is_fixed else seq
         return batch if rows is None else rows, seq if tokens is None else tokens, cached
 
@@ -435,7 +447,8 @@ class _TestBed:
         return cache_values(self.model, shape[0], shape[2], self.report.provider, self.seed)
 
     def _step(self, shape: _Shape) -> dict[str, Any]:
-        return step_values(self.model, shape, self.report.provider, self.seed, self.ranges)
+        provider, how = self.report.provider, {"image": self.image, "ranges": self.ranges}
+        return step_values(self.model, shape, provider, self.seed, **how)
 
 
 def _paired(
