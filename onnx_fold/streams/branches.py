@@ -326,8 +326,19 @@ def _serves(node: ir.Node, inside: Collection[ir.Node]) -> bool:
     return True
 
 
+def _ends_gelu(node: ir.Node, hops: int = 3) -> bool:
+    """Whether ``node`` is the last factor of a Gelu, which ONNX Runtime knows by all of them."""
+    makers = [maker for value in node.inputs if value and (maker := value.producer())]
+    if any(operator(maker) in ("Erf", "Tanh") for maker in makers):
+        return True
+    between = [maker for maker in makers if operator(maker) in ("Add", "Mul")]
+    return hops > 1 and any(_ends_gelu(maker, hops - 1) for maker in between)
+
+
 def _way(node: ir.Node, axis: int, shapes: Shapes) -> _Path | None:
     """What ``node`` does, if it is linear; or what it does with the nodes in front of it."""
+    if operator(node) in _GAINS and _ends_gelu(node):
+        return None
     step = as_map(node, axis, shapes)
     return _laid_out(node, axis, shapes) if step is None else _Path(*step, (node,))
 
