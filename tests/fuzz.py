@@ -486,6 +486,41 @@ def part(b: Builder) -> list[Value]:
             return [b.add("Gather", [value.name, index], shape, axis=axis)] if shape else []
 
 
+def parts(b: Builder) -> list[Value]:
+    """A layer whose channels go apart, and layers that read some of the parts."""
+    value = b.value()
+    if b.opset < 13:
+        return []
+    sizes = [b.integer(1, MAX_WIDTH) for _ in range(b.integer(2, 3))]
+    layer = b.add(
+        "MatMul",
+        [value.name, b.weight(value.shape[-1], sum(sizes))],
+        (*value.shape[:-1], sum(sizes)),
+    )
+    whole = bias(b, layer) if b.flip() else layer
+    shapes = [(*value.shape[:-1], size) for size in sizes]
+    if b.flip():
+        pieces = b.add("Split", [whole.name, b.ints(*sizes)], *shapes, axis=-1)
+    else:
+        ends = np.cumsum([0, *sizes])
+        pieces = [
+            b.add("Slice", [whole.name, b.ints(start), b.ints(stop), b.ints(-1)], shape)
+            for start, stop, shape in zip(ends, ends[1:], shapes, strict=False)
+        ]
+    found = []
+    for piece in pieces:
+        width = b.integer(1, MAX_WIDTH)
+        for _ in range(b.choose(0, 1, 1, 2)):
+            read = bias(b, piece) if b.rarely() else piece
+            read = b.add(
+                "MatMul", [read.name, b.weight(read.shape[-1], width)], (*read.shape[:-1], width)
+            )
+            found.append(bias(b, read) if b.flip() else read)
+    if len(found) > 1 and found[0].shape == found[-1].shape and b.flip():
+        return [b.add("Add", [found[0].name, found[-1].name], found[0].shape)]
+    return found or pieces
+
+
 def join(b: Builder) -> list[Value]:
     value = b.value()
     axis = b.axis(value.shape)
@@ -658,7 +693,7 @@ INSIDE = (
     *(unary, softmax, cast, gain, total, dead_skip, where, permute, regroup, axes, repeat, part),
     *(join, pad, reduce),
 )
-BLOCKS = (feed_forward, attention, block, experts, no_norm, bottleneck)
+BLOCKS = (feed_forward, attention, block, experts, no_norm, bottleneck, parts)
 OUTSIDE = (measure, branch, call, call)
 
 

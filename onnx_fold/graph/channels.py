@@ -10,15 +10,16 @@ from dataclasses import dataclass
 from enum import IntEnum
 from functools import partial
 
+import numpy as np
 import onnx_ir as ir
 
 from onnx_fold.graph import commute, layout
 from onnx_fold.graph.commute import Port, Rule
-from onnx_fold.graph.layout import Step
+from onnx_fold.graph.layout import CHANNELS, Columns, Layout, Step
 from onnx_fold.graph.operators import MICROSOFT, operator
 from onnx_fold.graph.shapes import Shapes
 
-__all__ = ["OPERATORS", "Channels", "Group", "channels", "ports"]
+__all__ = ["OPERATORS", "Channels", "Group", "channels", "ports", "taken"]
 
 
 class Group(IntEnum):
@@ -87,6 +88,22 @@ def ports(
     if group == Group.PERMUTATION and own.reordered is not None:
         rule = own.reordered
     return None if rule is None else rule(node, known, width, shapes)
+
+
+def taken(node: ir.Node, axis: int, width: int, shapes: Shapes) -> list[Columns]:
+    """Which of the channels along ``axis`` each output of a Split, Slice or Gather has.
+
+    Nothing if that cannot be told, or if the outputs have not the axes of the input.
+    """
+    rank, step = shapes.rank(node.inputs[0]), channels(node).layout
+    if rank is None or step is None or not -rank <= axis < 0:
+        return []
+    axes = [*range(rank - 1)]
+    axes.insert(axis + rank, CHANNELS)
+    layout = Layout(tuple(axes), np.arange(width))
+    found = list(step(node, layout, shapes))
+    is_told = len(found) == len(node.outputs) and all(each.axes == layout.axes for each in found)
+    return [each.columns for each in found] if is_told else []
 
 
 _general = partial(Channels, Group.GENERAL)

@@ -22,7 +22,7 @@ from onnx_fold.graph.linear import label
 from onnx_fold.graph.operators import only_user, operator
 from onnx_fold.graph.shapes import Dims, Shapes
 from onnx_fold.streams.ends import Weight
-from onnx_fold.streams.maps import LinearMap, add, as_map, as_vector, identity
+from onnx_fold.streams.maps import LinearMap, add, as_map, as_selection, as_vector, identity
 
 __all__ = ["Branches", "find_branches"]
 
@@ -296,11 +296,13 @@ def _inside(
     while queue:
         value = queue.pop()
         node = value.producer()
-        if node is None or node.graph is not graph or node in inside or value.is_graph_output():
+        if node is None or node.graph is not graph or node in inside:
             continue
-        own = {user for user, _ in value.uses()} - inside
+        if any(output.is_graph_output() for output in node.outputs):
+            continue
+        own = {user for output in node.outputs for user, _ in output.uses()} - inside
         if all(operator(user) in ("Shape", "Size") and _serves(user, inside) for user in own):
-            way = _way(node, axis, shapes)
+            way = _way(value, node, axis, shapes)
             if way is not None:
                 inside.update(way.nodes)
                 queue.append(way.source)
@@ -322,9 +324,9 @@ def _serves(node: ir.Node, inside: Collection[ir.Node]) -> bool:
     return True
 
 
-def _way(node: ir.Node, axis: int, shapes: Shapes) -> _Path | None:
-    """What ``node`` does, if it is linear; or what it does with the nodes in front of it."""
-    step = as_map(node, axis, shapes)
+def _way(value: ir.Value, node: ir.Node, axis: int, shapes: Shapes) -> _Path | None:
+    """What ``node`` makes ``value`` by, if it is linear; or by the nodes in front of it too."""
+    step = as_selection(value, axis, shapes) or as_map(node, axis, shapes)
     return _laid_out(node, axis, shapes) if step is None else _Path(*step, (node,))
 
 
@@ -335,7 +337,7 @@ def _paths(value: ir.Value, axis: int, shapes: Shapes, inside: Collection[ir.Nod
         return []
     found = [_Path(value, identity(axis, width))]
     while (node := found[-1].source.producer()) is not None and node in inside:
-        way = _way(node, axis, shapes)
+        way = _way(found[-1].source, node, axis, shapes)
         joined = None if way is None else way.map.then(found[-1].map)
         if way is None or joined is None:
             break

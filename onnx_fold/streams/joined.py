@@ -1,25 +1,29 @@
-"""Channels of several streams side by side, and the one layer that reads them.
+"""Channels of several streams side by side, and the one layer that reads them; and the mirror.
 
-``[x, y] F = x F₁ + y F₂``: for each of the streams the layer is a reader like any other.
+``[x, y] F = x F₁ + y F₂``: for each of the streams the layer is a reader like any other. A stream
+whose channels go apart is ``[x, y]``, and layers read ``x`` alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import onnx_ir as ir
 
-from onnx_fold.graph.channels import Group
-from onnx_fold.graph.constants import FLOATS
+from onnx_fold.graph.channels import Group, taken
+from onnx_fold.graph.constants import FLOATS, constant
+from onnx_fold.graph.layout import Columns
 from onnx_fold.graph.linear import Linear, as_linear, label
 from onnx_fold.graph.operators import only_user, operator
 from onnx_fold.graph.shapes import Shapes
 from onnx_fold.streams.ends import End, Reader
 from onnx_fold.streams.stream import Search, Stream
 
-__all__ = ["Joined", "find_joined"]
+__all__ = ["Divided", "Joined", "find_divided", "find_joined"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,3 +156,142 @@ def _parts(concat: ir.Node, axis: int, search: Search) -> Iterator[Part]:
         is_own = is_own and all(writer.num_matrices == 1 for writer in stream.writers)
         yield Part(value, range(start, start + size), stream if is_own else None)
         start += size
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """Some of the channels of a stream, taken out by a Split, a Slice or a Gather.
+
+    Attributes:
+        value: The value that is only this.
+        columns: The channels of the stream that it has, in its order.
+    """
+
+    value: ir.Value
+    columns: Columns
+
+
+@dataclass(frozen=True, eq=False)
+class Divided:
+    """A stream whose channels go apart, and the layers that read one of the pieces.
+
+    Attributes:
+        value: The value of which the pieces are taken.
+        stream: Its stream, which is closed but for that.
+        pieces: The pieces, in order; no channel is in two of them.
+        place: Which of them the layers read.
+        behind: The stream of that piece, which is closed but for where it is taken.
+        is_closed: Whether it can be changed.
+        group: The changes of basis that pass through it.
+    """
+
+    is_closed: ClassVar[bool] = True
+    group: ClassVar[Group] = Group.GENERAL
+
+    value: ir.Value
+    stream: Stream
+    pieces: list[Piece]
+    place: int
+    behind: Stream
+
+    @property
+    def piece(self) -> Piece:
+        """What the layers read."""
+        return self.pieces[self.place]
+
+    @property
+    def cuts(self) -> list[ir.Node]:
+        """What takes the pieces, in the order of the graph."""
+        found = {node for each in self.pieces if (node := each.value.producer()) is not None}
+        return sorted(found, key=self.stream.search.position)
+
+    @property
+    def width(self) -> int:
+        """Channels of the piece."""
+        return self.behind.width
+
+    @property
+    def dtype(self) -> ir.DataType:
+        """Narrowest type of both streams."""
+        return min(self.stream.dtype, self.behind.dtype, key=lambda dtype: dtype.bitwidth)
+
+    @property
+    def members(self) -> list[End]:
+        """Everything that holds a weight of them."""
+        return [*self.stream.members, *self.behind.members]
+
+    @property
+    def nodes(self) -> set[ir.Node]:
+        """The nodes that a fold changes."""
+        return {*self.cuts, *self.stream.nodes, *self.behind.nodes}
+
+    @property
+    def values(self) -> list[ir.Value]:
+        """The values that go, or get another basis."""
+        read = [reader.y for reader in self.behind.readers]
+        return [*self.stream.values, *self.behind.values, *read]
+
+
+def find_divided(graph: ir.Graph, shapes: Shapes) -> Iterator[Divided]:
+    """The streams of the main graph whose channels go apart, by the pieces that layers read."""
+    divided: dict[tuple[ir.Value, int], list[ir.Node]] = defaultdict(list)
+    for node in graph:
+        if (place := _divides(node, shapes)) is not None:
+            divided[place].append(node)
+    if not divided:
+        return  # streams are not looked for
+    search = Search(graph, shapes)
+    for (value, axis), cuts in divided.items():
+        width = shapes.dim(value, axis)
+        pieces = _pieces(cuts, axis, width, shapes) if isinstance(width, int) else []
+        if not pieces or not isinstance(width, int):
+            continue
+        stream = search.stream(value, axis, width)
+        is_own = {(opening.value, opening.node) for opening in stream.openings} == {
+            (value, cut) for cut in cuts
+        }
+        if not is_own or not stream.writers or stream.readers or stream.tables:
+            continue
+        for place, piece in enumerate(pieces):
+            behind = search.stream(piece.value, axis, len(piece.columns))
+            if _is_read_alone(behind, piece) and not behind.nodes & stream.nodes:
+                yield Divided(value, stream, pieces, place, behind)
+
+
+def _divides(node: ir.Node, shapes: Shapes) -> tuple[ir.Value, int] | None:
+    """The value of which ``node`` takes pieces, and the axis from the end; None if it does not."""
+    if operator(node) not in ("Split", "Slice", "Gather") or node.inputs[0] is None:
+        return None
+    value = node.inputs[0]
+    rank = shapes.rank(value)
+    if rank is None or shapes.dtype(value) not in FLOATS or constant(value) is not None:
+        return None
+    axes: Sequence[int] | None = [node.attributes.get_int("axis", 0)]
+    if operator(node) == "Slice":
+        axes = shapes.integers(node.inputs[3]) if len(node.inputs) > 3 else None
+    if axes is None or len(axes) != 1:
+        return None
+    (axis,) = axes
+    return value, axis if axis < 0 else axis - rank
+
+
+def _pieces(cuts: Sequence[ir.Node], axis: int, width: int, shapes: Shapes) -> list[Piece]:
+    """What ``cuts`` take, in order; nothing if that is not known, or if pieces overlap."""
+    found: list[Piece] = []
+    for node in cuts:
+        columns = taken(node, axis, width, shapes)
+        if not columns:
+            return []
+        found += map(Piece, node.outputs, columns)
+    used = np.concatenate([piece.columns for piece in found])
+    return found if len(np.unique(used)) == len(used) else []
+
+
+def _is_read_alone(behind: Stream, piece: Piece) -> bool:
+    """Whether layers of one position read ``piece``, and nothing but where it is taken is open."""
+    is_own = [opening.node for opening in behind.openings] == [piece.value.producer()]
+    is_own = is_own and bool(behind.readers) and not behind.writers and not behind.tables
+    return is_own and all(
+        reader.num_matrices == 1 and reader.keeps_layout and reader.identity_shape is None
+        for reader in behind.readers
+    )
