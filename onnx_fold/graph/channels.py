@@ -95,7 +95,8 @@ def taken(node: ir.Node, axis: int, width: int, shapes: Shapes) -> list[Columns]
 
     Nothing if that cannot be told, or if the outputs have not the axes of the input.
     """
-    rank, step = shapes.rank(node.inputs[0]), channels(node).layout
+    x, step = node.inputs[0], channels(node).layout
+    rank = None if x is None else shapes.rank(x)
     if rank is None or step is None or not -rank <= axis < 0:
         return []
     axes = [*range(rank - 1)]

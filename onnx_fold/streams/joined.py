@@ -236,15 +236,14 @@ def find_divided(graph: ir.Graph, shapes: Shapes) -> Iterator[Divided]:
     """The streams of the main graph whose channels go apart, by the pieces that layers read."""
     divided: dict[tuple[ir.Value, int], list[ir.Node]] = defaultdict(list)
     for node in graph:
-        if (place := _divides(node, shapes)) is not None:
-            divided[place].append(node)
+        if (at := _divides(node, shapes)) is not None:
+            divided[at].append(node)
     if not divided:
         return  # streams are not looked for
     search = Search(graph, shapes)
     for (value, axis), cuts in divided.items():
         width = shapes.dim(value, axis)
-        pieces = _pieces(cuts, axis, width, shapes) if isinstance(width, int) else []
-        if not pieces or not isinstance(width, int):
+        if not isinstance(width, int) or not (pieces := _pieces(cuts, axis, width, shapes)):
             continue
         stream = search.stream(value, axis, width)
         is_own = {(opening.value, opening.node) for opening in stream.openings} == {
