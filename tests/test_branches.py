@@ -702,3 +702,13 @@ def test_a_part_that_something_else_reads_is_cut_out_as_before() -> None:
         V=normal(4, 5, seed=2),
     )
     refused(source)
+
+
+def test_a_part_without_a_layer_is_no_branch() -> None:
+    """``p U + q`` would be a product by U above the identity."""
+    source = graph(
+        f"{PARTS.replace('5] z', '6] z')} {{ p, q = Split<axis = -1, num_outputs = 2>(x)"
+        " a = MatMul(p, U) s = Add(a, q) z = Relu(s) }",
+        U=normal(6, 6),
+    )
+    assert "grow" not in refused(source)

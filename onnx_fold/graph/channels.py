@@ -19,7 +19,7 @@ from onnx_fold.graph.layout import CHANNELS, Columns, Layout, Step
 from onnx_fold.graph.operators import MICROSOFT, operator
 from onnx_fold.graph.shapes import Shapes
 
-__all__ = ["OPERATORS", "Channels", "Group", "channels", "ports", "taken"]
+__all__ = ["CUTS", "OPERATORS", "Channels", "Group", "channels", "ports", "taken"]
 
 
 class Group(IntEnum):
@@ -88,6 +88,10 @@ def ports(
     if group == Group.PERMUTATION and own.reordered is not None:
         rule = own.reordered
     return None if rule is None else rule(node, known, width, shapes)
+
+
+CUTS = ("Split", "Slice", "Gather")
+"""Operators that take some of the channels."""
 
 
 def taken(node: ir.Node, axis: int, width: int, shapes: Shapes) -> list[Columns]:

@@ -15,7 +15,7 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from onnx_fold.algebra.expression import scale
-from onnx_fold.graph.channels import Group, channels, ports
+from onnx_fold.graph.channels import CUTS, Group, channels, ports
 from onnx_fold.graph.commute import OpensStreamError, Port
 from onnx_fold.graph.constants import FLOATS, constant
 from onnx_fold.graph.linear import label
@@ -331,12 +331,17 @@ def _way(value: ir.Value, node: ir.Node, axis: int, shapes: Shapes) -> _Path | N
 
 
 def _paths(value: ir.Value, axis: int, shapes: Shapes, inside: Collection[ir.Node]) -> list[_Path]:
-    """The paths that end in ``value`` and whose nodes are ``inside``, the shortest first."""
+    """The paths that end in ``value`` and whose nodes are ``inside``, the shortest first.
+
+    Channels are taken out in front of a layer only: alone they would be a matrix more.
+    """
     width = shapes.dim(value, axis)
     if not isinstance(width, int) or constant(value) is not None:
         return []
     found = [_Path(value, identity(axis, width))]
     while (node := found[-1].source.producer()) is not None and node in inside:
+        if operator(node) in CUTS and not found[-1].has_layer:
+            break
         way = _way(found[-1].source, node, axis, shapes)
         joined = None if way is None else way.map.then(found[-1].map)
         if way is None or joined is None:

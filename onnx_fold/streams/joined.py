@@ -14,7 +14,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from onnx_fold.graph.channels import Group, taken
+from onnx_fold.graph.channels import CUTS, Group, taken
 from onnx_fold.graph.constants import FLOATS, constant
 from onnx_fold.graph.layout import Columns
 from onnx_fold.graph.linear import Linear, as_linear, label
@@ -259,7 +259,7 @@ def find_divided(graph: ir.Graph, shapes: Shapes) -> Iterator[Divided]:
 
 def _divides(node: ir.Node, shapes: Shapes) -> tuple[ir.Value, int] | None:
     """The value of which ``node`` takes pieces, and the axis from the end; None if it does not."""
-    if operator(node) not in ("Split", "Slice", "Gather") or node.inputs[0] is None:
+    if operator(node) not in CUTS or node.inputs[0] is None:
         return None
     value = node.inputs[0]
     rank = shapes.rank(value)

@@ -30,7 +30,7 @@ from onnx_fold.algebra.expression import (
     take,
     transpose,
 )
-from onnx_fold.graph.channels import taken
+from onnx_fold.graph.channels import CUTS, taken
 from onnx_fold.graph.constants import FLOATS, Constant, constant
 from onnx_fold.graph.linear import as_linear
 from onnx_fold.graph.operators import operator
@@ -286,7 +286,7 @@ def as_selection(value: ir.Value, axis: int, shapes: Shapes) -> tuple[ir.Value, 
         As :func:`as_map`.
     """
     node = value.producer()
-    if node is None or operator(node) not in ("Split", "Slice", "Gather"):
+    if node is None or operator(node) not in CUTS:
         return None
     x = node.inputs[0]
     width = None if x is None or constant(x) is not None else shapes.dim(x, axis)
