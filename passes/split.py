@@ -55,16 +55,17 @@ def _plan(divided: Divided, text: str) -> Candidate:
     pieces = [piece.columns for piece in divided.pieces]
     sizes, widths = [len(columns) for columns in pieces], [each.out_features for each in readers]
     basis = PieceBasis(_side_by_side(readers), pieces=pieces, place=place)
-    is_bare = len(readers) > 1 and len(divided.behind.values) == 1
-    sizes[place : place + 1] = widths if is_bare else [sum(widths)]
+    has_several = len(readers) > 1 and len(divided.behind.values) == 1
+    new = widths if has_several else [sum(widths)]
+    sizes[place : place + 1] = new
     rewrite = rebase(stream, basis, sum(sizes))
     if sum(sizes) != stream.width:
         resize_stream(stream, stream.values, sum(sizes), rewrite)
     made = _taken(rewrite.before(divided.cuts[0]), divided.value, sizes, stream)
-    own = [made.pop(place) for _ in (widths if is_bare else [widths])]
-    others = [piece.value for piece in divided.pieces if piece is not divided.piece]
-    rewrite.replaced |= zip(others, made, strict=True)
-    if not is_bare:
+    own, others = made[place : place + len(new)], [*made[:place], *made[place + len(new) :]]
+    values = [piece.value for piece in divided.pieces if piece is not divided.piece]
+    rewrite.replaced |= zip(values, others, strict=True)
+    if not has_several:
         own = _followed(divided, own[0], basis.matrix, rewrite)
     for reader, value in zip(readers, own, strict=True):
         rewrite.replaced[reader.y] = with_bias(rewrite, reader, value)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -489,33 +490,29 @@ def part(b: Builder) -> list[Value]:
 def parts(b: Builder) -> list[Value]:
     """A layer whose channels go apart, and layers that read some of the parts."""
     value = b.value()
-    if b.opset < 13:
-        return []
     sizes = [b.integer(1, MAX_WIDTH) for _ in range(b.integer(2, 3))]
-    layer = b.add(
-        "MatMul",
-        [value.name, b.weight(value.shape[-1], sum(sizes))],
-        (*value.shape[:-1], sum(sizes)),
-    )
-    whole = bias(b, layer) if b.flip() else layer
-    shapes = [(*value.shape[:-1], size) for size in sizes]
-    if b.flip():
-        pieces = b.add("Split", [whole.name, b.ints(*sizes)], *shapes, axis=-1)
-    else:
-        ends = np.cumsum([0, *sizes])
-        pieces = [
-            b.add("Slice", [whole.name, b.ints(start), b.ints(stop), b.ints(-1)], shape)
-            for start, stop, shape in zip(ends, ends[1:], shapes, strict=False)
-        ]
+
+    def layer(x: Value, width: int) -> Value:
+        shape = (*x.shape[:-1], width)
+        product = b.add("MatMul", [x.name, b.weight(x.shape[-1], width)], shape)
+        return bias(b, product) if b.flip() else product
+
+    whole, shapes = layer(value, sum(sizes)), [(*value.shape[:-1], size) for size in sizes]
+    ends = np.cumsum([0, *sizes])
+    match b.choose("Split", "Slice"):
+        case "Split" if b.opset < 13:
+            pieces = b.add("Split", [whole.name], *shapes, axis=-1, split=sizes)
+        case "Split":
+            pieces = b.add("Split", [whole.name, b.ints(*sizes)], *shapes, axis=-1)
+        case _:
+            bounds = [[b.ints(start), b.ints(stop)] for start, stop in pairwise(ends)]
+            cuts = zip(bounds, shapes, strict=True)
+            pieces = [b.add("Slice", [whole.name, *at, b.ints(-1)], to) for at, to in cuts]
     found = []
     for piece in pieces:
         width = b.integer(1, MAX_WIDTH)
-        for _ in range(b.choose(0, 1, 1, 2)):
-            read = bias(b, piece) if b.rarely() else piece
-            read = b.add(
-                "MatMul", [read.name, b.weight(read.shape[-1], width)], (*read.shape[:-1], width)
-            )
-            found.append(bias(b, read) if b.flip() else read)
+        read = bias(b, piece) if b.rarely() else piece
+        found += [layer(read, width) for _ in range(b.choose(0, 1, 1, 2))]
     if len(found) > 1 and found[0].shape == found[-1].shape and b.flip():
         return [b.add("Add", [found[0].name, found[-1].name], found[0].shape)]
     return found or pieces
