@@ -491,6 +491,9 @@ def parts(b: Builder) -> list[Value]:
     """A layer whose channels go apart, and layers that read some of the parts."""
     value = b.value()
     sizes = [b.integer(1, MAX_WIDTH) for _ in range(b.integer(2, 3))]
+    how = b.choose("Split", "Slice", "Gather")
+    if how == "Gather":
+        sizes = sizes[:1] * len(sizes)
 
     def layer(x: Value, width: int) -> Value:
         shape = (*x.shape[:-1], width)
@@ -499,7 +502,12 @@ def parts(b: Builder) -> list[Value]:
 
     whole, shapes = layer(value, sum(sizes)), [(*value.shape[:-1], size) for size in sizes]
     ends = np.cumsum([0, *sizes])
-    match b.choose("Split", "Slice"):
+    match how:
+        case "Gather":  # of an axis of its own
+            apart = b.reshape(whole, (*value.shape[:-1], len(sizes), sizes[0]))
+            axis, numbers = len(value.shape) - 1, range(len(sizes))
+            indices = [b.hold(np.array(i)) for i in numbers]
+            pieces = [b.add("Gather", [apart.name, i], shapes[0], axis=axis) for i in indices]
         case "Split" if b.opset < 13:
             pieces = b.add("Split", [whole.name], *shapes, axis=-1, split=sizes)
         case "Split":

@@ -188,3 +188,31 @@ def test_layers_that_read_a_part_in_several_places() -> None:
     body = f"""w = MatMul(x, W) {SPLIT} d = MatMul(p, U) y = Relu(d) n = Neg(p)
         e = MatMul(n, V) f = Relu(e) g = Relu(q) z = Concat<axis = -1>(f, g)"""
     assert "several places" in refused(model(body, X.replace("4] z", "10] z")), only=["split"])
+
+
+VIEWS = {
+    "Gather": "p = Gather<axis = 2>(v, i) q = Gather<axis = -2>(v, j)",
+    "Split": "c, d = Split<axis = 2, num_outputs = 2>(v) p = Squeeze(c, k) q = Squeeze(d, k)",
+}
+
+
+@pytest.mark.parametrize("shape", [[0, 0, 2, 6], [-1, 3, 2, 6]])
+@pytest.mark.parametrize("cut", VIEWS)
+def test_parts_along_an_axis_of_their_own(cut: str, shape: list[int]) -> None:
+    """``h.unflatten(-1, (2, 6)).unbind(-2)``: channels are followed until they are a part."""
+    numbers = {"two_axes": shape, "i": 0, "j": 1, "k": [2]}
+    body = f"w = MatMul(x, W) v = Reshape(w, two_axes) {VIEWS[cut]}"
+    body += " f = MatMul(p, U) y = Relu(f) e = MatMul(q, V) z = Relu(e)"
+    read = {name: np.array(each) for name, each in numbers.items() if f"{name})" in body}
+    signature = X if 0 in shape else X.replace("t,", "3,")
+    result = folded(model(body, signature, **read), 8 * 12 + 2 * 6 * 4 - 8 * 8, only=["split"])
+    assert operators(result.model) == ["MatMul", "Split", "Relu", "Relu"]
+
+
+def test_parts_at_other_positions_stay() -> None:
+    """The batch and the sequence change places in front of the parts."""
+    body = f"""w = MatMul(x, W) v = Reshape(w, anew) {VIEWS["Gather"]} f = MatMul(p, U)
+        y = Relu(f) e = MatMul(q, V) z = Relu(e)"""
+    signature = "(float[2, 3, 8] x) => (float[3, 2, 4] y, float[3, 2, 4] z)"
+    numbers = {"anew": [3, 2, 2, 6], "i": 0, "j": 1}
+    refused(model(body, signature, **{k: np.array(each) for k, each in numbers.items()}))

@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from enum import IntEnum
 from functools import partial
 
-import numpy as np
 import onnx_ir as ir
 
 from onnx_fold.graph import commute, layout
 from onnx_fold.graph.commute import Port, Rule
-from onnx_fold.graph.layout import CHANNELS, Columns, Layout, Step
+from onnx_fold.graph.layout import Columns, Layout, Step
 from onnx_fold.graph.operators import MICROSOFT, operator
 from onnx_fold.graph.shapes import Shapes
 
@@ -103,11 +102,9 @@ def taken(node: ir.Node, axis: int, width: int, shapes: Shapes) -> list[Columns]
     rank = None if x is None else shapes.rank(x)
     if rank is None or step is None or not -rank <= axis < 0:
         return []
-    axes = [*range(rank - 1)]
-    axes.insert(axis + rank, CHANNELS)
-    layout = Layout(tuple(axes), np.arange(width))
-    found = list(step(node, layout, shapes))
-    is_told = len(found) == len(node.outputs) and all(each.axes == layout.axes for each in found)
+    start = Layout.along(axis, rank, width)
+    found = list(step(node, start, shapes))
+    is_told = len(found) == len(node.outputs) and all(each.axes == start.axes for each in found)
     return [each.columns for each in found] if is_told else []
 
 

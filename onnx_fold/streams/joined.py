@@ -6,21 +6,23 @@ whose channels go apart is ``[x, y]``, and layers read ``x`` alone.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
 
-from onnx_fold.graph.channels import CUTS, Group, taken
-from onnx_fold.graph.constants import FLOATS, constant
-from onnx_fold.graph.layout import Columns
+from onnx_fold.graph.channels import CUTS, Group, channels, ports
+from onnx_fold.graph.commute import Port
+from onnx_fold.graph.constants import FLOATS
+from onnx_fold.graph.layout import Columns, Layout
 from onnx_fold.graph.linear import Linear, as_linear, label
 from onnx_fold.graph.operators import only_user, operator
 from onnx_fold.graph.shapes import Shapes
 from onnx_fold.streams.ends import End, Reader
+from onnx_fold.streams.fused import serves
 from onnx_fold.streams.stream import Search, Stream
 
 __all__ = ["Divided", "Joined", "find_divided", "find_joined"]
@@ -164,11 +166,16 @@ class Piece:
 
     Attributes:
         value: The value that is only this.
-        columns: The channels of the stream that it has, in its order.
+        layout: Which channels of the stream it has, along one axis.
     """
 
     value: ir.Value
-    columns: Columns
+    layout: Layout
+
+    @property
+    def columns(self) -> Columns:
+        """The channels of the stream that it has, in its order."""
+        return self.layout.columns
 
 
 @dataclass(frozen=True, eq=False)
@@ -234,56 +241,75 @@ class Divided:
 
 def find_divided(graph: ir.Graph, shapes: Shapes) -> Iterator[Divided]:
     """The streams of the main graph whose channels go apart, by the pieces that layers read."""
-    divided: dict[tuple[ir.Value, int], list[ir.Node]] = defaultdict(list)
-    for node in graph:
-        if (at := _divides(node, shapes)) is not None:
-            divided[at].append(node)
-    if not divided:
+    if not any(operator(node) in CUTS for node in graph):
         return  # streams are not looked for
     search = Search(graph, shapes)
-    for (value, axis), cuts in divided.items():
-        width = shapes.dim(value, axis)
-        if not isinstance(width, int) or not (pieces := _pieces(cuts, axis, width, shapes)):
+    for linear in search.linears.values():
+        if linear.y_axis is None or linear.y in search.seen:
             continue
-        stream = search.stream(value, axis, width)
-        is_own = {(opening.value, opening.node) for opening in stream.openings} == {
-            (value, cut) for cut in cuts
-        }
-        if not is_own or not stream.writers or stream.readers or stream.tables:
+        stream = search.stream(linear.y, linear.y_axis, linear.out_features)
+        places = {opening.value for opening in stream.openings}
+        if len(places) != 1 or stream.readers or stream.tables:
             continue
+        (value,) = places
+        axis = stream.values[value]
+        pieces, between = _pieces(value, stream)
+        others = [each for each in stream.shape_readers if not serves(each, between)]
+        stream = replace(stream, shape_readers=others)
         for place, piece in enumerate(pieces):
-            behind = search.stream(piece.value, axis, len(piece.columns))
-            if _is_read_alone(behind, piece) and not behind.nodes & stream.nodes:
+            rule = partial(_apart, cut=piece.value.producer())
+            behind = search.stream(piece.value, axis, len(piece.columns), rule)
+            is_own = _is_read_alone(behind, piece) and not behind.nodes & stream.nodes
+            if is_own and all(_is_in_place(each, value, axis, shapes) for each in pieces):
                 yield Divided(value, stream, pieces, place, behind)
 
 
-def _divides(node: ir.Node, shapes: Shapes) -> tuple[ir.Value, int] | None:
-    """The value of which ``node`` takes pieces, and the axis from the end; None if it does not."""
-    if operator(node) not in CUTS or node.inputs[0] is None:
-        return None
-    value = node.inputs[0]
-    rank = shapes.rank(value)
-    if rank is None or shapes.dtype(value) not in FLOATS or constant(value) is not None:
-        return None
-    axes: Sequence[int] | None = [node.attributes.get_int("axis", 0)]
-    if operator(node) == "Slice":
-        axes = shapes.integers(node.inputs[3]) if len(node.inputs) > 3 else None
-    if axes is None or len(axes) != 1:
-        return None
-    (axis,) = axes
-    return value, axis if axis < 0 else axis - rank
+def _pieces(value: ir.Value, stream: Stream) -> tuple[list[Piece], list[ir.Node]]:
+    """What is taken of ``value``, and what takes it; nothing if pieces are not known or overlap.
 
-
-def _pieces(cuts: Sequence[ir.Node], axis: int, width: int, shapes: Shapes) -> list[Piece]:
-    """What ``cuts`` take, in order; nothing if that is not known, or if pieces overlap."""
-    found: list[Piece] = []
-    for node in cuts:
-        columns = taken(node, axis, width, shapes)
-        if not columns:
-            return []
-        found += map(Piece, node.outputs, columns)
+    The channels are followed until a value has some of them, and all other axes as they were.
+    """
+    cuts = [opening.node for opening in stream.openings]
+    shapes, rank = stream.shapes, stream.shapes.rank(value)
+    cuts.sort(key=lambda cut: -1 if cut is None else stream.search.position(cut))
+    start = Layout.along(stream.values[value], rank or 0, stream.width)
+    queue, found, nodes = [(cut, start) for cut in cuts], list[Piece](), list[ir.Node]()
+    while queue:
+        node, layout = queue.pop(0)
+        step = None if node is None else channels(node).layout
+        if node is None or step is None or node.graph is not value.graph:
+            return [], []
+        behind = list(step(node, layout, shapes))
+        if len(behind) != len(node.outputs):
+            return [], []
+        nodes.append(node)
+        for output, moved in zip(node.outputs, behind, strict=True):
+            if moved.axes == start.axes and moved.columns.size < stream.width:
+                found.append(Piece(output, moved))
+            elif output.is_graph_output() or not output.uses():
+                return [], []
+            else:
+                queue += [(None if index else user, moved) for user, index in output.uses()]
     used = np.concatenate([piece.columns for piece in found])
-    return found if len(np.unique(used)) == len(used) else []
+    return (found, nodes) if len(np.unique(used)) == len(used) else ([], [])
+
+
+def _is_in_place(piece: Piece, value: ir.Value, axis: int, shapes: Shapes) -> bool:
+    """Whether ``piece`` has the positions of ``value``, also where a Reshape cut them anew."""
+    if piece.layout.reshape is None:
+        return True
+    rows, whole = shapes.named()(piece.value), shapes.named()(value)
+    if rows is None or whole is None or None in rows:
+        return False
+    at = axis + len(whole)
+    return (*rows[:at], *rows[at + 1 :]) == (*whole[:at], *whole[at + 1 :])
+
+
+def _apart(
+    node: ir.Node, known: Port, width: int, shapes: Shapes, cut: ir.Node | None
+) -> list[Port] | None:
+    """What lies in the stream of a piece: not what takes it, nor what is in front of that."""
+    return None if node is cut else ports(node, known, width, shapes)
 
 
 def _is_read_alone(behind: Stream, piece: Piece) -> bool:
