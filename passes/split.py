@@ -55,7 +55,8 @@ def _plan(divided: Divided, text: str) -> Candidate:
     pieces = [piece.columns for piece in divided.pieces]
     sizes, widths = [len(columns) for columns in pieces], [each.out_features for each in readers]
     basis = PieceBasis(_side_by_side(readers), pieces=pieces, place=place)
-    has_several = len(readers) > 1 and len(divided.behind.values) == 1
+    is_bare = len(divided.behind.values) == 1 and not divided.behind.shape_readers
+    has_several = is_bare and len(readers) > 1
     new = widths if has_several else [sum(widths)]
     sizes[place : place + 1] = new
     rewrite = rebase(stream, basis, sum(sizes))

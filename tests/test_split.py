@@ -172,6 +172,32 @@ def test_a_width_that_is_read_is_told() -> None:
     assert "reads the width" in refused(model(body, signature), only=["split"])
 
 
+def test_a_width_that_only_the_split_is_computed_from_is_not() -> None:
+    """TorchScript computes where a chunk ends from the shape of what it cuts."""
+    body = f"""w = MatMul(x, W) i = Shape<start = 2>(w) p = Slice(w, start, middle, last)
+        q = Slice(w, middle, i, last) {ENDS}"""
+    source = model(body)
+    assert operators(folded(source, only=["split"]).model) == ["MatMul", "Split", "Relu", "Relu"]
+
+
+@pytest.mark.parametrize("width", [3, 4])
+def test_the_width_of_a_part_that_several_layers_read(width: int) -> None:
+    """Two layers of 3 channels leave 6 channels of 6."""
+    body = f"w = MatMul(x, W) {SPLIT} d = MatMul(p, U) e = MatMul(p, V) y = Relu(d) z = Relu(e)"
+    signature = "(float[n, t, 8] x) => (float[n, t, a] y, float[n, t, b] z, int64[3] s)"
+    held = {"U": normal(6, width), "V": normal(6, width, seed=1)}
+    source = model(f"{body} s = Shape(p)", signature, **held)
+    if width == 3:
+        assert operators(folded(source, 6 * 6, only=["split"]).model).count("Split") == 2
+    else:
+        assert "reads the width" in refused(source, only=["split"])
+
+
+def test_what_nothing_reads_keeps_its_width() -> None:
+    body = f"w = MatMul(x, W) {SPLIT} {ENDS} unread = Add(w, b)"
+    assert "reads the width" in refused(model(body), only=["split"])
+
+
 def test_weights_do_not_grow() -> None:
     """A bottleneck of 6 channels stays one."""
     source = model(

@@ -254,7 +254,9 @@ def find_divided(graph: ir.Graph, shapes: Shapes) -> Iterator[Divided]:
         (value,) = places
         axis = stream.values[value]
         pieces, between = _pieces(value, stream)
-        others = [each for each in stream.shape_readers if not serves(each, between)]
+        gone = {each for each in stream.shape_readers if operator(each) == "Shape"}
+        gone = {each for each in gone if serves(each, between)}
+        others = [each for each in stream.shape_readers if each not in gone]
         stream = replace(stream, shape_readers=others)
         for place, piece in enumerate(pieces):
             rule = partial(_apart, cut=piece.value.producer())
@@ -271,8 +273,10 @@ def _pieces(value: ir.Value, stream: Stream) -> tuple[list[Piece], list[ir.Node]
     """
     cuts = [opening.node for opening in stream.openings]
     shapes, rank = stream.shapes, stream.shapes.rank(value)
+    if rank is None:
+        return [], []
     cuts.sort(key=lambda cut: -1 if cut is None else stream.search.position(cut))
-    start = Layout.along(stream.values[value], rank or 0, stream.width)
+    start = Layout.along(stream.values[value], rank, stream.width)
     queue, found, nodes = [(cut, start) for cut in cuts], list[Piece](), list[ir.Node]()
     while queue:
         node, layout = queue.pop(0)
