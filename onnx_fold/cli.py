@@ -106,7 +106,7 @@ def _planning(command: Callable[..., None]) -> Callable[..., None]:
                 "--only",
                 multiple=True,
                 metavar="PASS",
-                help="Run this pass only (tables, branches, concat, merge, scale,"
+                help="Run this pass only (tables, branches, concat, split, merge, scale,"
                 " absorb, interpolate, select, rotate).",
             ),
             click.option("--skip", multiple=True, metavar="PASS", help="Do not run this pass."),

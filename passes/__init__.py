@@ -11,6 +11,7 @@ from onnx_fold.passes.merge import MergePass
 from onnx_fold.passes.rotate import RotatePass
 from onnx_fold.passes.scale import ScalePass
 from onnx_fold.passes.select_heads import SelectPass
+from onnx_fold.passes.split import SplitPass
 from onnx_fold.passes.tables import TablesPass
 
 __all__ = [
@@ -23,11 +24,12 @@ __all__ = [
     "RotatePass",
     "ScalePass",
     "SelectPass",
+    "SplitPass",
     "TablesPass",
 ]
 
 PASSES = (
-    *(TablesPass, BranchesPass, ConcatPass, MergePass, ScalePass),
+    *(TablesPass, BranchesPass, ConcatPass, SplitPass, MergePass, ScalePass),
     *(AbsorbPass, InterpolatePass, SelectPass, RotatePass),
 )
 """All strategies, in the order in which they propose."""

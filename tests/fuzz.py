@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -486,6 +487,45 @@ def part(b: Builder) -> list[Value]:
             return [b.add("Gather", [value.name, index], shape, axis=axis)] if shape else []
 
 
+def parts(b: Builder) -> list[Value]:
+    """A layer whose channels go apart, and layers that read some of the parts."""
+    value = b.value()
+    sizes = [b.integer(1, MAX_WIDTH) for _ in range(b.integer(2, 3))]
+    how = b.choose("Split", "Slice", "Gather")
+    if how == "Gather":
+        sizes = sizes[:1] * len(sizes)
+
+    def layer(x: Value, width: int) -> Value:
+        shape = (*x.shape[:-1], width)
+        product = b.add("MatMul", [x.name, b.weight(x.shape[-1], width)], shape)
+        return bias(b, product) if b.flip() else product
+
+    whole, shapes = layer(value, sum(sizes)), [(*value.shape[:-1], size) for size in sizes]
+    ends = np.cumsum([0, *sizes])
+    match how:
+        case "Gather":  # of an axis of its own
+            apart = b.reshape(whole, (*value.shape[:-1], len(sizes), sizes[0]))
+            axis, numbers = len(value.shape) - 1, range(len(sizes))
+            indices = [b.hold(np.array(i)) for i in numbers]
+            pieces = [b.add("Gather", [apart.name, i], shapes[0], axis=axis) for i in indices]
+        case "Split" if b.opset < 13:
+            pieces = b.add("Split", [whole.name], *shapes, axis=-1, split=sizes)
+        case "Split":
+            pieces = b.add("Split", [whole.name, b.ints(*sizes)], *shapes, axis=-1)
+        case _:
+            bounds = [[b.ints(start), b.ints(stop)] for start, stop in pairwise(ends)]
+            cuts = zip(bounds, shapes, strict=True)
+            pieces = [b.add("Slice", [whole.name, *at, b.ints(-1)], to) for at, to in cuts]
+    found = []
+    for piece in pieces:
+        width = b.integer(1, MAX_WIDTH)
+        read = bias(b, piece) if b.rarely() else piece
+        found += [layer(read, width) for _ in range(b.choose(0, 1, 1, 2))]
+    if len(found) > 1 and found[0].shape == found[-1].shape and b.flip():
+        return [b.add("Add", [found[0].name, found[-1].name], found[0].shape)]
+    return found or pieces
+
+
 def join(b: Builder) -> list[Value]:
     value = b.value()
     axis = b.axis(value.shape)
@@ -658,7 +698,7 @@ INSIDE = (
     *(unary, softmax, cast, gain, total, dead_skip, where, permute, regroup, axes, repeat, part),
     *(join, pad, reduce),
 )
-BLOCKS = (feed_forward, attention, block, experts, no_norm, bottleneck)
+BLOCKS = (feed_forward, attention, block, experts, no_norm, bottleneck, parts)
 OUTSIDE = (measure, branch, call, call)
 
 

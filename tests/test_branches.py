@@ -738,3 +738,63 @@ def test_a_shape_that_a_long_chain_reads_stays() -> None:
         one=np.array([1]),
     )
     assert proto(fold(source, only=["branches"]).model) == proto(source)
+
+
+# --- Parts of the channels -----------------------------------------------------------------------
+
+PARTS = "(float[n, t, 12] x) => (float[n, t, 5] z)"
+CUTS = {
+    "Split": "p, q = Split<axis = -1, num_outputs = 2>(w)",
+    "Slice": "q = Slice(w, six, end, last) p = Slice(w, zero, six, last)",
+}
+
+
+@pytest.mark.parametrize("front", ["w = Relu(x)", "w = MatMul(x, W)"])
+@pytest.mark.parametrize("cut", CUTS)
+def test_layers_of_the_parts_are_one_layer(cut: str, front: str) -> None:
+    """``[p, q]``: ``p U + q V`` is one product by U above V; with a layer in front one with it."""
+    numbers = {"zero": [0], "six": [6], "end": [12], "last": [-1]} if cut == "Slice" else {}
+    source = graph(
+        f"{PARTS} {{ {front} {CUTS[cut]} a = MatMul(p, U) b = MatMul(q, V) s = Add(a, b)"
+        " z = Relu(s) }",
+        **{name: np.array(each) for name, each in numbers.items()},
+        **({"W": normal(12, 12)} if "W" in front else {}),
+        U=normal(6, 5, seed=1),
+        V=normal(6, 5, seed=2),
+    )
+    result = folded(source, 12 * 12 if "W" in front else 0)
+    assert operators(result.model) == ["Relu"] * ("W" not in front) + ["MatMul", "Relu"]
+
+
+def test_convolutions_of_the_parts_are_one_convolution() -> None:
+    source = graph(
+        "(float[n, 12, h, w] x) => (float[n, 5, a, b] z) { p, q = Split<axis = 1>(x, sizes)"
+        " c = Conv<pads = [1, 1, 1, 1]>(p, K) d = Conv<pads = [1, 1, 1, 1]>(q, L, e)"
+        " s = Add(c, d) z = Relu(s) }",
+        K=normal(5, 4, 3, 3),
+        L=normal(5, 8, 3, 3, seed=1),
+        e=normal(5),
+        sizes=np.array([4, 8]),
+    )
+    assert operators(folded(source, 0).model) == ["Conv", "Relu"]
+
+
+def test_a_part_that_something_else_reads_is_cut_out_as_before() -> None:
+    source = graph(
+        "(float[n, t, 12] x) => (float[n, t, 5] z, float[n, t, 4] r) {"
+        " p, q, o = Split<axis = -1, num_outputs = 3>(x) a = MatMul(p, U) b = MatMul(q, V)"
+        " s = Add(a, b) z = Relu(s) r = Tanh(o) }",
+        U=normal(4, 5, seed=1),
+        V=normal(4, 5, seed=2),
+    )
+    refused(source)
+
+
+def test_a_part_without_a_layer_is_no_branch() -> None:
+    """``p U + q`` would be a product by U above the identity."""
+    source = graph(
+        f"{PARTS.replace('5] z', '6] z')} {{ p, q = Split<axis = -1, num_outputs = 2>(x)"
+        " a = MatMul(p, U) s = Add(a, q) z = Relu(s) }",
+        U=normal(6, 6),
+    )
+    assert "grow" not in refused(source)

@@ -122,6 +122,11 @@ CASES = {  # strategy → body, from x to y, z or v
     "select": f"s = MatMul(x, W) {HEADS}",
     "rotate": f"s = MatMul(x, W) {ROTATED}",
     "branches": "a = MatMul(x, W) b = MatMul(x, X) c = MatMul(b, Y) s = Add(a, c) y = Relu(s)",
+    "split": "s = MatMul(x, G) a, z = Split<axis = -1>(s, sizes) y = MatMul(a, R)",
+    "split, a bias": "p = MatMul(x, G) s = Add(p, I) a, z = Split<axis = -1>(s, sizes)"
+    " b = Add(a, B) y = MatMul(b, R)",
+    "split, two readers": "s = MatMul(x, G) a, b = Split<axis = -1>(s, sizes) y = MatMul(a, R)"
+    " z = MatMul(a, L)",
     "concat": "a = MatMul(x, W) b = MatMul(w, V) s = Concat<axis = -1>(a, b) y = MatMul(s, C)",
 }
 HELD = {
@@ -137,6 +142,9 @@ HELD = {
     "X": normal(FFN, 4, seed=11),
     "Y": normal(4, D, seed=12),
     "C": normal(2 * D, 7, seed=12),
+    "G": normal(FFN, D + 8, seed=14),
+    "I": normal(D + 8, seed=15),
+    "L": normal(D, 6, seed=16),
     "g": 1.0 + normal(D, seed=13),
     "two": np.array(2.0),
     "eps": np.array(0.1),

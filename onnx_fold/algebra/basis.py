@@ -7,7 +7,7 @@ function. Nothing here inverts a matrix: ``T⁻¹ R`` is an LU solve with partia
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -16,8 +16,9 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from onnx_fold.algebra.device import HOST, Device
+from onnx_fold.algebra.device import HOST, Device, Indices
 from onnx_fold.algebra.expression import (
+    Concatenate,
     Diagonal,
     Expression,
     Factors,
@@ -29,6 +30,7 @@ from onnx_fold.algebra.expression import (
     product,
     reshape,
     scaled_rows,
+    take,
     transpose,
 )
 
@@ -147,6 +149,28 @@ class DiagonalBasis(Basis):
     def of_reader(self, r: Expression) -> Expression:
         """``T⁻¹ r``, for ``r`` of shape ``[d, n]``."""
         return scaled_rows(r, cast(literal(1.0 / evaluate(self.factors)), r.dtype))
+
+
+@dataclass(frozen=True, eq=False)
+class PieceBasis(Basis):
+    """``w → [w₁, w₂ T, w₃]``: pieces of the channels, of which ``matrix`` mixes one.
+
+    It has no inverse: it is for streams without readers.
+
+    Attributes:
+        pieces: The channels of each.
+        place: Which of them is mixed.
+    """
+
+    pieces: Sequence[Indices] = field(kw_only=True)
+    place: int = field(kw_only=True)
+
+    def of_writer(self, w: Expression) -> Expression:
+        """The pieces of ``w``, ``[..., d]``, side by side."""
+        last = len(w.shape) - 1
+        parts = [take(w, columns, last) for columns in self.pieces]
+        parts[self.place] = product(parts[self.place], self.matrix)
+        return Concatenate(*parts, axis=last) if len(parts) > 1 else parts[0]
 
 
 def _largest_singular_value(vector: Any, gram: Callable[[Any], Any], iterations: int = 8) -> float:

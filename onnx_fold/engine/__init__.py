@@ -18,7 +18,7 @@ from onnx_fold.streams.branches import Branches
 from onnx_fold.streams.ends import ConstantWriter, Reader, Writer
 from onnx_fold.streams.fixed import RowLayer
 from onnx_fold.streams.heads import role
-from onnx_fold.streams.joined import Joined
+from onnx_fold.streams.joined import Divided, Joined
 from onnx_fold.streams.stream import Stream
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "CandidateReport",
     "CannotRewriteError",
     "ConstantWriter",
+    "Divided",
     "FoldPass",
     "FoldedTensor",
     "Group",

@@ -48,7 +48,7 @@ from onnx_fold.rewriting.rewrite import CannotRewriteError, Rewrite, Work
 from onnx_fold.streams.branches import Branches, find_branches
 from onnx_fold.streams.ends import Activations
 from onnx_fold.streams.fixed import RowLayer, find_row_layers
-from onnx_fold.streams.joined import Joined, find_joined
+from onnx_fold.streams.joined import Divided, Joined, find_divided, find_joined
 from onnx_fold.streams.norms import find_norm_streams
 from onnx_fold.streams.stream import Stream, find_streams
 
@@ -292,7 +292,7 @@ class FoldPass(ir.passes.InPlacePass):
     """Base of the fold strategies; also a pass of its own in any ``onnx_ir.passes.Sequential``.
 
     A strategy sets ``name`` and implements :meth:`candidates`, :meth:`of_branches`,
-    :meth:`of_joined` or :meth:`of_rows`.
+    :meth:`of_joined`, :meth:`of_divided` or :meth:`of_rows`.
 
     Attributes:
         name: What it is called on the command line.
@@ -332,6 +332,10 @@ class FoldPass(ir.passes.InPlacePass):
         """Yield the ways in which it can fold a layer behind channels side by side."""
         yield from ()
 
+    def of_divided(self, divided: Divided) -> Iterator[Proposal]:
+        """Yield the ways in which it can fold layers behind some of the channels of a stream."""
+        yield from ()
+
     def of_rows(self, layer: RowLayer) -> Iterator[Proposal]:
         """Yield the ways in which it can fold a layer that reads rows of a constant."""
         yield from ()
@@ -349,6 +353,8 @@ class FoldPass(ir.passes.InPlacePass):
                 return self.of_branches(subject)
             case Joined():
                 return self.of_joined(subject)
+            case Divided():
+                return self.of_divided(subject)
             case RowLayer():
                 return self.of_rows(subject)
         return self.candidates(subject)
@@ -534,6 +540,8 @@ def _subjects(
         yield from told("sum of branches", [*find_branches(model.graph, shapes)])
     if _ask(passes, "of_joined"):
         yield from told("concatenation", [*find_joined(model.graph, shapes)])
+    if _ask(passes, "of_divided"):
+        yield from told("piece", [*find_divided(model.graph, shapes)])
     if any(each.group == Group.ORTHOGONAL for each in passes):
         normed = find_norm_streams(model, activations, shapes.without_facts())
         ends = [each for each in normed if each.readers or not each.is_closed]

@@ -16,7 +16,7 @@ from onnx_fold.streams.branches import Branches
 from onnx_fold.streams.ends import End
 from onnx_fold.streams.fixed import RowLayer
 from onnx_fold.streams.heads import roles
-from onnx_fold.streams.joined import Joined
+from onnx_fold.streams.joined import Divided, Joined
 from onnx_fold.streams.stream import Opening, Stream
 
 
@@ -137,7 +137,7 @@ class StreamReport:
     @classmethod
     def of(
         cls,
-        stream: Stream | Branches | Joined | RowLayer,
+        stream: Stream | Branches | Joined | Divided | RowLayer,
         kept: Mapping[ir.Value, NormsKept] = _NOTHING,
     ) -> StreamReport:
         """Describe ``stream`` before anything is done to it.
@@ -148,6 +148,8 @@ class StreamReport:
             ends = [stream.source.name or "?"], stream.labels
         elif isinstance(stream, Joined):
             ends = stream.labels, [stream.reader.label]
+        elif isinstance(stream, Divided):
+            ends = stream.stream.written_by, stream.behind.read_by
         elif isinstance(stream, RowLayer):
             ends = [stream.rows.source.label], stream.labels
         if not isinstance(stream, Stream):
@@ -182,7 +184,7 @@ class StreamReport:
 
 
 def layers_of(
-    stream: Stream | Branches | Joined | RowLayer, rewrite: Rewrite | None = None
+    stream: Stream | Branches | Joined | Divided | RowLayer, rewrite: Rewrite | None = None
 ) -> Iterator[LayerReport]:
     """Its tables, writers and readers, in this order, and what ``rewrite`` makes of them."""
     roles: list[tuple[Role, Sequence[End]]]
@@ -195,6 +197,8 @@ def layers_of(
     if isinstance(stream, Joined):
         writers = [writer for each in stream.streams for writer in each.writers]
         roles = [("writer", writers), ("reader", [stream.reader])]
+    elif isinstance(stream, Divided):
+        roles = [("writer", stream.stream.writers), ("reader", stream.behind.readers)]
     else:
         roles = [
             ("table", stream.tables),

@@ -26,10 +26,10 @@ from onnx_fold.rewriting.rewrite import Rewrite
 from onnx_fold.streams.branches import Branches
 from onnx_fold.streams.ends import Reader, Writer
 from onnx_fold.streams.fixed import RowLayer
-from onnx_fold.streams.joined import Joined
+from onnx_fold.streams.joined import Divided, Joined
 from onnx_fold.streams.stream import Stream
 
-Subject: TypeAlias = Stream | Branches | Joined | RowLayer
+Subject: TypeAlias = Stream | Branches | Joined | Divided | RowLayer
 """What a pass is asked about."""
 
 
@@ -49,7 +49,7 @@ def probe(
     of ``h`` are not zero, and only some columns of ``y`` are looked at. A probe, not a bound.
 
     Args:
-        subject: A stream, branches, channels side by side, or a layer that reads rows.
+        subject: A stream, branches, channels side by side or apart, or a layer that reads rows.
         rewrite: The change.
         rows: How many rows of ``h`` to draw.
         device: Where to evaluate.
@@ -65,6 +65,8 @@ def probe(
             return run.branches(subject)
         if isinstance(subject, RowLayer):
             return run.rows(subject)
+        if isinstance(subject, Divided):
+            return run.divided(subject)
         return run.joined(subject) if isinstance(subject, Joined) else run.stream(subject)
 
 
@@ -114,6 +116,20 @@ class _Run:
         x, reader = np.concatenate(before, axis=1), joined.reader
         columns = sample(reader.matrix, 1, self._generator)
         return self._read(reader, x, self._rounded(x), known, columns)
+
+    def divided(self, divided: Divided) -> tuple[float, float]:
+        x, x_new = self._written(divided.stream)
+        added, added_new = self._written(divided.behind)
+        x = x[:, divided.piece.columns] + added
+        known: dict[ir.Value, Rows] = {divided.value: Rows.of(self._rounded(x_new))}
+        piece = self._planned.made(divided.piece.value, None, known)
+        errors = []
+        for reader in divided.behind.readers:
+            if piece is not None:
+                known[reader.x] = Rows.of(self._rounded(piece.dense + added_new))
+            columns = sample(reader.matrix, 1, self._generator)
+            errors.append(self._read(reader, x, self._rounded(x), known, columns))
+        return _worst(errors)
 
     def branches(self, branches: Branches) -> tuple[float, float]:
         matrix = branches.map.matrix

@@ -14,11 +14,11 @@ import onnx_ir as ir
 
 from onnx_fold.graph import commute, layout
 from onnx_fold.graph.commute import Port, Rule
-from onnx_fold.graph.layout import Step
+from onnx_fold.graph.layout import Columns, Layout, Step
 from onnx_fold.graph.operators import MICROSOFT, operator
 from onnx_fold.graph.shapes import Shapes
 
-__all__ = ["OPERATORS", "Channels", "Group", "channels", "ports"]
+__all__ = ["CUTS", "OPERATORS", "Channels", "Group", "channels", "ports", "taken"]
 
 
 class Group(IntEnum):
@@ -87,6 +87,25 @@ def ports(
     if group == Group.PERMUTATION and own.reordered is not None:
         rule = own.reordered
     return None if rule is None else rule(node, known, width, shapes)
+
+
+CUTS = ("Split", "Slice", "Gather")
+"""Operators that take some of the channels."""
+
+
+def taken(node: ir.Node, axis: int, width: int, shapes: Shapes) -> list[Columns]:
+    """Which of the channels along ``axis`` each output of a Split, Slice or Gather has.
+
+    Nothing if that cannot be told, or if the outputs have not the axes of the input.
+    """
+    x, step = node.inputs[0], channels(node).layout
+    rank = None if x is None else shapes.rank(x)
+    if rank is None or step is None or not -rank <= axis < 0:
+        return []
+    start = Layout.along(axis, rank, width)
+    found = list(step(node, start, shapes))
+    is_told = len(found) == len(node.outputs) and all(each.axes == start.axes for each in found)
+    return [each.columns for each in found] if is_told else []
 
 
 _general = partial(Channels, Group.GENERAL)

@@ -41,6 +41,11 @@ class Layout:
     columns: Columns
     reshape: ir.Node | None = None
 
+    @classmethod
+    def along(cls, axis: int, rank: int, width: int) -> Layout:
+        """All channels in order, along one axis, from the end."""
+        return cls((*range(rank + axis), CHANNELS, *range(rank + axis, rank - 1)), np.arange(width))
+
     @property
     def num_leading(self) -> int:
         """How many leading axes there are."""

@@ -345,8 +345,9 @@ class Rewrite:
             _add_bias(editor, value, bias)
         for value in self.replaced:
             suspects.append(value)
-            own = {built[end].producer() for end in _ends(leading_to([self.replaced[value]]))}
-            _replace(editor, value, value_of(self._resolve(value), built), own)
+            end = self._resolve(value)
+            own = {built[made].producer() for made in _ends(leading_to([end]))}
+            _replace(editor, value, value_of(end, built), own)
         for value, (axis, width) in self.resized.items():
             if value.shape is not None:
                 dims = list(value.shape)

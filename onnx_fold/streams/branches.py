@@ -15,14 +15,14 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from onnx_fold.algebra.expression import scale
-from onnx_fold.graph.channels import Group, channels, ports
+from onnx_fold.graph.channels import CUTS, Group, channels, ports
 from onnx_fold.graph.commute import OpensStreamError, Port
 from onnx_fold.graph.constants import FLOATS, constant
 from onnx_fold.graph.linear import label
 from onnx_fold.graph.operators import only_user, operator
 from onnx_fold.graph.shapes import Dims, Shapes
 from onnx_fold.streams.ends import Weight
-from onnx_fold.streams.maps import LinearMap, add, as_map, as_vector, identity
+from onnx_fold.streams.maps import LinearMap, add, as_map, as_selection, as_vector, identity
 
 __all__ = ["Branches", "find_branches"]
 
@@ -300,11 +300,13 @@ def _inside(
     while queue:
         value = queue.pop()
         node = value.producer()
-        if node is None or node.graph is not graph or node in inside or value.is_graph_output():
+        if node is None or node.graph is not graph or node in inside:
             continue
-        own = {user for user, _ in value.uses()} - inside
+        if any(output.is_graph_output() for output in node.outputs):
+            continue
+        own = {user for output in node.outputs for user, _ in output.uses()} - inside
         if all(operator(user) in ("Shape", "Size") and _serves(user, inside) for user in own):
-            way = _way(node, axis, shapes)
+            way = _way(value, node, axis, shapes)
             if way is not None:
                 inside.update(way.nodes)
                 queue.append(way.source)
@@ -335,22 +337,27 @@ def _ends_gelu(node: ir.Node, hops: int = 3) -> bool:
     return hops > 1 and any(_ends_gelu(maker, hops - 1) for maker in between)
 
 
-def _way(node: ir.Node, axis: int, shapes: Shapes) -> _Path | None:
-    """What ``node`` does, if it is linear; or what it does with the nodes in front of it."""
+def _way(value: ir.Value, node: ir.Node, axis: int, shapes: Shapes) -> _Path | None:
+    """What ``node`` makes ``value`` by, if it is linear; or by the nodes in front of it too."""
     if operator(node) in _GAINS and _ends_gelu(node):
         return None
-    step = as_map(node, axis, shapes)
+    step = as_selection(value, axis, shapes) or as_map(node, axis, shapes)
     return _laid_out(node, axis, shapes) if step is None else _Path(*step, (node,))
 
 
 def _paths(value: ir.Value, axis: int, shapes: Shapes, inside: Collection[ir.Node]) -> list[_Path]:
-    """The paths that end in ``value`` and whose nodes are ``inside``, the shortest first."""
+    """The paths that end in ``value`` and whose nodes are ``inside``, the shortest first.
+
+    Channels are taken out in front of a layer only: alone they would be a matrix more.
+    """
     width = shapes.dim(value, axis)
     if not isinstance(width, int) or constant(value) is not None:
         return []
     found = [_Path(value, identity(axis, width))]
     while (node := found[-1].source.producer()) is not None and node in inside:
-        way = _way(node, axis, shapes)
+        if operator(node) in CUTS and not found[-1].has_layer:
+            break
+        way = _way(found[-1].source, node, axis, shapes)
         joined = None if way is None else way.map.then(found[-1].map)
         if way is None or joined is None:
             break

@@ -104,11 +104,11 @@ def fused(linear: Linear, shapes: Shapes) -> Fused | None:
         tuple(trace.biases),
         tuple(trace.parts),
         tuple(trace.nodes),
-        tuple(node for node in trace.shape_readers if not _serves(node, trace.nodes)),
+        tuple(node for node in trace.shape_readers if not serves(node, trace.nodes)),
     )
 
 
-def _serves(node: ir.Node, readers: Sequence[ir.Node]) -> bool:
+def serves(node: ir.Node, readers: Sequence[ir.Node]) -> bool:
     """Whether what ``node`` makes goes to ``readers`` only."""
     queue, seen = [node], {node}
     while queue:

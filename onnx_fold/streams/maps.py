@@ -30,13 +30,14 @@ from onnx_fold.algebra.expression import (
     take,
     transpose,
 )
+from onnx_fold.graph.channels import CUTS, taken
 from onnx_fold.graph.constants import FLOATS, Constant, constant
 from onnx_fold.graph.linear import as_linear
 from onnx_fold.graph.operators import operator
 from onnx_fold.graph.shapes import Shapes
 from onnx_fold.streams.fixed import fixed
 
-__all__ = ["LinearMap", "add", "as_map", "as_vector", "identity"]
+__all__ = ["LinearMap", "add", "as_map", "as_selection", "as_vector", "identity"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -276,6 +277,27 @@ def as_map(node: ir.Node, axis: int, shapes: Shapes) -> tuple[ir.Value, LinearMa
         case "Resize":
             return _scaled(node, axis, 1.0, shapes) if _keeps_size(node, shapes) else None
     return _product(node, axis, shapes) if axis == -1 else None
+
+
+def as_selection(value: ir.Value, axis: int, shapes: Shapes) -> tuple[ir.Value, LinearMap] | None:
+    """What a Split, Slice or Gather of channels makes ``value`` of: a map of zeros and ones.
+
+    Returns:
+        As :func:`as_map`.
+    """
+    node = value.producer()
+    if node is None or operator(node) not in CUTS:
+        return None
+    x = node.inputs[0]
+    width = None if x is None or constant(x) is not None else shapes.dim(x, axis)
+    found = taken(node, axis, width, shapes) if isinstance(width, int) else []
+    if x is None or not isinstance(width, int) or not found:
+        return None
+    columns = found[value.index() or 0]
+    positions = np.arange(len(columns)) * width + columns
+    ones, shape = literal(np.ones(len(columns))), (len(columns), width)
+    kernel = Placed(ones, literal(positions), shape=shape)
+    return x, LinearMap(-1, kernel, 1, None, (), (), (), ()).moved(axis)
 
 
 def _scaled(
