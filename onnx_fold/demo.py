@@ -67,6 +67,8 @@ def run_demo(
         resources.as_file(folder / "char-gqa.onnx") as plain,
         resources.as_file(folder / "char-gqa-norms.onnx") as with_norms,
     ):
+        for each in (plain, with_norms):
+            encode(prompt, _vocabulary(load(each)))  # it is refused before anything is told
         if norms:
             same = _tell(console, with_norms, prompt, tokens, provider, "size", "with RMSNorm")
             console.print(NARROW)
@@ -124,10 +126,15 @@ def _loss(path: Path) -> str:
     return f"{float(load(path).metadata_props['onnx_fold.val_loss']):.2f} nats a character"
 
 
+def _vocabulary(model: ir.Model) -> list[str]:
+    characters: list[str] = json.loads(model.metadata_props["onnx_fold.vocab"])
+    return characters
+
+
 def _written(model: Path | ir.Model, prompt: str, tokens: int, provider: Provider) -> str:
     """What ``model`` writes after ``prompt``, with random numbers that are the same each time."""
     loaded = load(model)
-    vocabulary = json.loads(loaded.metadata_props["onnx_fold.vocab"])
+    vocabulary = _vocabulary(loaded)
     noise = np.random.default_rng(SEED).gumbel(scale=TEMPERATURE, size=(tokens, len(vocabulary)))
     decoder = Decoder.of(loaded)
     start = decoder.inputs(encode(prompt, vocabulary))

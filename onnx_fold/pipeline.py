@@ -279,11 +279,11 @@ def fold(
     plan = partial(_plan, original, chosen, options, seen, progress)
     sizes = None if shapes is None else list(several(shapes))
     most = max_ratio(precision(original), for_size=options.target is None or force)
-    how = {"provider": provider, "shapes": sizes, "inputs": inputs}
+    how: dict[str, Any] = {"provider": provider, "shapes": sizes, "inputs": inputs}
     how |= {"ranges": ranges, "max_ratio": most}
-    given = source, isinstance(model, onnx.ModelProto)
-    place = destination, in_place, mode, how, shard_size, executor, delete_old_data
-    finish = _Finish(*given, *place, progress)
+    was_proto = isinstance(model, onnx.ModelProto)
+    place = source, was_proto, destination, in_place, mode, how, shard_size, executor
+    finish = _Finish(*place, delete_old_data, progress)
     if not mode:
         return finish(original, plan({}))
     prove = partial(proved, plan, original, progress, strict=strict or force)

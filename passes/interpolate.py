@@ -71,9 +71,10 @@ class InterpolatePass(FoldPass):
 
     def _of(self, rows: Rows, plan: Callable[[Rows], Proposal | None]) -> Iterator[Proposal]:
         """What ``plan`` makes of all rows of the basis; when it is asked for, of a part of them."""
-        for whole in filter(None, [plan(rows)]):
-            if isinstance(whole, Candidate):
-                whole.lesser = lambda: filter(None, map(plan, self._select.in_part(rows)))
+        whole = plan(rows)
+        if isinstance(whole, Candidate):
+            whole.lesser = lambda: filter(None, map(plan, self._select.in_part(rows)))
+        if whole is not None:
             yield whole
 
 

@@ -686,7 +686,7 @@ def test_ctrl_c_while_writing_leaves_no_stray_file(run, monkeypatch):
 def test_any_source_folds_alike(tmp_path):
     save()
     sources = ["m.onnx", Path("m.onnx"), onnx.load("m.onnx"), ir.load("m.onnx")]
-    folded = [ir.to_proto(onnx_fold.fold(source).model).SerializeToString() for source in sources]
+    folded = [ir.to_proto(onnx_fold.fold(source).ir).SerializeToString() for source in sources]
     assert len(set(folded)) == 1
     with pytest.raises(onnx_fold.UsageError, match="got list"):
         onnx_fold.fold([])

@@ -331,7 +331,7 @@ def test_everything_else_is_kept():
     expected = annotated()
     result = fold(expected)
     assert result.report.saving.weights == D * D
-    after = ir.to_proto(result.model)
+    after = ir.to_proto(result.ir)
     del expected.graph.node[0]
     expected.graph.node[0].input[0] = "x"  # what P read
     for part in (expected.graph, after.graph):
@@ -345,9 +345,9 @@ def test_everything_else_is_kept():
 
 def test_symbolic_dimensions_are_kept():
     result = fold(annotated())
-    assert [str(value.shape) for value in result.model.graph.inputs] == [f"[batch,seq,{D}]"]
-    assert str(result.model.graph.outputs[0].shape) == f"[batch,seq,{F}]"
-    (relu,) = [node for node in result.model.graph if node.op_type == "Relu"]
+    assert [str(value.shape) for value in result.ir.graph.inputs] == [f"[batch,seq,{D}]"]
+    assert str(result.ir.graph.outputs[0].shape) == f"[batch,seq,{F}]"
+    (relu,) = [node for node in result.ir.graph if node.op_type == "Relu"]
     assert str(relu.outputs[0].shape) == f"[batch,seq,{D}]"
 
 

@@ -105,3 +105,16 @@ def test_values_are_dropped_behind_their_last_reader() -> None:
     expected = ReferenceEvaluator(proto).run(None, inputs)
     found = kernels.run(kernels.evaluator(proto), inputs)
     np.testing.assert_array_equal(found[0], expected[0])
+
+
+def test_batch_normalization_that_trains() -> None:
+    text = """
+        (float[n, 4, h] x) => (float[n, 4, h] y, float[4] p, float[4] q)
+        { y, p, q = BatchNormalization<training_mode = 1, momentum = 0.7>(x, s, b, m, v) }
+    """
+    held = {name: normal(4, seed=seed) for seed, name in enumerate("sbm")}
+    model = graph(text, 15, **held, v=np.abs(normal(4, seed=5)))
+    inputs = feeds(model, {"n": 2, "h": 9})
+    expected = outputs(model, **inputs)
+    for name, found in evaluator(model)(inputs).items():
+        assert_close(found, expected[name])

@@ -16,7 +16,6 @@ import numpy as np
 import onnx
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
-from onnx.reference.ops.op_batch_normalization import BatchNormalization_14
 
 from onnx_fold.algebra.device import Array
 from onnx_fold.algebra.operators import Erf, Gelu
@@ -104,8 +103,8 @@ def _zeros(
     return list(zip(pads[: len(sizes)], pads[len(sizes) :], strict=True))
 
 
-class BatchNormalization(BatchNormalization_14):
-    """With the statistics that it is given, but where it is told to train."""
+class BatchNormalization(OpRun):
+    """With the statistics that it is given; with those of its input where it is told to train."""
 
     op_domain = ""
 
@@ -116,14 +115,21 @@ class BatchNormalization(BatchNormalization_14):
         bias: Array,
         mean: Array,
         var: Array,
-        epsilon: float | None = None,
-        momentum: float | None = None,
+        epsilon: float = 1e-5,
+        momentum: float = 0.9,
         training_mode: int | None = None,
         **_: Any,
     ) -> tuple[Array, ...]:
-        how = {"epsilon": epsilon, "momentum": momentum, "training_mode": training_mode or 0}
-        outputs: tuple[Array, ...] = super()._run(x, scale, bias, mean, var, **how)
-        return outputs
+        own: tuple[Array, ...] = ()
+        if training_mode:
+            others = (0, *range(2, x.ndim))
+            given, (mean, var) = (mean, var), (x.mean(others), x.var(others))
+            shares = zip(given, (mean, var), strict=True)
+            own = tuple(momentum * old + (1 - momentum) * new for old, new in shares)
+        shape = (-1, *[1] * (x.ndim - 2))
+        factors = (scale / np.sqrt(var + epsilon)).reshape(shape)
+        y = (x - mean.reshape(shape)) * factors + bias.reshape(shape)
+        return (y.astype(x.dtype), *own)
 
 
 def evaluator(model: onnx.ModelProto) -> ReferenceEvaluator:

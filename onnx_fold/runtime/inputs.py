@@ -173,10 +173,9 @@ def _between(
     assert value.dtype is not None
     low, high = limits
     if value.dtype.is_integer():
-        drawn = rng.integers(math.ceil(low), math.floor(high), shape, endpoint=True)
-    else:
-        drawn = rng.uniform(low, high, shape)
-    return np.asarray(drawn).astype(value.dtype.numpy())
+        whole = rng.integers(math.ceil(low), math.floor(high), shape, endpoint=True)
+        return np.asarray(whole).astype(value.dtype.numpy())
+    return np.asarray(rng.uniform(low, high, shape)).astype(value.dtype.numpy())
 
 
 def _check_memory(shapes: Iterable[Sequence[int]]) -> None:

@@ -172,6 +172,6 @@ def step_values(
 ) -> dict[str, Any]:
     """Return the inputs beside the cache on the device, for a batch, new tokens and past."""
     batch, seq, past = shape
-    sizes = {"batch": batch, "seq": seq, "past": past, "image": image}
+    sizes: dict[str, Any] = {"batch": batch, "seq": seq, "past": past, "image": image}
     arrays = make_inputs(model, **sizes, seed=seed, without=cache_inputs(model), ranges=ranges)
     return {name: sessions.to_ort_value(array, provider) for name, array in arrays.items()}

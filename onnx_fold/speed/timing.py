@@ -403,7 +403,7 @@ class _TestBed:
 
     def _really(self, batch: int, seq: int, past: int) -> _Shape:
         """Return the batch, new tokens and past that will run: what is wanted, or what is fixed."""
-        sizes = {"batch": batch, "past": past, "image": self.image}
+        sizes: dict[str, Any] = {"batch": batch, "past": past, "image": self.image}
         shapes = input_shapes(self.model, **sizes, seq=seq)
         rows, tokens, cached = token_counts(self.model, shapes)
         if not takes_tokens(self.model):
@@ -447,8 +447,8 @@ class _TestBed:
         return cache_values(self.model, shape[0], shape[2], self.report.provider, self.seed)
 
     def _step(self, shape: _Shape) -> dict[str, Any]:
-        provider, how = self.report.provider, {"image": self.image, "ranges": self.ranges}
-        return step_values(self.model, shape, provider, self.seed, **how)
+        how = self.report.provider, self.seed, self.image, self.ranges
+        return step_values(self.model, shape, *how)
 
 
 def _paired(
