@@ -44,6 +44,30 @@ def test_conv(kind: str, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_close(evaluator(model)(inputs)["y"], outputs(model, **inputs)["y"])
 
 
+POOLS = {
+    "plain": "kernel_shape = [2, 3]",
+    "strides": "kernel_shape = [3, 2], strides = [2, 3]",
+    "pads": "kernel_shape = [3, 3], pads = [1, 1, 1, 1], strides = [2, 2]",
+    "uneven pads": "kernel_shape = [2, 3], pads = [0, 1, 1, 2]",
+    "dilations": "kernel_shape = [2, 2], dilations = [2, 3]",
+    "ceil": "kernel_shape = [3, 3], strides = [2, 2], ceil_mode = 1",
+    "ceil and pads": "kernel_shape = [3, 3], strides = [3, 3], pads = [1, 1, 1, 1], ceil_mode = 1",
+    "ceil past the end": "kernel_shape = [1, 1], strides = [3, 4], ceil_mode = 1",
+    "same upper": 'kernel_shape = [3, 2], strides = [2, 2], auto_pad = "SAME_UPPER"',
+    "same lower": 'kernel_shape = [2, 2], auto_pad = "SAME_LOWER"',
+}
+
+
+@pytest.mark.parametrize("kind", POOLS)
+def test_max_pool(kind: str) -> None:
+    text = f"(float[n, 4, h, w] x) => (float[n, 4, p, q] y) {{ y = MaxPool<{POOLS[kind]}>(x) }}"
+    model = graph(text)
+    for sizes in ({"n": 2, "h": 9, "w": 8}, {"n": 1, "h": 8, "w": 11}):
+        inputs = feeds(model, sizes)
+        expected = outputs(model, **inputs)["y"]
+        np.testing.assert_array_equal(evaluator(model)(inputs)["y"], expected)
+
+
 @pytest.mark.parametrize("opset", [7, 9, 13, 14, 15, 18])
 def test_batch_normalization_has_given_statistics(opset: int) -> None:
     text = "(float[n, 4, h] x) => (float[n, 4, h] y) { y = BatchNormalization(x, s, b, m, v) }"

@@ -1,9 +1,9 @@
 """``onnx.reference`` with kernels that finish: images of any size in seconds and little memory.
 
-Its Conv writes out the window of every position, its Erf calls Python for every element, in
-float32, its Gelu is exact to float32, its GatherElements fails on a matrix of more than 32 columns,
-and its BatchNormalization below opset 14 mixes the statistics of its input in. The kernels here
-compute the same from the ONNX specification. What no later node reads is dropped at once.
+Its Conv writes out the window of every position, its MaxPool loops over them, its Erf calls Python
+for every element, in float32, its Gelu is exact to float32, its GatherElements fails on a matrix of
+more than 32 columns, and its BatchNormalization below opset 14 mixes the statistics of its input
+in. The kernels here compute the same from the ONNX specification. What no later node reads is dropped at once.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from onnx.reference.op_run import OpRun
 
 from onnx_fold.algebra.device import Array
 from onnx_fold.algebra.operators import Erf, Gelu
+from onnx_fold.algebra.precision import is_float
 
 __all__ = ["evaluator", "run"]
 
@@ -103,6 +104,47 @@ def _zeros(
     return list(zip(pads[: len(sizes)], pads[len(sizes) :], strict=True))
 
 
+class MaxPool(OpRun):
+    """The largest element of each window; where they are is not asked for."""
+
+    op_domain = ""
+
+    def _run(
+        self,
+        x: Array,
+        auto_pad: str | None = None,
+        ceil_mode: int | None = None,
+        dilations: Sequence[int] | None = None,
+        kernel_shape: Sequence[int] | None = None,
+        pads: Sequence[int] | None = None,
+        storage_order: int | None = None,
+        strides: Sequence[int] | None = None,
+    ) -> tuple[Array]:
+        window = list(kernel_shape or ())
+        axes = len(window)
+        steps, spread = list(strides or [1] * axes), list(dilations or [1] * axes)
+        reach = [(size - 1) * step + 1 for size, step in zip(window, spread, strict=True)]
+        around = _zeros(x.shape[2:], reach, steps, auto_pad, pads)
+        if ceil_mode:
+            around = [
+                _to_last_window(size, *ends, *how)
+                for size, ends, *how in zip(x.shape[2:], around, reach, steps, strict=True)
+            ]
+        lowest = -np.inf if is_float(x) else np.iinfo(x.dtype).min
+        x = np.pad(x, [(0, 0), (0, 0), *around], constant_values=lowest)
+        windows = np.lib.stride_tricks.sliding_window_view(x, reach, tuple(range(2, x.ndim)))
+        picked = [slice(None, None, step) for step in (*steps, *spread)]
+        return (windows[(slice(None), slice(None), *picked)].max(tuple(range(-axes, 0))),)
+
+
+def _to_last_window(size: int, before: int, behind: int, reach: int, step: int) -> tuple[int, int]:
+    """Padding to the end of the last window that begins inside or in the padding in front."""
+    count = -(-(size + before + behind - reach) // step) + 1
+    if (count - 1) * step >= size + before:
+        count -= 1
+    return before, max(behind, (count - 1) * step + reach - size - before)
+
+
 class BatchNormalization(OpRun):
     """With the statistics that it is given; with those of its input where it is told to train."""
 
@@ -134,7 +176,11 @@ class BatchNormalization(OpRun):
 
 def evaluator(model: onnx.ModelProto) -> ReferenceEvaluator:
     """``model`` for :func:`run`, computed by NumPy in the types that it has."""
-    return ReferenceEvaluator(model, new_ops=[BatchNormalization, Conv, Erf, GatherElements, Gelu])
+    asks_for_places = any(
+        node.op_type == "MaxPool" and len(node.output) > 1 for node in model.graph.node
+    )
+    own = [BatchNormalization, Conv, Erf, GatherElements, Gelu]
+    return ReferenceEvaluator(model, new_ops=own if asks_for_places else [*own, MaxPool])
 
 
 def run(model: ReferenceEvaluator, inputs: Mapping[str, Any]) -> list[Any]:
