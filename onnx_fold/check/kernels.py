@@ -3,7 +3,8 @@
 Its Conv writes out the window of every position, its MaxPool loops over them, its Erf calls Python
 for every element, in float32, its Gelu is exact to float32, its GatherElements fails on a matrix of
 more than 32 columns, and its BatchNormalization below opset 14 mixes the statistics of its input
-in. The kernels here compute the same from the ONNX specification. What no later node reads is dropped at once.
+in. The kernels here compute the same from the ONNX specification. What no later node reads is
+dropped at once.
 """
 
 from __future__ import annotations
