@@ -61,7 +61,7 @@ SHIPPED = (
     ("captcha", "ddddocr", "common.onnx", 64),
     ("silero-vad", "silero-vad", "silero_vad_16k_op15.onnx", 64),
     ("magika", "magika", "standard_v3_3/model.onnx", 64),
-    ("DNSMOS", "speechmos", "dnsmos_models/sig_bak_ovr.onnx", 64),
+    ("DNSMOS", "speechmos", "/dnsmos_models/sig_bak_ovr.onnx", 64),
 )
 """Trained models: the package of the registry that carries it, the end of its file, and pixels."""
 
