@@ -2,10 +2,10 @@
 
 ``x W + s (x A) B = x (W + s A B)``, and of convolutions ``x * K₁ + x * K₂ + x = x * (K₁ + K₂ + I)``
 with the smaller kernels in the middle of the largest (X. Ding et al., "RepVGG", arXiv 2101.03697).
-A layer and the BatchNorm beside it are one too, and so is a layer between Transposes that undo each
-other: a product of pixels is a 1x1 convolution. Nothing is inverted, and the error is that of
-rounding one weight in the place of several. What would grow, a pair of low rank without a layer
-beside it, is left.
+A layer and the BatchNorm beside it are one too, a convolution and its gains, and a layer between
+Transposes that undo each other: a product of pixels is a 1x1 convolution. Nothing is inverted, and
+the error is that of rounding one weight in the place of several. What would grow, a pair of low
+rank without a layer beside it, is left.
 """
 
 from __future__ import annotations
@@ -54,8 +54,12 @@ class BranchesPass(FoldPass):
 
 def _named(branches: Branches) -> str:
     """The layers, and that it is not they alone."""
-    moves = len(branches.layers) == 1 and any(operator(n) == "Transpose" for n in branches.inside)
-    return compact(branches.labels) + (" and what moves its channels" if moves else "")
+    inside = {operator(node) for node in branches.inside}
+    beside = ""
+    if len(branches.layers) == 1:
+        moved = " and what moves its channels" if "Transpose" in inside else ""
+        beside = moved or (" and its gains" if inside & {"Div", "Mul"} else "")
+    return compact(branches.labels) + beside
 
 
 def _is_conv(total: LinearMap) -> bool:
