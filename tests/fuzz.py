@@ -237,7 +237,33 @@ def conv(b: Builder) -> list[Value]:
     kernel = b.hold(b.numbers(width, turned.shape[1], size, scale=0.5), "W")
     operands = [turned.name, kernel, *([b.weight(width)] if b.flip() else [])]
     product = b.add("Conv", operands, shape)
+    for _ in range(b.choose(0, 1, 2)):
+        product = b.choose(batch_norm, scaled)(b, product)
     return [b.transpose(product, [0, 2, 1])] if turned is not value else [product]
+
+
+def batch_norm(b: Builder, value: Value) -> Value:
+    """Statistics of axis 1, which are given."""
+    width = value.shape[1]
+    gain, shift, mean = (b.numbers(width) for _ in range(3))
+    variance = np.abs(b.numbers(width)) + b.numbers(width).dtype.type(0.5)
+    held = [b.hold(array, "n") for array in (gain, shift, mean, variance)]
+    return b.add("BatchNormalization", [value.name, *held], value.shape)
+
+
+def scaled(b: Builder, value: Value) -> Value:
+    """By one number, or one for each channel of axis 1; the constant may come first."""
+    factor = b.scalar() if b.flip() else b.hold(b.numbers(value.shape[1], 1), "g")
+    operands = [value.name, factor]
+    op = b.choose("Mul", "Add", "Sub")
+    return b.add(op, operands[::-1] if b.flip() else operands, value.shape)
+
+
+def norm(b: Builder) -> list[Value]:
+    value = b.value(lambda shape: len(shape) in (2, 3))
+    if value is None or b.dtype != ir.DataType.FLOAT:  # what ONNX Runtime has a kernel for
+        return []
+    return [batch_norm(b, value)]
 
 
 def bottleneck(b: Builder) -> list[Value]:
@@ -696,7 +722,7 @@ LINEAR = (
 )
 INSIDE = (
     *(unary, softmax, cast, gain, total, dead_skip, where, permute, regroup, axes, repeat, part),
-    *(join, pad, reduce),
+    *(join, pad, reduce, norm),
 )
 BLOCKS = (feed_forward, attention, block, experts, no_norm, bottleneck, parts)
 OUTSIDE = (measure, branch, call, call)
