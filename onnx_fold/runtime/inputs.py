@@ -105,7 +105,7 @@ def make_inputs(
 
     Symbolic dimensions get their size from their name (``batch``, ``past``, ``seq``, the sum of two
     of them), else from the input that they belong to (``input_ids`` is ``[batch, seq]``, floats of
-    rank 4 are an image), else 3; a symbol has one size everywhere. Fixed dimensions stay as they
+    rank 4 are an image, of rank 5 several), else 3; a symbol has one size everywhere. Fixed dimensions stay as they
     are.
 
     Indices are in the range of the smallest constant table that they are looked up in, and look up
@@ -432,12 +432,13 @@ def _size_by_axis(value: ir.Value, axis: int, symbol: str, wanted: Mapping[str, 
 
 
 def _is_side(value: ir.Value, axis: int) -> bool:
-    """Whether ``axis`` is the height or width of an image, its channels in front or behind."""
+    """Whether ``axis`` is the height or width of images, their channels in front or behind."""
     shape = _shape(value)
-    if len(shape) != 4 or value.dtype is None or not value.dtype.is_floating_point():
+    rank = len(shape)
+    if rank not in (4, 5) or value.dtype is None or not value.dtype.is_floating_point():
         return False
-    is_last = shape[3] in (1, 3, 4) and not isinstance(shape[1], int)
-    return axis in ((1, 2) if is_last else (2, 3))
+    is_last = shape[-1] in (1, 3, 4) and not isinstance(shape[1], int)
+    return axis - rank in ((-3, -2) if is_last else (-2, -1))
 
 
 def _fill(
