@@ -105,8 +105,8 @@ def make_inputs(
 
     Symbolic dimensions get their size from their name (``batch``, ``past``, ``seq``, the sum of two
     of them), else from the input that they belong to (``input_ids`` is ``[batch, seq]``, floats of
-    rank 4 are an image, of rank 5 several), else 3; a symbol has one size everywhere. Fixed dimensions stay as they
-    are.
+    rank 4 are an image, of rank 5 several), else 3; a symbol has one size everywhere. Fixed
+    dimensions stay as they are.
 
     Indices are in the range of the smallest constant table that they are looked up in, and look up
     all of its rows before they repeat one. Masks are 1
