@@ -451,6 +451,8 @@ WINDOWS = {
         ("y = ConvTranspose<strides = [2, 2]>(x, T, k) w = Conv(y, Q)", 6 * 4 * 4 + 4),
         ("y = Conv(x, P) w = ConvTranspose<strides = [3, 1]>(y, U, q)", 6 * 4 * 4 + 4),
         ("y = Conv<strides = [2, 2]>(x, P) w = Conv(y, Q, q)", 4 * 6 + 4),
+        ("y = Conv(x, P, p) w = Conv<dilations = [1, 2]>(y, L, q)", 4 * 6 * 9 + 4),
+        ("y = Conv(x, P, p) w = Conv<strides = [2, 1]>(y, L)", 4 * 6 * 9 + 4),
     ],
 )
 def test_a_window_and_a_layer_of_one_position_are_one(body: str, left: int):

@@ -147,14 +147,14 @@ class Linear:
 
     @property
     def vector_shape(self) -> tuple[int, ...] | None:
-        """Shape in which one number for each column of the reader is added to ``y``, if any is."""
+        """Shape in which a number for each output channel, of each matrix, is added to ``y``."""
         if self.edge[0] is not self.node:
             return None  # which columns there are is known at run time only
         if self.y_axis is None:
             is_last = self.identity_shape is not None and self.keeps_layout
             return tuple(self.weight.shape[a] for a in self.out_axes) if is_last else None
         behind = (1,) * (-1 - self.y_axis)
-        if self.num_matrices == 1:
+        if self.num_matrices == 1 or operator(self.node) == "Conv":
             return (self.out_features, *behind)
         if operator(self.node) == "Einsum":
             return None

@@ -211,6 +211,10 @@ def _add_bias(rewrite: Rewrite, reader: Reader, carried: Carried) -> None:
     through = product(Sum(*vectors), reader.behind_gain)
     dtype, width = reader.weight.dtype, reader.out_features
     node, edge = reader.node, reader.bias
+    if reader.num_matrices > 1 and operator(node) == "Conv":  # all of a window are added up
+        each = reshape(through, (reader.num_matrices, width))
+        ones = literal(np.ones((1, reader.num_matrices)))
+        through = reshape(product(ones, each), (width,))
     if reader.beta != 0.0 and (edge is not None or operator(node) == "Gemm"):
         held = constant(node.inputs[edge[1]]) if edge is not None else None
         if edge is None or held is not None:
