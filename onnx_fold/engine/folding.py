@@ -590,7 +590,8 @@ def _choose(
     def is_priced(candidate: Candidate) -> bool:
         return candidate.priced(stream, options).refused is None
 
-    for group in _ranked(stream, passes, later, judged, is_priced, is_accurate):
+    is_fast = options.target is not None and not options.force
+    for group in _ranked(stream, passes, later, judged, is_priced, is_accurate, is_fast=is_fast):
         accepted: list[tuple[CandidateReport, Candidate]] = []
         for candidate in sorted(group, key=lambda candidate: candidate.basis is not None):
             verdict = candidate.judged(stream, options, memo)
@@ -622,32 +623,40 @@ def _ranked(
     refused: list[CandidateReport],
     is_priced: Callable[[Candidate], bool],
     is_accurate: Callable[[Candidate], bool],
+    *,
+    is_fast: bool,
 ) -> Iterator[list[Candidate]]:
     """Candidates that tie, those that gain most first, of those the ones with fewest operators.
 
     A closed stream has d² weights too many. So a dear pass is not asked before the cheap ones that
-    save as much have failed; what saves less waits for it, but for what stands in nothing's way.
+    save as much have failed; what saves less waits for it, but for what stands in nothing's way,
+    and for a part of a cheap one where operators count.
     """
     waiting: list[Candidate] = []
     whole: list[Candidate] = []
+
+    def in_order() -> Iterator[list[Candidate]]:
+        parts = [part for each in filter(is_priced, whole) for part in each.in_part()]
+        offered = [*waiting, *_candidates(parts, refused)]
+        free = [each for each in offered if is_priced(each)]
+        dear = [each for each in offered if each not in free]
+        return _ties([*_accurate(free, is_accurate), *dear])
+
     for _, tier in groupby(sorted(passes, key=_operators), key=_operators):
         proposals = [proposal for each in tier for proposal in each.proposals(stream)]
         found = list(_candidates(proposals, refused))
-        waiting += found
-        whole += [candidate for candidate in found if candidate.lesser is not None]
-        yield from _ties([candidate for candidate in waiting if _is_full(candidate, stream)])
-        waiting = [candidate for candidate in waiting if not _is_full(candidate, stream)]
+        yield from _ties([each for each in found if _is_full(each, stream)])
+        waiting += [each for each in found if not _is_full(each, stream)]
+        whole += [each for each in found if each.lesser is not None]
+        if whole and is_fast and not later:
+            yield from in_order()
+            waiting, whole = [], []
     if waiting and later:
         others = [proposal for each in later for proposal in each.proposals(stream)]
         savings = [each.saved for each in others if isinstance(each, Candidate)]
         most = max(savings, default=0)
         waiting = [each for each in waiting if each.keeps_layers or each.saved >= most]
-    for candidate in filter(is_priced, whole):
-        waiting += _candidates(candidate.in_part(), refused)
-    free = [each for each in waiting if is_priced(each)]
-    yield from _ties(
-        [*_accurate(free, is_accurate), *(each for each in waiting if each not in free)]
-    )
+    yield from in_order()
 
 
 def _candidates(
