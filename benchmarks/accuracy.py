@@ -63,7 +63,9 @@ DEPTHS: tuple[tuple[str, int, int, Sequence[str]], ...] = (
     ("gaussian", 512, 8, tuple(DTYPES)),
     ("gaussian", 512, 32, ("fp16",)),
     ("gaussian", 1024, 8, ("fp16",)),
+    ("gaussian", 2048, 4, ("fp16",)),
     ("orthogonal", 512, 8, ("fp16",)),
+    ("orthogonal", 1024, 32, ("fp32", "fp16")),
 )
 """Deep models: weights, width, blocks, storage types."""
 
