@@ -79,6 +79,7 @@ def measure(norm: str, width: int, dtype: str, args: argparse.Namespace) -> dict
             source, output=target, provider="cpu", objective=args.objective
         ).report
         assert report.verification is not None
+        outputs = report.verification.outputs
         options = {"tokens": args.tokens, "repeats": args.repeats, "seconds": args.seconds}
         options |= {"threads": 1, "provider": "cpu", "prefill": LENGTH}
         times = onnx_fold.bench(source, target, **options)
@@ -90,7 +91,7 @@ def measure(norm: str, width: int, dtype: str, args: argparse.Namespace) -> dict
         "objective": args.objective,
         "streams": len(report.folded),
         "weights": report.saving.weights,
-        "error": max(each.ratio or 0.0 for each in report.verification.outputs),
+        "error": max(filter(None, (each.ratio for each in outputs)), default=None),
         "bytes": times.bytes_ratio,
         "read": times.read_ratio,
         "command": shlex.join(["python", "benchmarks/norms.py", *sys.argv[1:]]),
@@ -115,7 +116,8 @@ def row(each: dict[str, Any]) -> str:
     times = (told(*each[kind][phase]) for phase, kind in names)
     cells = (name, each["width"], each["dtype"], each["objective"], each["streams"])
     cells += (f"{squares:.3f}",)
-    cells += (f"{each['error']:.2f}", f"{each['bytes']:.3f}x", f"{each['read']:.3f}x", *times)
+    cells += ("" if each["error"] is None else f"{each['error']:.2f}",)
+    cells += (f"{each['bytes']:.3f}x", f"{each['read']:.3f}x", *times)
     return "| " + " | ".join(map(str, cells)) + " |\n"
 
 
