@@ -651,7 +651,7 @@ def _ranked(
         if whole and is_fast and not later:
             yield from in_order()
             waiting, whole = [], []
-    if waiting and later:
+    if later and any(is_priced(each) for each in waiting):
         others = [proposal for each in later for proposal in each.proposals(stream)]
         savings = [each.saved for each in others if isinstance(each, Candidate)]
         most = max(savings, default=0)
