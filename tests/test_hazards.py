@@ -395,3 +395,37 @@ def test_a_file_in_which_nothing_folds_is_copied_byte_for_byte(tmp_path):
     (tmp_path / "a.onnx").write_bytes(model.SerializeToString() + b"\xf8\x3f\x01")  # unknown field
     onnx_fold.fold(tmp_path / "a.onnx", verify=False).save(tmp_path / "b.onnx")
     assert (tmp_path / "b.onnx").read_bytes() == (tmp_path / "a.onnx").read_bytes()
+
+
+# --- Old files ------------------------------------------------------------------------------------
+
+
+def old(body: str = "p = MatMul(x, P) y = MatMul(p, M)") -> onnx.ModelProto:
+    """A file of IR version 3, which lists all initializers among the inputs."""
+    held = {"P": normal(D, D), "M": normal(D, F, seed=1)}
+    model = ir.to_proto(graph(f"(float[n, {D}] x) => (float[n, {F}] y) {{ {body} }}", 8, **held))
+    model.ir_version = 3
+    for tensor in model.graph.initializer:
+        info = onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
+        model.graph.input.append(info)
+    onnx.checker.check_model(model)
+    return model
+
+
+def test_initializers_that_an_old_file_lists_among_its_inputs(tmp_path):
+    model = old()
+    result = onnx_fold.fold(model, output=tmp_path / "f.onnx")
+    assert result.report.saving.weights == D * D
+    assert result.report.verification.ok
+    assert onnx_fold.verify(model, tmp_path / "f.onnx")
+    written = onnx.load(tmp_path / "f.onnx")
+    onnx.checker.check_model(written)
+    assert [value.name for value in written.graph.input] == ["x"]
+    names = {value.name for value in model.graph.input}
+    assert names == {"x", "P", "M"}, "the source was changed"
+
+
+def test_an_old_file_in_which_nothing_folds_stays(tmp_path):
+    onnx.save(old("p = MatMul(x, P) q = Exp(p) y = MatMul(q, M)"), tmp_path / "m.onnx")
+    onnx_fold.fold(tmp_path / "m.onnx", output=tmp_path / "f.onnx")
+    assert (tmp_path / "f.onnx").read_bytes() == (tmp_path / "m.onnx").read_bytes()

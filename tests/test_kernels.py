@@ -142,3 +142,12 @@ def test_batch_normalization_that_trains() -> None:
     expected = outputs(model, **inputs)
     for name, found in evaluator(model)(inputs).items():
         assert_close(found, expected[name])
+
+
+@pytest.mark.parametrize("mode", ["nearest", "linear"])
+@pytest.mark.parametrize("scales", [(1, 1, 2, 3), (1, 1, 1.5, 0.5)])
+def test_resize_of_opset_10(mode: str, scales: tuple[float, ...]) -> None:
+    text = f'(float[n, 4, h, w] x) => (float[n, 4, p, q] y) {{ y = Resize<mode = "{mode}">(x, s) }}'
+    model = graph(text, 10, s=np.array(scales, np.float32))
+    inputs = feeds(model, {"n": 2, "h": 4, "w": 6})
+    assert_close(evaluator(model)(inputs)["y"], outputs(model, **inputs)["y"])

@@ -2,9 +2,9 @@
 
 Its Conv writes out the window of every position, its MaxPool loops over them, its Erf calls Python
 for every element, in float32, its Gelu is exact to float32, its GatherElements fails on a matrix of
-more than 32 columns, and its BatchNormalization below opset 14 mixes the statistics of its input
-in. The kernels here compute the same from the ONNX specification. What no later node reads is
-dropped at once.
+more than 32 columns, its BatchNormalization below opset 14 mixes the statistics of its input in,
+and it has no Resize of opset 10. The kernels here compute the same from the ONNX specification.
+What no later node reads is dropped at once.
 """
 
 from __future__ import annotations
@@ -175,13 +175,36 @@ class BatchNormalization(OpRun):
         return (y.astype(x.dtype), *own)
 
 
+class Resize(OpRun):
+    """As opset 10 has it: pixel ``i`` is taken from ``i / scale``, below it or between its two."""
+
+    op_domain = ""
+
+    def _run(self, x: Array, scales: Array, mode: str | None = None, **_: Any) -> tuple[Array]:
+        for axis, factor in enumerate(scales.tolist()):
+            size = x.shape[axis]
+            places = np.arange(math.floor(size * factor)) / factor
+            below = np.minimum(np.floor(places).astype(np.int64), size - 1)
+            taken = np.take(x, below, axis)
+            if mode == "linear":
+                share = (places - below).reshape(-1, *[1] * (x.ndim - 1 - axis))
+                above = np.take(x, np.minimum(below + 1, size - 1), axis)
+                taken = taken + share.astype(x.dtype) * (above - taken)
+            x = taken
+        return (x,)
+
+
 def evaluator(model: onnx.ModelProto) -> ReferenceEvaluator:
     """``model`` for :func:`run`, computed by NumPy in the types that it has."""
     asks_for_places = any(
         node.op_type == "MaxPool" and len(node.output) > 1 for node in model.graph.node
     )
-    own = [BatchNormalization, Conv, Erf, GatherElements, Gelu]
-    return ReferenceEvaluator(model, new_ops=own if asks_for_places else [*own, MaxPool])
+    own: list[type[OpRun]] = [BatchNormalization, Conv, Erf, GatherElements, Gelu]
+    if not asks_for_places:
+        own.append(MaxPool)
+    if any(each.domain in ("", "ai.onnx") and each.version == 10 for each in model.opset_import):
+        own.append(Resize)
+    return ReferenceEvaluator(model, new_ops=own)
 
 
 def run(model: ReferenceEvaluator, inputs: Mapping[str, Any]) -> list[Any]:

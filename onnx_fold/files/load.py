@@ -48,7 +48,9 @@ def load(source: ModelSource) -> ir.Model:
     """Return ``source`` as an ``onnx_ir.Model``; weights of a file stay on disk until read.
 
     An ``onnx_ir.Model`` (and the one inside a ``torch.onnx.ONNXProgram``) is returned as it is, not
-    copied; but nodes that are read before they are written are sorted, in a copy.
+    copied; but nodes that are read before they are written are sorted, in a copy, and so is a model
+    of an IR version that lists its initializers among its inputs one of the next version, which
+    does not.
 
     Raises:
         InvalidModelError: The file is missing, truncated, not ONNX, or its external data is
@@ -58,9 +60,25 @@ def load(source: ModelSource) -> ir.Model:
     """
     name = str(source) if isinstance(source, str | os.PathLike) else "the given model"
     try:
-        return in_order(_read(source))
+        return _without_listed_initializers(in_order(_read(source)))
     except MalformedError as error:
         raise InvalidModelError(f"{name} is not a valid ONNX model: {error}") from error
+
+
+_OVERRIDABLE = 4
+"""The first IR version in which a caller can override initializers that are inputs, too. Before it
+all of them have to be inputs, and ONNX Runtime takes them for constants."""
+
+
+def _without_listed_initializers(model: ir.Model) -> ir.Model:
+    if (model.ir_version or _OVERRIDABLE) >= _OVERRIDABLE:
+        return model
+    copy = model.clone()
+    listed = [value for value in copy.graph.inputs if value.is_initializer()]
+    for value in listed:
+        copy.graph.inputs.remove(value)
+    copy.ir_version = _OVERRIDABLE
+    return copy
 
 
 def _read(source: ModelSource) -> ir.Model:
