@@ -185,8 +185,7 @@ def test_with_norms_that_stay_each_stream_loses_three_eighths(tmp_path, name, ex
     result = onnx_fold.fold(path, strategy="rotate", force=True, provider="cpu")
     streams = FAMILIES[name].streams - (name in WITHOUT_LAST_NORM)
     assert len(result.report.folded) == streams, [s.reasons for s in result.report.left_alone]
-    cut = (name, exporter) != ("torch", "torchscript")  # two of its streams cannot be cut out
-    assert len(result.report.proof.proved) == (streams if cut else 2)
+    assert len(result.report.proof.proved) == streams
     assert not result.report.proof.failed
     assert result.report.verification.ok
     assert matrix_weights(model) - matrix_weights(result.model) == rotated(name)

@@ -13,6 +13,7 @@ one. Of a large one, or where that does not settle it, every folded stream is cu
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 from collections.abc import Sequence
@@ -29,6 +30,7 @@ from onnx_fold.algebra.expression import FoldedTensor
 from onnx_fold.algebra.precision import is_float
 from onnx_fold.base.progress import Report, ignore
 from onnx_fold.base.tables import counted
+from onnx_fold.check.feeds import frozen_feeds
 from onnx_fold.check.interpreter import Interpreter
 from onnx_fold.check.parity import evaluator
 from onnx_fold.check.pieces import cut, typed
@@ -156,7 +158,7 @@ def _in_onnxruntime(model: ir.Model) -> Function:
 
 
 def _ran(function: Function, model: ir.Model, enough: int = 2) -> list[tuple[Arrays, Arrays]]:
-    """Inputs that ``model`` runs, and its outputs."""
+    """Inputs that ``model`` runs, and its outputs; of sizes that it holds, if it runs no others."""
     pairs: list[tuple[Arrays, Arrays]] = []
     failure: OnnxFoldError | None = None
     for seed, (batch, seq, past) in enumerate(_SIZES):
@@ -167,6 +169,9 @@ def _ran(function: Function, model: ir.Model, enough: int = 2) -> list[tuple[Arr
             failure = error
         if len(pairs) == enough:
             break
+    for each in () if pairs else frozen_feeds(model, seed=0):
+        with contextlib.suppress(UsageError):
+            return [(each.arrays, function(each.arrays))]
     if not pairs and failure is not None:
         raise failure
     return pairs
