@@ -429,3 +429,5 @@ def test_an_old_file_in_which_nothing_folds_stays(tmp_path):
     onnx.save(old("p = MatMul(x, P) q = Exp(p) y = MatMul(q, M)"), tmp_path / "m.onnx")
     onnx_fold.fold(tmp_path / "m.onnx", output=tmp_path / "f.onnx")
     assert (tmp_path / "f.onnx").read_bytes() == (tmp_path / "m.onnx").read_bytes()
+    model = onnx.load(tmp_path / "m.onnx")
+    assert onnx_fold.fold(model).model == ir.to_proto(ir.from_proto(model))

@@ -24,7 +24,7 @@ from google.protobuf import json_format, text_format
 from google.protobuf.message import DecodeError
 
 from onnx_fold.errors import InvalidModelError, OnnxFoldError, UsageError, sentence
-from onnx_fold.files.order import in_order
+from onnx_fold.files.order import in_order, without_listed_initializers
 from onnx_fold.files.wellformed import MalformedError, well_formed
 
 if TYPE_CHECKING:
@@ -60,25 +60,9 @@ def load(source: ModelSource) -> ir.Model:
     """
     name = str(source) if isinstance(source, str | os.PathLike) else "the given model"
     try:
-        return _without_listed_initializers(in_order(_read(source)))
+        return without_listed_initializers(in_order(_read(source)))
     except MalformedError as error:
         raise InvalidModelError(f"{name} is not a valid ONNX model: {error}") from error
-
-
-_OVERRIDABLE = 4
-"""The first IR version in which a caller can override initializers that are inputs, too. Before it
-all of them have to be inputs, and ONNX Runtime takes them for constants."""
-
-
-def _without_listed_initializers(model: ir.Model) -> ir.Model:
-    if (model.ir_version or _OVERRIDABLE) >= _OVERRIDABLE:
-        return model
-    copy = model.clone()
-    listed = [value for value in copy.graph.inputs if value.is_initializer()]
-    for value in listed:
-        copy.graph.inputs.remove(value)
-    copy.ir_version = _OVERRIDABLE
-    return copy
 
 
 def _read(source: ModelSource) -> ir.Model:

@@ -1,4 +1,7 @@
-"""The order of nodes: ONNX asks for writers before readers, ONNX Runtime takes any order."""
+"""Graphs as ONNX has them today: writers before readers, and inputs that are none but inputs.
+
+ONNX Runtime takes nodes in any order, and old files list their initializers among the inputs.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,26 @@ from onnx_fold.files.wellformed import MalformedError
 
 _PLACE = "onnx_fold.place"
 """Under this name a node of a sorted copy keeps the place that it had."""
+
+
+_LISTED = "onnx_fold.listed"
+"""Under this name a copy without listed initializers keeps its IR version and inputs."""
+
+_OVERRIDABLE = 4
+"""The first IR version in which a caller can override initializers that are inputs, too. Before it
+all of them have to be inputs, and ONNX Runtime takes them for constants."""
+
+
+def without_listed_initializers(model: ir.Model) -> ir.Model:
+    """``model``, or if its IR version lists initializers among the inputs a copy that does not."""
+    if (model.ir_version or _OVERRIDABLE) >= _OVERRIDABLE:
+        return model
+    copy, names = model.clone(), [value.name for value in model.graph.inputs]
+    inputs = [value for value in copy.graph.inputs if not value.is_initializer()]
+    copy.graph.inputs[:] = inputs
+    copy.ir_version = _OVERRIDABLE
+    copy.graph.meta[_LISTED] = model.ir_version, names
+    return copy
 
 
 def in_order(model: ir.Model) -> ir.Model:
@@ -54,7 +77,12 @@ def copied(model: ir.Model) -> ir.Model:
 
 
 def put_back(model: ir.Model) -> None:
-    """Give the nodes of a copy of what :func:`in_order` made the places that they had."""
+    """Give a copy of what these functions made the order, inputs and IR version that it had."""
+    if _LISTED in model.graph.meta:
+        model.ir_version, names = model.graph.meta.pop(_LISTED)
+        graph = model.graph
+        values = {value.name: value for value in (*graph.inputs, *graph.initializers.values())}
+        graph.inputs[:] = [values[name] for name in names]
     graphs = [*model.graphs()]
     for function in model.functions.values():
         graphs += [function.graph, *function.graph.subgraphs()]
