@@ -37,10 +37,11 @@ HEAD = """# What norms that stay leave to gain
 (strategy `rotate`), and times them in pairs on one thread: {length} tokens in prefill, decode at
 batch 1 behind {length} others. *for* is the objective: speed, the default, or size. *d²* is what
 each stream loses, in the mean: (1 - 1/b)/2 in b panels, 0.375 in four, 0.438 in eight. *error* is
-the folded model's own over the original's, of whole outputs, the worst of them. *read* is the ratio
-of the bytes that a token reads: what decode can gain. In brackets are the 95 % interval and the
-pairs and loads that it is from, resampled by load. *A/A* is the model against a copy of itself,
-with the same options: a speed-up within that interval is none.
+the folded model's own over the original's, of whole outputs, the worst of them; blank where streams
+were checked alone, as both models did not fit in memory. *read* is the ratio of the bytes that a
+token reads: what decode can gain. In brackets are the 95 % interval and the pairs and loads that it
+is from, resampled by load. *A/A* is the model against a copy of itself, with the same options: a
+speed-up within that interval is none.
 
 {made}
 

@@ -43,9 +43,10 @@ CHUNK = 2**26
 
 HEAD = """# How fast models fold, and in how much memory
 
-`python benchmarks/scale.py --layers 1 8 32 --objective size --folder /tmp/scale --output
-docs/scale.json` exports models of the shape of Mistral-7B, folds each in a process of its own, and
-writes this table. Rows that were measured with other options stay in it.
+`python benchmarks/scale.py --layers 1 8 32 --folder /tmp/scale --output docs/scale.json` exports
+models of the shape of Mistral-7B, folds each in a process of its own, and writes this table; with
+`--objective size`, `--dtype float16` and `--processor` the rows that say so. Rows that were
+measured with other options stay in it.
 
 The floor is what cannot be avoided: the products, eliminations and solves of the folds that were
 taken, at this machine's rate of matrix products, and reading the input and writing the output once,
