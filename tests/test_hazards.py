@@ -431,3 +431,15 @@ def test_an_old_file_in_which_nothing_folds_stays(tmp_path):
     assert (tmp_path / "f.onnx").read_bytes() == (tmp_path / "m.onnx").read_bytes()
     model = onnx.load(tmp_path / "m.onnx")
     assert onnx_fold.fold(model).model == ir.to_proto(ir.from_proto(model))
+
+
+def test_initializers_that_a_caller_can_override_are_named(tmp_path):
+    """As the same list means from IR version 4 on, also behind a Transpose."""
+    model = old("t = Transpose(P) p = MatMul(x, t) y = MatMul(p, M)")
+    model.ir_version = 4
+    result = onnx_fold.fold(model)
+    assert not result.report.folded
+    assert len(result.report.given) == 2
+    assert str(result.report).startswith(
+        "Nothing folds: the weights of its layers are graph inputs"
+    )

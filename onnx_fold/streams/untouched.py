@@ -2,7 +2,8 @@
 
 A weight is quantised if its operator takes integers (MatMulNBits, MatMulInteger, QLinearMatMul), or
 if it reaches an ordinary operator through a DequantizeLinear; a folded one would be rounded anew. A
-weight that is a graph input, as adapters are that a server changes from call to call, is not known.
+weight that is a graph input, as adapters are that a server changes from call to call, is not known;
+nor is an initializer that is one too, as older exporters write them, which a caller can override.
 """
 
 from __future__ import annotations
@@ -44,9 +45,15 @@ def is_given(node: ir.Node) -> bool:
     return value.shape is not None and len(value.shape) == _MIN_RANK and value.shape.is_static()
 
 
+def is_overridable(node: ir.Node) -> bool:
+    """Whether ``node`` multiplies by an initializer that is a graph input, too."""
+    value = _source(node.inputs[1]) if operator(node) in (*_PRODUCTS, "Conv") else None
+    return value is not None and value.is_graph_input() and value.is_initializer()
+
+
 def find_given(graph: ir.Graph) -> list[str]:
     """Names of the layers of ``graph`` whose weights are graph inputs, in graph order."""
-    return [described(node) for node in graph if is_given(node)]
+    return [described(node) for node in graph if is_given(node) or is_overridable(node)]
 
 
 def _is_layer(node: ir.Node) -> bool:
