@@ -301,6 +301,7 @@ _INTERRUPTED = """
     from onnx_fold import cli
     from onnx_fold.files import write
     real = write.run_jobs
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     def slow(*arguments):
         real(*arguments)
         os.kill(os.getpid(), signal.{})
