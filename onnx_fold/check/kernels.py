@@ -58,15 +58,7 @@ class Conv(OpRun):
         strides: Sequence[int] | None = None,
     ) -> tuple[Array]:
         axes, groups = x.ndim - 2, group or 1
-        steps = list(strides or [1] * axes)
-        reach = [
-            (size - 1) * step + 1
-            for size, step in zip(w.shape[2:], dilations or [1] * axes, strict=True)
-        ]
-        x = np.pad(x, [(0, 0), (0, 0), *_zeros(x.shape[2:], reach, steps, auto_pad, pads)])
-        windows = np.lib.stride_tricks.sliding_window_view(x, reach, tuple(range(2, x.ndim)))
-        picked = [slice(None, None, step) for step in (*steps, *(dilations or [1] * axes))]
-        windows = windows[(slice(None), slice(None), *picked)]
+        windows = _windows(x, w.shape[2:], auto_pad, dilations, pads, strides)
         batch, channels, *sizes = windows.shape[: x.ndim]
         weights = w.reshape(groups, w.shape[0] // groups, -1)
         result = np.empty((batch, w.shape[0], *sizes), x.dtype)
@@ -85,14 +77,40 @@ class Conv(OpRun):
         return (result,)
 
 
-def _zeros(
+def _windows(
+    x: Array,
+    window: Sequence[int],
+    auto_pad: str | None,
+    dilations: Sequence[int] | None,
+    pads: Sequence[int] | None,
+    strides: Sequence[int] | None,
+    *,
+    fill: float = 0.0,
+    ceil: bool = False,
+) -> Array:
+    """What is under each window, ``[batch, channels, *places, *window]``; ``fill`` around ``x``."""
+    steps, spread = strides or [1] * len(window), dilations or [1] * len(window)
+    reach = [(size - 1) * step + 1 for size, step in zip(window, spread, strict=True)]
+    around = _padding(x.shape[2:], reach, steps, auto_pad, pads)
+    if ceil:
+        around = [
+            _to_last_window(size, *ends, *how)
+            for size, ends, *how in zip(x.shape[2:], around, reach, steps, strict=True)
+        ]
+    x = np.pad(x, [(0, 0), (0, 0), *around], constant_values=fill)
+    windows = np.lib.stride_tricks.sliding_window_view(x, reach, tuple(range(2, x.ndim)))
+    picked = [slice(None, None, step) for step in (*steps, *spread)]
+    return windows[(slice(None), slice(None), *picked)]
+
+
+def _padding(
     sizes: Sequence[int],
     reach: Sequence[int],
     steps: Sequence[int],
     auto_pad: str | None,
     pads: Sequence[int] | None,
 ) -> list[tuple[int, int]]:
-    """Zeros in front of each axis and behind it."""
+    """How much is in front of each axis and behind it."""
     if auto_pad in ("SAME_UPPER", "SAME_LOWER"):
         found = []
         for size, window, step in zip(sizes, reach, steps, strict=True):
@@ -121,21 +139,10 @@ class MaxPool(OpRun):
         storage_order: int | None = None,
         strides: Sequence[int] | None = None,
     ) -> tuple[Array]:
-        window = list(kernel_shape or ())
-        axes = len(window)
-        steps, spread = list(strides or [1] * axes), list(dilations or [1] * axes)
-        reach = [(size - 1) * step + 1 for size, step in zip(window, spread, strict=True)]
-        around = _zeros(x.shape[2:], reach, steps, auto_pad, pads)
-        if ceil_mode:
-            around = [
-                _to_last_window(size, *ends, *how)
-                for size, ends, *how in zip(x.shape[2:], around, reach, steps, strict=True)
-            ]
         lowest = -np.inf if is_float(x) else np.iinfo(x.dtype).min
-        x = np.pad(x, [(0, 0), (0, 0), *around], constant_values=lowest)
-        windows = np.lib.stride_tricks.sliding_window_view(x, reach, tuple(range(2, x.ndim)))
-        picked = [slice(None, None, step) for step in (*steps, *spread)]
-        return (windows[(slice(None), slice(None), *picked)].max(tuple(range(-axes, 0))),)
+        how = auto_pad, dilations, pads, strides
+        windows = _windows(x, kernel_shape or (), *how, fill=lowest, ceil=bool(ceil_mode))
+        return (windows.max(tuple(range(2 - x.ndim, 0))),)
 
 
 def _to_last_window(size: int, before: int, behind: int, reach: int, step: int) -> tuple[int, int]:

@@ -12,6 +12,7 @@ from onnx_fold.base.arguments import nearest
 from onnx_fold.errors import UsageError
 from onnx_fold.graph.constants import constant
 from onnx_fold.graph.linear import label
+from onnx_fold.graph.operators import operator
 
 __all__ = ["renamed", "squashed", "with_outputs"]
 
@@ -96,10 +97,10 @@ def with_outputs(models: Sequence[ir.Model], names: Iterable[str]) -> list[ir.Mo
 
 
 _LAYOUTS = frozenset(
-    {"Concat", "Flatten", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Transpose"}
-    | {"Gather", "Unsqueeze"}
+    {"Flatten", "Gather", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Transpose"}
+    | {"Unsqueeze"}
 )
-"""Operators that put values elsewhere."""
+"""Operators that put what they read first elsewhere."""
 
 
 def squashed(model: ir.Model) -> dict[str, set[str]]:
@@ -123,12 +124,14 @@ def _squashed(output: ir.Value) -> set[ir.Value]:
         node = value.producer()
         if node is None or node.inputs[:1] in ((), (None,)):
             return set()
-        if node.op_type == "Sigmoid":
-            sources |= {each for each in node.inputs if each is not None}
-        elif node.op_type == "Concat":
-            todo += [each for each in node.inputs if each is not None]
-        elif node.op_type in _LAYOUTS:
-            todo += [each for each in node.inputs[:1] if each is not None]
+        kind = operator(node)
+        read = [each for each in node.inputs if each is not None]
+        if kind == "Sigmoid":
+            sources.update(read)
+        elif kind == "Concat":
+            todo += read
+        elif kind in _LAYOUTS:
+            todo.append(read[0])
         else:
             return set()
     return {value for value in sources if value.producer() is not None}
