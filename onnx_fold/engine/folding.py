@@ -11,7 +11,7 @@ import operator
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import groupby
 from typing import Any, ClassVar, TypeAlias
 
@@ -587,6 +587,7 @@ def _choose(
             judged.append(verdict)
         return verdict.refused is None
 
+    @cache
     def is_priced(candidate: Candidate) -> bool:
         return candidate.priced(stream, options).refused is None
 

@@ -132,8 +132,8 @@ def make_inputs(
             a tensor, has an unknown rank, a dimension is impossible, or all of them do not fit in
             memory.
     """
-    inputs, given, ranges = model_inputs(model), given or {}, ranges or {}
-    _check_ranges(inputs, ranges)
+    inputs, given = model_inputs(model), given or {}
+    limited = _checked(inputs, ranges or {})
     seen = {**_seen_sizes(inputs, given), **(sizes or {})}
     shapes = input_shapes(model, batch=batch, seq=seq, past=past, image=image, sizes=seen)
     _, tokens, past = token_counts(model, shapes)
@@ -142,8 +142,8 @@ def make_inputs(
     limits = index_limits(model)
     rng = np.random.default_rng(seed)
     made = {
-        name: _between(value, shapes[name], ranges[name], rng)
-        if name in ranges
+        name: _between(value, shapes[name], limited[name], rng)
+        if name in limited
         else _fill(value, shapes[name], (seq, past), limits.get(name), rng)
         for value in inputs
         if (name := _name(value)) not in given and name not in without
@@ -151,8 +151,9 @@ def make_inputs(
     return {**made, **given}
 
 
-def _check_ranges(inputs: Sequence[ir.Value], ranges: Ranges) -> None:
-    known = {_name(value): value for value in inputs}
+def _checked(inputs: Sequence[ir.Value], ranges: Ranges) -> Ranges:
+    """Return ``ranges``, those of integers from and to whole numbers."""
+    checked, known = {}, {_name(value): value for value in inputs}
     refuse_unknown(ranges, known)
     for name, (low, high) in ranges.items():
         dtype = known[name].dtype
@@ -164,6 +165,8 @@ def _check_ranges(inputs: Sequence[ir.Value], ranges: Ranges) -> None:
             low, high = math.ceil(low), math.floor(high)
         if not low <= high:
             raise UsageError(f"the range of input '{name}' is empty: {low} to {high}")
+        checked[name] = low, high
+    return checked
 
 
 def _between(
@@ -171,11 +174,11 @@ def _between(
 ) -> Array:
     """Return numbers between ``limits``, both included."""
     assert value.dtype is not None
-    low, high = limits
     if value.dtype.is_integer():
-        whole = rng.integers(math.ceil(low), math.floor(high), shape, endpoint=True)
+        low, high = map(int, limits)
+        whole = rng.integers(low, high, shape, endpoint=True)
         return np.asarray(whole).astype(value.dtype.numpy())
-    return np.asarray(rng.uniform(low, high, shape)).astype(value.dtype.numpy())
+    return np.asarray(rng.uniform(*limits, shape)).astype(value.dtype.numpy())
 
 
 def _check_memory(shapes: Iterable[Sequence[int]]) -> None:
