@@ -194,11 +194,13 @@ def measure_stream(stream: StreamWeights, dtype: ir.DataType) -> dict[str, tuple
         model = _model(text, {"M": np.ones((1, len(stream.o))), **weights}, dtype)
         (found,) = (each for each in find_streams(model) if each.is_closed)
         for make in passes:
-            for candidate in make(options).proposals(found):
-                assert isinstance(candidate, Candidate)
-                report = candidate.judged(found, options, {})
-                error = math.inf if report.error is None else report.error
-                errors[_strategy(report, width)] = error, report.error_original or math.nan
+            for whole in make(options).proposals(found):
+                assert isinstance(whole, Candidate)
+                for candidate in (whole, *whole.in_part()):
+                    assert isinstance(candidate, Candidate)
+                    report = candidate.judged(found, options, {})
+                    error = math.inf if report.error is None else report.error
+                    errors[_strategy(report, width)] = error, report.error_original or math.nan
     return errors
 
 

@@ -22,7 +22,7 @@ import onnx_ir as ir
 from matrices import Matrix
 
 import onnx_fold
-from onnx_fold.algebra.completion import worst_rows
+from onnx_fold.algebra.completion import find_gap
 from onnx_fold.algebra.selection import select_rows
 
 WIDTH, HIDDEN, ROWS = 256, 896, 256
@@ -128,8 +128,9 @@ def filled(basis: Matrix, kept: int) -> Matrix:
     """``basis`` with all but ``kept`` of its rows replaced by what completes them."""
     if kept == len(basis):
         return basis
-    worst = worst_rows(basis, len(basis) - kept)
-    return np.vstack((np.delete(basis, worst.rows, axis=0), worst.complement))
+    gap = find_gap(basis, len(basis) - kept)
+    scale = np.sqrt(np.mean(np.linalg.norm(basis, axis=1) ** 2))
+    return np.vstack((basis[gap.left], scale * gap.complement))
 
 
 def growth(basis: Matrix, o: Matrix, readers: Matrix) -> float:

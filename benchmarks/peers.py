@@ -49,7 +49,8 @@ Tools have their defaults; ONNX Runtime's is its transformer optimizer for the k
 files are run by ONNX Runtime with all its graph optimisations, so what a tool does is on top of
 those. The difference is that of the logits from the exported model's, relative, at its worst over
 the inputs of `onnx-fold verify`. Speed-ups are medians over paired runs against the exported model,
-at batch 1, with their 95 % interval; the exported model against itself shows what chance does.
+at batch 1; in brackets are their 95 % interval, resampled by load, and the pairs and loads that it
+is from. The exported model against itself shows what chance does.
 """
 
 
@@ -220,6 +221,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path(), help="where models are kept")
     parser.add_argument("--prefill", type=int, default=128, help="tokens of a prompt")
     parser.add_argument("--repeats", type=int, default=30, help="pairs of prefill runs")
+    parser.add_argument("--loads", type=int, default=4, help="loads of both models")
     parser.add_argument("--tokens", type=int, default=64, help="pairs of decode steps")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     given = parser.parse_args()
@@ -227,7 +229,7 @@ def main() -> None:
         tool, source, target = given.apply
         apply(tool, Path(source), Path(target))
         return
-    timing = {"prefill": given.prefill, "repeats": given.repeats, "tokens": given.tokens}
+    timing = {name: getattr(given, name) for name in ("prefill", "repeats", "tokens", "loads")}
     results = []
     for model in given.models:
         source = exported(model, given.folder)
@@ -312,7 +314,13 @@ def row(result: PeerResult) -> str:
 
 def _speed(result: PeerResult, name: str) -> str:
     phases = [phase for phase in result.phases if phase.name == name]
-    return ", ".join(f"{p.speedup:.3f}x ({p.low:.2f}-{p.high:.2f})" for p in phases) or "-"
+    return ", ".join(map(_told, phases)) or "-"
+
+
+def _told(phase: Phase) -> str:
+    """A speed-up, its interval, and from how many pairs and loads it is."""
+    found = f"{phase.speedup:.3f}x ({phase.low:.2f}-{phase.high:.2f}"
+    return f"{found}, {phase.pairs} pairs in {phase.loads} loads)"
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """A basis of which only some rows are those of a matrix: what fills it up conditions it better.
 
-A basis of all ``d`` rows of a matrix is as good as its worst rows. With its longest columns of the
-inverse gone, ``k`` rows are left; an orthonormal complement of their span, scaled to the size of
-the rows, completes them. That gives up ``(d - k) d`` of the ``d²`` weights that a basis saves.
+A basis of all ``d`` rows of a matrix is as good as its worst rows. With these gone, ``k`` rows are
+left; an orthonormal complement of their span, scaled to the size of the rows, completes them. That
+gives up ``(d - k) d`` of the ``d²`` weights that a basis saves. Twice as many rows as have to go
+are given up at first: of all that are not in the basis then, the best take their place.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import scipy.linalg
 
 from onnx_fold.algebra.device import HOST, Array, Device, Indices
 from onnx_fold.algebra.expression import (
@@ -20,6 +22,7 @@ from onnx_fold.algebra.expression import (
     Product,
     Spread,
     Sum,
+    Take,
     broadcast,
     cast,
     defined,
@@ -32,72 +35,127 @@ from onnx_fold.algebra.storage import Later, OnDemand, Source
 
 
 @dataclass(frozen=True)
-class Worst:
-    """The rows of a basis ``O₁`` (``[d, d]``) that condition it worst, and their complement.
+class Gap:
+    """What a basis ``O₁`` (``[d, d]``) loses without the ``m`` rows that condition it worst.
 
-    The columns of ``O₁⁻¹`` that belong to ``m`` rows are orthogonal to all others. With ``Q R``
-    their QR decomposition, the complement is ``Qᵀ``, and the rows ``O_D`` are ``A O_S + E Qᵀ`` with
-    ``E = O_D Q = R⁻¹`` and ``A = -E (Qᵀ O₁⁻¹)_S``. It is nested: the first rows and columns
-    of ``Q`` and ``E`` do the same for fewer rows.
+    The columns of ``O₁⁻¹`` that belong to these rows, ``O_D``, are orthogonal to the others,
+    ``O_S``. With ``Q R`` their QR decomposition ``C = Qᵀ`` is the complement of ``O_S``, and
+    ``O_D = A O_S + E C`` with ``E = O_D Q = R⁻¹`` and ``A = -E (C O₁⁻¹)_S``.
 
     Attributes:
-        rows: Their places in the basis, the worst first, ``[m]``.
-        complement: ``Qᵀ`` times the scale, ``[m, d]`` float64.
-        solved: ``Qᵀ O₁⁻¹``, ``[m, d]`` float64.
-        inside: ``E``, ``[m, m]`` float64.
-        scale: The root mean square of the lengths of all rows.
+        dropped: The places of the rows in the basis, ``[m]``.
+        left: The places of the others, ``[d - m]``.
+        complement: ``C``, ``[m, d]`` float64.
+        along: ``A``, ``[m, d - m]`` float64.
+        outside: ``E``, ``[m, m]`` float64.
     """
 
-    rows: Indices
+    dropped: Indices
+    left: Indices
     complement: Array
-    solved: Array
-    inside: Array
-    scale: float
+    along: Array
+    outside: Array
 
 
-def worst_rows(basis: Array, count: int, device: Device = HOST) -> Worst:
-    """Find the rows of a basis that condition it worst.
+def find_gap(basis: Array, count: int, device: Device = HOST, samples: int = 64) -> Gap:
+    """Find the ``count`` rows of a ``basis`` that condition it worst.
 
     Rounding a coordinate of a vector adds an error in proportion to the length of its row, and to
-    that of its column of the inverse, by which the coordinate is large. Without a row
-    the columns of the others lose what is parallel to its own, so the longest is taken of what is
-    left: QR with pivoting of the inverse, of which a few more random products than there are rows
-    to find tell as much (P. Martinsson et al., "Randomized QR with column pivoting", 2017).
-
-    Args:
-        basis: ``[d, d]``.
-        count: How many rows.
-        device: Where to eliminate, in float64.
+    that of its column of the inverse, by which the coordinate is large. As many random products as
+    there are ``samples`` tell how long the columns are.
     """
     wide = basis.astype(np.float64)
-    random = np.random.default_rng(0).standard_normal((len(wide), min(len(wide), count + 64)))
+    factors = device.lu_factor(device.load(wide))
+
+    def solve(rhs: Array, *, transposed: bool) -> Array:
+        return device.fetch(device.lu_solve(factors, device.load(rhs), transposed))
+
+    random = np.random.default_rng(0).standard_normal((len(wide), samples))
     with np.errstate(all="ignore"):  # a singular basis: nothing of it is finite
-        factors = device.lu_factor(device.load(wide))
-
-        def solve(rhs: Array, *, transposed: bool) -> Array:
-            return device.fetch(device.lu_solve(factors, device.load(rhs), transposed))
-
-        sizes = np.linalg.norm(wide, axis=1)
-        rows = _longest(solve(random, transposed=True) * sizes[:, None], count)
+        lengths = np.linalg.norm(solve(random, transposed=True), axis=1)
+        worst = np.argsort(-lengths * np.linalg.norm(wide, axis=1), kind="stable")
+        dropped, left = worst[:count], np.sort(worst[count:])
         units = np.zeros((len(wide), count))
-        units[rows, np.arange(count)] = 1.0
+        units[dropped, np.arange(count)] = 1.0
         q = np.linalg.qr(solve(units, transposed=False))[0]
-        scale = float(np.sqrt(np.mean(sizes**2)))
-        solved = np.ascontiguousarray(solve(q, transposed=True).T)
-        return Worst(rows, scale * q.T, solved, wide[rows] @ q, scale)
+        outside = wide[dropped] @ q
+        along = -outside @ solve(q, transposed=True)[left].T
+        return Gap(dropped, left, q.T, along, outside)
 
 
-def _longest(sketch: Array, count: int, rounds: int = 8) -> Indices:
-    """The rows of ``sketch`` that are longest in what those taken before do not span."""
-    found = np.zeros(0, np.intp)
-    for most in np.linspace(0, count, rounds + 1).astype(int)[1:]:
-        lengths = np.linalg.norm(sketch, axis=1)
-        lengths[found] = -1.0
-        new = np.argsort(-lengths, kind="stable")[: most - len(found)]
-        found = np.concatenate((found, new))
-        q = np.linalg.qr(sketch[new].T)[0]
-        sketch = sketch - (sketch @ q) @ q.T
-    return found
+def farthest(rows: Array, count: int) -> Indices:
+    """``count`` of ``rows`` (``[n, m]``), each the farthest from what those before it span.
+
+    QR with column pivoting (P. Businger and G. Golub, "Linear least squares solutions by
+    Householder transformations", 1965).
+    """
+    order: Indices = scipy.linalg.qr(rows.T, mode="r", pivoting=True, check_finite=False)[1]
+    return order[:count]
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """Rows ``O_P`` that take the place of the worst of a basis, ``O_D``, the best of them first.
+
+    ``O_D = A O_S + E C`` and ``O_P = A_P O_S + F C`` with ``F`` lower triangular: where the first
+    ``p`` of ``O_P`` are in the basis, the last ``m - p`` rows of ``C`` complete it.
+
+    Attributes:
+        dropped: The places in the basis of the rows that are given up, ``[m]``.
+        left: The places of the others, ``[d - m]``.
+        taken: Which rows take their place, counted in ``[O_D; O₂]``, ``[m]``.
+        complement: ``C`` times the scale, ``[m, d]`` float64.
+        along: ``[A; A_P]``, ``[2 m, d - m]`` float64.
+        outside: ``[E; F]``, ``[2 m, m]`` float64.
+        scale: The root mean square of the lengths of the rows of the basis.
+    """
+
+    dropped: Indices
+    left: Indices
+    taken: Indices
+    complement: Source
+    along: Source
+    outside: Array
+    scale: float
+
+    def given_up(self, count: int) -> Array:
+        """``O_D`` by ``O_S``, the first ``count`` of ``O_P``, and what completes them, ``[m, d]``.
+
+        With ``G = E₁ F₁⁻¹``: ``O_D = (A - G A_P) O_S + G O_P + E₂ C₂``.
+        """
+        (a, a_taken), (e, f) = np.split(self.along.mapped(), 2), np.split(self.outside, 2)
+        f, (e, e_2) = f[:count, :count], np.split(e, [count], axis=1)
+        g = scipy.linalg.solve_triangular(f, e.T, trans=1, lower=True, check_finite=False).T
+        return np.concatenate((a - g @ a_taken[:count], g, e_2 / self.scale), axis=1)
+
+
+def exchange(whole: RowSelection, count: int) -> Exchange:
+    """Give up the ``count`` worst rows of a basis, and find the best rows for their places."""
+    basis = evaluate(whole.basis, whole.device)
+    rest = evaluate(whole.coefficients)
+    gap = find_gap(basis, count, whole.device)
+    order = whole.found()
+    rows = np.concatenate((order[gap.dropped], order[len(basis) :]))
+    free = np.flatnonzero((rows >= whole.free.start) & (rows < whole.free.stop))
+    with np.errstate(all="ignore"):
+        outside = gap.outside.astype(rest.dtype)
+        outside = np.concatenate((outside, rest[:, gap.dropped] @ outside))
+        taken = free[farthest((outside * whole.weights[rows])[free], count)]
+        own = np.zeros((count, len(basis)))
+        is_other = taken >= count
+        own[is_other] = rest[taken[is_other] - count]
+        own[~is_other, gap.dropped[taken[~is_other]]] = 1.0
+        along = own[:, gap.left] + own[:, gap.dropped] @ gap.along
+        outside = own[:, gap.dropped] @ gap.outside
+        q, r = np.linalg.qr(outside.T)
+        scale = float(np.sqrt(np.mean(np.linalg.norm(basis, axis=1) ** 2)))
+        return Exchange(
+            *(gap.dropped, gap.left, taken),
+            whole.spool.add(scale * (q.T @ gap.complement)),
+            whole.spool.add(np.concatenate((gap.along, along))),
+            np.concatenate((gap.outside @ q, r.T)),
+            scale,
+        )
 
 
 class Completion:
@@ -106,7 +164,7 @@ class Completion:
     def __init__(self, whole: RowSelection, most: int) -> None:
         """Complete ``whole`` without up to ``most`` of the rows of its basis."""
         self.whole = whole
-        self.most = most
+        self.count = min(2 * most, whole.kept)
         self._parts: dict[int, PartialSelection] = {}
 
     def keeping(self, kept: int) -> PartialSelection:
@@ -116,95 +174,75 @@ class Completion:
         return self._parts[kept]
 
     @cached_property
-    def _worst(self) -> tuple[Worst, Source, Source]:
-        """The worst rows, with their large matrices kept on disk."""
-        whole = self.whole
-        worst = worst_rows(evaluate(whole.basis, whole.device), self.most, whole.device)
-        complement, solved = (whole.spool.add(each) for each in (worst.complement, worst.solved))
-        nothing = np.zeros((0, 0))
-        return Worst(worst.rows, nothing, nothing, worst.inside, worst.scale), complement, solved
-
-    def rows(self, count: int) -> Indices:
-        """The places of the ``count`` worst rows in the basis."""
-        return self._worst[0].rows[:count]
-
-    def complement(self, count: int) -> Array:
-        """What completes all rows but those, ``[count, d]`` float64."""
-        return self._worst[1].mapped()[:count]
-
-    def dropped(self, count: int) -> Source:
-        """Those rows by the ones that are left and the complement: ``[A, E]``, ``[count, d]``."""
-        worst, _, solved = self._worst
-        left = np.delete(np.arange(self.whole.kept), worst.rows[:count])
-        inside = worst.inside[:count, :count]
-        a = -inside @ np.take(solved.mapped()[:count], left, 1)
-        both = np.concatenate((a, inside / worst.scale), axis=1)
-        return self.whole.spool.add(both.astype(self.whole.matrix.dtype))
+    def exchange(self) -> Exchange:
+        """Which rows are given up, and which take their place."""
+        return exchange(self.whole, self.count)
 
 
 class PartialSelection(Selection):
     """``k`` rows of a matrix ``[f, d]``, completed to a basis by what they do not span.
 
-    With ``O₁ = [O_S; O_D]`` the basis of the whole selection, ``O₂ = B O₁`` and
-    ``O_D = [A, E] [O_S; C]``, the others are ``O₂ = ([B_S, 0] + B_D [A, E]) [O_S; C]``.
+    With ``O₁`` the basis of the whole selection and ``O_D = M [O_S; O_P; C]`` those of its rows
+    that are given up, its others are ``B O₁ = ([B_S, 0] + B_D M) [O_S; O_P; C]``.
     """
 
     def __init__(self, completion: Completion, kept: int) -> None:
-        """Keep the ``kept`` rows of a basis that condition it best."""
+        """Keep ``kept`` rows."""
         whole = completion.whole
         super().__init__(whole.matrix, whole.free, kept, is_last=whole.is_last)
         self._whole = whole
         self._completion = completion
-        width = whole.kept
-        self._count = count = width - kept
-        kind = whole.matrix.dtype
+        self._left = whole.kept - completion.count
+        self._taken = kept - self._left
+        width, kind = whole.kept, whole.matrix.dtype
         first = take(self.matrix, take(self.order, slice(kept), 0), 0)
-        complement = OnDemand(
-            (count, width), np.dtype(np.float64), lambda: completion.complement(count)
+        complement = Leaf(
+            source=OnDemand((width - kept, width), np.dtype(np.float64), self._complement)
         )
-        self.basis = Concatenate(first, cast(Leaf(source=complement), kind), axis=0)
+        self.basis = Concatenate(first, cast(complement, kind), axis=0)
         self.rest = defined(cast(self._rest(), whole.dtype.numpy()), self.formula)
 
+    @property
+    def _exchange(self) -> Exchange:
+        return self._completion.exchange
+
+    def _complement(self) -> Array:
+        return self._exchange.complement.mapped()[self._taken :]
+
+    def _given_up(self) -> Source:
+        given_up = self._exchange.given_up(self._taken)
+        return self._whole.spool.add(given_up.astype(self.matrix.dtype))
+
     def _rest(self) -> Expression:
-        whole, width, count, kept = self._whole, self._whole.kept, self._count, self.kept
-        rows = whole.matrix.shape[0] - kept
-        dropped, left, order = (
-            Leaf(source=OnDemand((size,), np.dtype(np.intp), found))
-            for size, found in (
-                (count, lambda: self._completion.rows(count)),
-                (kept, lambda: self._left),
-                (rows, lambda: self._places),
+        whole, count, kind = self._whole, self._completion.count, self.matrix.dtype
+        dropped, left, places = (
+            Leaf(source=OnDemand((size,), np.dtype(np.intp), find))
+            for size, find in (
+                (count, lambda: self._exchange.dropped),
+                (self._left, lambda: self._exchange.left),
+                (self.matrix.shape[0] - self.kept, lambda: self._places),
             )
         )
-        spread = Spread(dropped, whole.coefficients, order)
-        kind = whole.matrix.dtype
-        a_and_e = Later((count, width), kind, lambda: self._completion.dropped(count))
-        zeros = broadcast(literal(np.zeros((1, 1), kind)), (rows, count))
-        direct = Concatenate(take(spread, left, 1), zeros, axis=1)
-        return Sum(direct, Product(take(spread, dropped, 1), Leaf(source=a_and_e)))
-
-    @property
-    def _left(self) -> Indices:
-        """The places in the basis of the rows that are left."""
-        return np.delete(np.arange(self._whole.kept), self._completion.rows(self._count))
-
-    @property
-    def _fixed(self) -> int:
-        """How many rows stand in front of those that are free."""
-        return self.free.start if self.is_last else 0
+        both = literal(np.arange(count + whole.coefficients.shape[0]))
+        rows = Take(Spread(dropped, whole.coefficients, both), places, axis=0)
+        given_up = Leaf(source=Later((count, whole.kept), kind, self._given_up))
+        zeros = broadcast(literal(np.zeros((1, 1), kind)), (places.shape[0], count))
+        direct = Concatenate(take(rows, left, 1), zeros, axis=1)
+        return Sum(direct, Product(take(rows, dropped, 1), given_up))
 
     @property
     def _places(self) -> Indices:
-        """Where the dropped rows stand among the others, and then these."""
-        rows = np.arange(self.matrix.shape[0] - self.kept)
-        dropped = slice(self._fixed, self._fixed + self._count)
-        return np.concatenate((rows[dropped], np.delete(rows, dropped)))
+        """The rows that are not kept, counted in ``[O_D; O₂]``; what stays in front is first."""
+        count, fixed = self._completion.count, self.free.start if self.is_last else 0
+        others = np.arange(count + len(self._whole.found()) - self._whole.kept)
+        first, last = others[count : count + fixed], others[count + fixed :]
+        behind = np.concatenate((others[:count], last))
+        taken = self._exchange.taken[: self._taken]
+        return np.concatenate((first, np.setdiff1d(behind, taken, assume_unique=True)))
 
     def found(self) -> Indices:
-        """The order of all rows, those that are left first; behind what is not free the dropped."""
-        order = self._whole.found()
-        width = self._whole.kept
-        basis, others = order[:width], order[width:]
-        dropped = basis[self._completion.rows(self._count)]
-        before, behind = others[: self._fixed], others[self._fixed :]
-        return np.concatenate((basis[self._left], before, dropped, behind))
+        """The order of all rows: those of the basis that are left, those taken, and the others."""
+        order, found = self._whole.found(), self._exchange
+        rows = np.concatenate((order[found.dropped], order[self._whole.kept :]))
+        taken = rows[found.taken[: self._taken]]
+        return np.concatenate((order[found.left], taken, rows[self._places]))

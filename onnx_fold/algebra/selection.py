@@ -138,15 +138,20 @@ class RowSelection(Selection):
         order, rest = self._select()
         return order, self.spool.add(converted(rest, rest.dtype))
 
+    @cached_property
+    def weights(self) -> Array:
+        """How much each row counts, ``[f, 1]``: as much as it is used."""
+        if self._seen is None:
+            return np.ones((self.matrix.shape[0], 1), self.matrix.dtype)
+        sizes = np.sqrt(np.mean(self._seen**2, axis=0))
+        return np.maximum(sizes, 1e-3 * sizes.max(initial=1e-30))[:, None]
+
     def _select(self) -> tuple[Indices, Array]:
         matrix = evaluate(self.matrix, self.device)
         if self._seen is None:
             return self._select_free(matrix)
-        scale = np.sqrt(np.mean(self._seen**2, axis=0))
-        scale = np.maximum(scale, 1e-3 * scale.max(initial=1e-30))[:, None]
-        order, rest = self._select_free((matrix * scale).astype(matrix.dtype))
-        ordered = scale[order]
-        width = matrix.shape[1]
+        order, rest = self._select_free((matrix * self.weights).astype(matrix.dtype))
+        ordered, width = self.weights[order], matrix.shape[1]
         return order, rest / ordered[width:] * ordered[:width].T
 
     def _select_free(self, matrix: Array) -> tuple[Indices, Array]:
