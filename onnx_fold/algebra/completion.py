@@ -2,8 +2,8 @@
 
 A basis of all ``d`` rows of a matrix is as good as its worst rows. With these gone, ``k`` rows are
 left; an orthonormal complement of their span, scaled to the size of the rows, completes them. That
-gives up ``(d - k) d`` of the ``d²`` weights that a basis saves. Twice as many rows as have to go
-are given up at first: of all that are not in the basis then, the best take their place.
+gives up ``(d - k) d`` of the ``d²`` weights that a basis saves. Two thirds more rows than have to
+go are given up at first: of all that are not in the basis then, the best take their place.
 """
 
 from __future__ import annotations
@@ -164,7 +164,7 @@ class Completion:
     def __init__(self, whole: RowSelection, most: int) -> None:
         """Complete ``whole`` without up to ``most`` of the rows of its basis."""
         self.whole = whole
-        self.count = min(2 * most, whole.kept)
+        self.count = min(5 * most // 3, whole.kept)
         self._parts: dict[int, PartialSelection] = {}
 
     def keeping(self, kept: int) -> PartialSelection:
