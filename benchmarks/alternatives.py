@@ -22,7 +22,7 @@ import onnx_ir as ir
 from matrices import Matrix
 
 import onnx_fold
-from onnx_fold.algebra.completion import find_gap
+from onnx_fold.algebra.completion import farthest, find_gap
 from onnx_fold.algebra.selection import select_rows
 
 WIDTH, HIDDEN, ROWS = 256, 896, 256
@@ -128,9 +128,12 @@ def filled(basis: Matrix, kept: int) -> Matrix:
     """``basis`` with all but ``kept`` of its rows replaced by what completes them."""
     if kept == len(basis):
         return basis
-    gap = find_gap(basis, len(basis) - kept)
-    scale = np.sqrt(np.mean(np.linalg.norm(basis, axis=1) ** 2))
-    return np.vstack((basis[gap.left], scale * gap.complement))
+    missing = len(basis) - kept
+    gap = find_gap(basis, min(5 * missing // 3, len(basis)))
+    back = gap.dropped[farthest(gap.outside, len(gap.dropped) - missing)]
+    rows = basis[np.concatenate((gap.left, back))]
+    complement = np.linalg.qr(rows.T, mode="complete")[0][:, kept:].T
+    return np.vstack((rows, np.sqrt(np.mean(np.sum(basis**2, axis=1))) * complement))
 
 
 def growth(basis: Matrix, o: Matrix, readers: Matrix) -> float:
