@@ -217,19 +217,26 @@ def test_a_bias_behind_the_reader_stays():
     folded(stream(body, "float[b, t, 16] q", b=normal(D, seed=14)), saved(D, B), **ROTATE)
 
 
+LAYER_NORM = {"norm": "layer", "num_key_value_heads": 4, "ffn": "mlp", "bias": True}
+LAYER_NORM |= {"activation": "gelu", "positions": "learned"}
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_sixteen_bits(dtype, tmp_path):
+@pytest.mark.parametrize("norm_", [{"norm": "rms"}, LAYER_NORM])
+def test_sixteen_bits(norm_, dtype, tmp_path):
     pytest.importorskip("torch")
     from onnx_fold.models.config import SkiplessConfig
     from onnx_fold.models.export import export
 
-    shape = SkiplessConfig(norm="rms", hidden_size=128, head_dim=32, intermediate_size=448)
+    shape = SkiplessConfig(hidden_size=128, head_dim=32, intermediate_size=448, **norm_)
     path = export(shape, tmp_path / "m.onnx", dtype=dtype, kv_cache=True)
     result = onnx_fold.fold(path, provider="cpu", **ROTATE)
     report = result.report
     assert len(report.folded) == 5
     # in front of Q, K and V of the first block there is a table alone, and a panel is a head
-    assert report.saving.weights == (4 * 7 * 128 * 128 + 6 * 128 * 128) // 16
+    zeros = (4 * 7 * 128 * 128 + 6 * 128 * 128) // 16
+    added = shape.vocab_size if shape.bias else 0  # the last norm's bias, behind the logits
+    assert report.saving.weights == zeros - added
     assert report.proof.proved == [each.name for each in report.folded]
     assert report.verification.ok
     # the processor's kernels keep float32 between operators of the original, where they can
@@ -305,6 +312,23 @@ def test_a_writer_in_front_of_a_layer_norm_becomes_the_triangle(kind):
     model = stream(layer_norm(kind) + "q = MatMul(n, K)", "float[b, t, 8] q", b=BIASES["b"])
     (report,) = folded(model, saved(D, B) - 8, **ROTATE).report.folded
     assert report.folded.text.startswith("triangle of MatMul -> s")
+
+
+def test_rows_without_zeros_of_a_writer_in_front_of_a_layer_norm_keep_their_length():
+    """They are multiplied by ``T`` alone: what would make them longer would be rounded, too."""
+    model = stream(layer_norm() + "q = MatMul(n, K)", "float[b, t, 8] q", b=BIASES["b"])
+    panels = [
+        each.const_value.numpy()
+        for each in fold(model, **ROTATE).model.graph.initializers.values()
+        if "panel" in each.name
+    ]
+    heights = [len(each) for each in panels]
+    assert heights == [FFN - share * D // B for share in range(B)]
+    rows = np.hstack([each[-heights[-1] :] for each in panels])
+    before = normal(FFN, D, seed=1)[-heights[-1] :]
+    np.testing.assert_allclose(
+        np.linalg.norm(rows, axis=1), np.linalg.norm(before, axis=1), rtol=1e-6
+    )
 
 
 def test_a_layer_norm_beside_an_rms_norm_and_a_reader_without():

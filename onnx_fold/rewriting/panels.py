@@ -11,14 +11,18 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 
+import numpy as np
+
 from onnx_fold.algebra.expression import (
     Concatenate,
     Expression,
     FoldedTensor,
     Sum,
     cast,
+    literal,
     product,
     scale,
+    scaled_rows,
     take,
     transpose,
 )
@@ -163,16 +167,32 @@ class Triangle:
         first, last, start, end = part
         if self.is_writer:
             rows = take(matrix, slice(start, end), 0) if start else matrix
-            return product(rows, self._channels(factor, slice(first, last)))
+            return self._written(rows, factor, slice(first, last), start)
         whole = end == factor.shape[0]
         channels = factor if whole else self._channels(factor, slice(end))
         columns = take(matrix, slice(first, last), 1)
         return product(cast(transpose(channels), matrix.dtype), columns)
 
+    def _written(
+        self, rows: Expression, factor: Expression, channels: slice, start: int
+    ) -> Expression:
+        """``W T`` from row ``start`` on; less its last channel in the rows that are to have zeros.
+
+        A norm that takes the mean off does not see that. In rows without zeros the last channel is
+        as large as any other: they would be larger by it, and so would be the error of rounding.
+        """
+        written = product(rows, take(factor, channels, 1))
+        if not self.stream.keeps_ones:
+            return written
+        with_zeros = self.panels[0].parts[-1][2] - start
+        taken = np.where(np.arange(rows.shape[0]) < with_zeros, -1.0, 0.0)
+        last = product(rows, take(factor, slice(-1, None), 1))
+        return Sum(written, scaled_rows(last, literal(taken)))
+
     def _channels(self, factor: Expression, channels: slice) -> Expression:
         """Columns of ``T``; less the last where a multiple of the ones is left below the triangle.
 
-        Where the channels add up to zero (behind a LayerNorm, or in front of it) that is the same.
+        Where the channels add up to zero, as behind a LayerNorm, that is the same.
         """
         columns = take(factor, channels, 1)
         if not self.stream.keeps_ones:
