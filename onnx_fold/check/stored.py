@@ -11,7 +11,9 @@ times, and :data:`MORE_DRAWS` where that would not do). An element that needs le
 digits, such as an exponent of 3 or a row of the identity, was not rounded and is not moved. A
 difference may be :data:`LIMIT` times the
 root mean square of what these draws do. In a right model it is about 0.6 times: a rounding error is
-uniform, with 0.58 of the deviation of its bound.
+uniform, with 0.58 of the deviation of its bound. It may be as large at its worst row or channel,
+too; but of thousands one is far off by chance, in each draw as well. Where draws are over the limit
+themselves at their worst, all is measured by that.
 
 **Value by value.** Values of the same name in both models that a matrix product reads or writes are
 compared too, and ``B`` then goes on with the value of ``A``: so the noise of many layers does not
@@ -54,7 +56,7 @@ LIMIT = 3.0
 """How many times a difference may be as large as what rounding the weights anew does.
 
 Of right models, folded by every strategy in every type, whole norms are at 0.5 to 0.8 and single
-rows and columns at up to 1.9, as few draws of few weights measure them."""
+rows and columns at up to 2.2, as few draws of few weights measure them."""
 
 FLOOR = 1 / 16
 """The share of the storage type's unit roundoff below which no difference is looked at."""
@@ -333,21 +335,28 @@ class _Noise:
         """Return ``difference`` as a multiple of the noise: of all of it, and at its worst.
 
         A row or a channel is measured by its own noise, or by that of an average one where its own
-        is smaller: where few weights matter a few draws may all be small by chance.
+        is smaller: where few weights matter a few draws may all be small by chance. What the draws
+        do at their worst, each measured so by the others, is no fault.
         """
         found = _squares(difference)
         noise = [_squares(draw) for draw in self.draws]
         size = self.floor**2 * _squares(np.where(np.isfinite(value), value, 0.0)).whole
         parts = []
         for name in ("whole", "rows", "channels"):
-            drawn = np.mean([np.atleast_1d(getattr(each, name)) for each in noise], axis=0)
-            yardstick = np.maximum(drawn, drawn.mean() if drawn.size else 0.0)
-            yardstick = yardstick + size / max(drawn.size, 1)
-            parts.append(_worst_ratio(np.atleast_1d(getattr(found, name)), yardstick))
+            drawn = np.stack([np.atleast_1d(getattr(each, name)) for each in noise])
+            floor = size / max(drawn.shape[1], 1)
+            worst = _worst_ratio(np.atleast_1d(getattr(found, name)), drawn, floor)
+            others = (np.delete(drawn, number, axis=0) for number in range(len(drawn)))
+            pairs = zip(drawn, others, strict=True)
+            by_chance = np.mean([_worst_ratio(*pair, floor) for pair in pairs])
+            parts.append(worst / max(1.0, by_chance / LIMIT))
         return _Ratio(parts[0], max(parts))
 
 
-def _worst_ratio(squares: Array, yardstick: Array) -> float:
+def _worst_ratio(squares: Array, drawn: Array, floor: float) -> float:
+    """The largest of some ``squares``, ``[n]``, by those of draws, ``[draws, n]``."""
+    own = drawn.mean(0)
+    yardstick = np.maximum(own, own.mean() if own.size else 0.0) + floor
     with np.errstate(divide="ignore", invalid="ignore"):
         ratios = np.where(squares > 0, squares / yardstick, 0.0)
     return math.sqrt(float(ratios.max(initial=0.0)))
