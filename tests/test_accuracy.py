@@ -211,6 +211,18 @@ def test_a_completed_basis_gives_all_rows(width, more, fixed, share, is_last, se
     np.testing.assert_allclose(times, mixed @ evaluate(part.rest), atol=1e-8 * np.abs(times).max())
 
 
+@settings(derandomize=True, deadline=None, max_examples=200)
+@given(tall_matrices(), st.floats(0.0, 0.99))
+def test_rows_of_any_rank_can_be_completed(matrix: np.ndarray, share: float) -> None:
+    """What is singular is not finite then, and that is all."""
+    width = matrix.shape[1]
+    whole = RowSelection(literal(matrix), ir.DataType.DOUBLE)
+    part = Completion(whole, width).keeping(int(share * width))
+    assert sorted(evaluate(part.final_order)) == list(range(len(matrix)))
+    with np.errstate(all="ignore"):
+        assert evaluate(part.rest).shape == (len(matrix) - part.kept, width)
+
+
 def test_rows_are_left_out_where_they_cost_most() -> None:
     """One row nearly in the span of the others: without it the basis is orthogonal."""
     matrix = np.vstack([np.eye(8), np.zeros((1, 8))])

@@ -124,9 +124,10 @@ class Exchange:
         With ``G = E₁ F₁⁻¹``: ``O_D = (A - G A_P) O_S + G O_P + E₂ C₂``.
         """
         (a, a_taken), (e, f) = np.split(self.along.mapped(), 2), np.split(self.outside, 2)
-        f, (e, e_2) = f[:count, :count], np.split(e, [count], axis=1)
-        g = scipy.linalg.solve_triangular(f, e.T, trans=1, lower=True, check_finite=False).T
-        return np.concatenate((a - g @ a_taken[:count], g, e_2 / self.scale), axis=1)
+        e, e_2 = np.split(e, [count], axis=1)
+        with np.errstate(all="ignore"):  # rows that span less than the whole: not finite
+            g = scipy.linalg.blas.dtrsm(1.0, f[:count, :count], e, side=1, lower=1) if count else e
+            return np.concatenate((a - g @ a_taken[:count], g, e_2 / self.scale), axis=1)
 
 
 def exchange(whole: RowSelection, count: int) -> Exchange:
