@@ -264,7 +264,8 @@ def save(path: Path, results: Sequence[PeerResult]) -> None:
 
 def machine() -> str:
     """What ran the models, as people say it."""
-    return f"{len(os.sched_getaffinity(0))} CPU cores, {platform.machine()}"
+    count = len(os.sched_getaffinity(0))
+    return f"{count} CPU core{'s' if count > 1 else ''}, {platform.machine()}"
 
 
 def versions() -> dict[str, str]:
