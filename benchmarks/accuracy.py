@@ -40,7 +40,8 @@ from matrices import KINDS, Matrix, State, StreamWeights
 import onnx_fold
 from onnx_fold.algebra.basis import MAX_RATIO, Basis, max_ratio
 from onnx_fold.algebra.expression import literal
-from onnx_fold.engine.folding import Candidate, FoldPass, Options
+from onnx_fold.engine.candidate import Candidate, Options
+from onnx_fold.engine.folding import FoldPass
 from onnx_fold.engine.outcome import CandidateReport
 from onnx_fold.models.config import SkiplessConfig
 from onnx_fold.passes import AbsorbPass, InterpolatePass, MergePass, SelectPass

@@ -25,8 +25,9 @@ from onnx_fold.base.tables import ORIGINAL_AND_FOLDED, Shown, counted, new_table
 from onnx_fold.check.parity import ParityReport
 from onnx_fold.check.parity import verify as parity_check
 from onnx_fold.check.sampled import fits_in_memory, verify_sampled
+from onnx_fold.engine.candidate import PIVOTS, Options
 from onnx_fold.engine.cost import TARGETS, Saving, cost
-from onnx_fold.engine.folding import PIVOTS, FoldPass, Options, fold_streams
+from onnx_fold.engine.folding import FoldPass, fold_streams
 from onnx_fold.engine.protect import protected_names
 from onnx_fold.errors import MissingExtraError, UsageError, WeightError
 from onnx_fold.files.load import ModelSource, blames_models, external_tensors, load

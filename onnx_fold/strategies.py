@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 from copy import copy
 from typing import TypeAlias
 
-from onnx_fold.engine.folding import FoldPass, Options
+from onnx_fold.engine.candidate import Options
+from onnx_fold.engine.folding import FoldPass
 from onnx_fold.errors import UsageError, sentence
 from onnx_fold.passes import PASSES
 

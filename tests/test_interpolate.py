@@ -11,7 +11,8 @@ from onnx_fold.algebra.exact import checked
 from onnx_fold.algebra.expression import FoldedTensor
 from onnx_fold.check import interpreter, proof
 from onnx_fold.check.proof import prove
-from onnx_fold.engine.folding import Candidate, Options, fold_streams
+from onnx_fold.engine.candidate import Candidate, Options
+from onnx_fold.engine.folding import fold_streams
 from onnx_fold.errors import UsageError
 from onnx_fold.passes import InterpolatePass
 from onnx_fold.streams.stream import find_streams

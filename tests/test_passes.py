@@ -6,7 +6,8 @@ import pytest
 from helpers import assert_same_function, chain, fold, graph, normal, proto, square
 from onnx_ir.passes import PassError, Sequential
 
-from onnx_fold.engine.folding import FoldPass, Options
+from onnx_fold.engine.candidate import Options
+from onnx_fold.engine.folding import FoldPass
 from onnx_fold.passes import AbsorbPass, MergePass
 
 D = 6

@@ -28,7 +28,7 @@ from onnx_fold.algebra.expression import evaluate, literal, scaled_rows, transpo
 from onnx_fold.algebra.rotation import OrthogonalBasis, orthogonal_factor
 from onnx_fold.algebra.storage import Spool
 from onnx_fold.check import proof
-from onnx_fold.engine.folding import Options
+from onnx_fold.engine.candidate import Options
 from onnx_fold.graph.channels import Group
 from onnx_fold.passes.rotate import RotatePass
 from onnx_fold.streams.norms import find_norm_streams

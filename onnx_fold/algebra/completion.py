@@ -89,8 +89,8 @@ def farthest(rows: Array, count: int) -> Indices:
     QR with column pivoting (P. Businger and G. Golub, "Linear least squares solutions by
     Householder transformations", 1965).
     """
-    order: Indices = scipy.linalg.qr(rows.T, mode="r", pivoting=True, check_finite=False)[1]
-    return order[:count]
+    _, order = scipy.linalg.qr(rows.T, mode="r", pivoting=True, check_finite=False)
+    return order[:count].astype(np.intp)
 
 
 @dataclass(frozen=True)

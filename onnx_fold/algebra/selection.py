@@ -144,7 +144,8 @@ class RowSelection(Selection):
         if self._seen is None:
             return np.ones((self.matrix.shape[0], 1), self.matrix.dtype)
         sizes = np.sqrt(np.mean(self._seen**2, axis=0))
-        return np.maximum(sizes, 1e-3 * sizes.max(initial=1e-30))[:, None]
+        weights: Array = np.maximum(sizes, 1e-3 * sizes.max(initial=1e-30))[:, None]
+        return weights
 
     def _select(self) -> tuple[Indices, Array]:
         matrix = evaluate(self.matrix, self.device)

@@ -348,7 +348,7 @@ class _Noise:
             worst = _worst_ratio(np.atleast_1d(getattr(found, name)), drawn, floor)
             others = (np.delete(drawn, number, axis=0) for number in range(len(drawn)))
             pairs = zip(drawn, others, strict=True)
-            by_chance = np.mean([_worst_ratio(*pair, floor) for pair in pairs])
+            by_chance = float(np.mean([_worst_ratio(*pair, floor) for pair in pairs]))
             parts.append(worst / max(1.0, by_chance / LIMIT))
         return _Ratio(parts[0], max(parts))
 

@@ -5,7 +5,8 @@ It knows no strategy by name. Whoever writes a pass finds here all that it takes
 
 from onnx_fold.algebra.basis import Basis
 from onnx_fold.algebra.expression import FoldedTensor
-from onnx_fold.engine.folding import Candidate, FoldPass, Options, Proposal, propose
+from onnx_fold.engine.candidate import Candidate, Options, Proposal, propose
+from onnx_fold.engine.folding import FoldPass
 from onnx_fold.engine.outcome import CandidateReport
 from onnx_fold.graph.channels import Group
 from onnx_fold.graph.linear import Linear, compact
