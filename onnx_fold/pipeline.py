@@ -45,7 +45,7 @@ from onnx_fold.runtime.sessions import onnxruntime, resolve_provider
 from onnx_fold.strategies import OwnPass, passes_of
 from onnx_fold.streams.ends import Activations
 from onnx_fold.streams.stream import find_streams
-from onnx_fold.streams.untouched import find_given, find_quantised
+from onnx_fold.streams.untouched import find_given, find_overridable, find_quantised
 from onnx_fold.trust import Folded, proved, within_limits
 
 OBJECTIVES = get_args(Objective)
@@ -317,9 +317,9 @@ def _plan(
     if not any(stream.folded for stream in streams):
         model = original.clone()
         put_back(model)
-    quantised, given = find_quantised(original.graph), find_given(original.graph)
+    untouched = (find(original.graph) for find in (find_quantised, find_given, find_overridable))
     saving = Saving(before, cost(model))
-    return Folded(model, FoldReport(saving, streams, quantised, given, taken_back=taken_back))
+    return Folded(model, FoldReport(saving, streams, *untouched, taken_back=taken_back))
 
 
 @dataclass(frozen=True)

@@ -439,7 +439,10 @@ def test_initializers_that_a_caller_can_override_are_named(tmp_path):
     model.ir_version = 4
     result = onnx_fold.fold(model)
     assert not result.report.folded
-    assert len(result.report.given) == 2
-    assert str(result.report).startswith(
-        "Nothing folds: the weights of its layers are graph inputs"
-    )
+    report = result.report
+    assert report.given == []
+    assert len(report.overridable) == len(report.to_dict()["overridable"]) == 2
+    text = str(report)
+    assert text.startswith("Nothing folds: a caller can override the weights of its layers.")
+    assert "2 layers" in text
+    assert "remove_initializer_from_input" in text

@@ -26,6 +26,12 @@ from onnx_fold.report.verdict import verdict
 MAX_REASONS = 2
 """Reasons shown for one stream where each has a line; all of them are in the JSON report."""
 
+FREEZE = (
+    " As constants they could fold: python -m onnxruntime.tools.remove_initializer_from_input"
+    " --input MODEL --output CONSTANT"
+)
+"""What can be done about weights that a caller can override."""
+
 GROUPS = "Group: which changes of basis pass through a stream: general, any; orthogonal, rotations."
 
 
@@ -38,6 +44,7 @@ class FoldReport(Shown):
         streams: All streams, in graph order.
         quantised: Layers that were left alone because their weights are quantised.
         given: The same because their weights are graph inputs, as those of adapters can be.
+        overridable: The same because their weights are initializers that are graph inputs, too.
         proof: That each fold is right, if it was asked for.
         verification: The parity check of the result, if it was asked for.
         taken_back: Folds that did not pass, by their names, and why.
@@ -53,6 +60,7 @@ class FoldReport(Shown):
     streams: list[StreamReport]
     quantised: list[str] = field(default_factory=list)
     given: list[str] = field(default_factory=list)
+    overridable: list[str] = field(default_factory=list)
     proof: Proof | None = None
     verification: ParityReport | None = None
     taken_back: Mapping[str, str] = field(default_factory=dict)
@@ -100,6 +108,7 @@ class FoldReport(Shown):
             "streams": [stream.to_dict() for stream in self.streams],
             "quantised": self.quantised,
             "given": self.given,
+            "overridable": self.overridable,
             "proof": self.proof.to_dict() if self.proof else None,
             "taken_back": dict(self.taken_back),
             "verification": None if self.verification is None else self.verification.to_dict(),
@@ -212,13 +221,17 @@ def taken_back_table(folds: Mapping[str, str]) -> Table:
 
 
 def untouched_texts(report: FoldReport) -> Iterator[str]:
-    """The layers that hold integers, and those whose weights are given at run time."""
-    for what, layers in (("quantised", report.quantised), ("graph inputs", report.given)):
+    """The layers that hold integers, and those whose weights are or can be given at run time."""
+    for what, layers, advice in (
+        ("are quantised", report.quantised, ""),
+        ("are graph inputs", report.given, ""),
+        ("are graph inputs, too, and a caller can override them", report.overridable, FREEZE),
+    ):
         if layers:
             more = len(layers) - MAX_REASONS
             shown = [*layers[:MAX_REASONS], *([f"{more} more"] if more > 0 else [])]
             count = counted(len(layers), "layer")
-            yield f"Left alone because their weights are {what}: {count} ({', '.join(shown)})."
+            yield f"Left alone because their weights {what}: {count} ({', '.join(shown)}).{advice}"
 
 
 def slower_text(folds: Mapping[str, Sequence[CandidateReport]]) -> Text:

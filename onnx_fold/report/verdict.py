@@ -29,6 +29,8 @@ def verdict(report: FoldReport) -> str:
     if not left and (report.quantised or report.given):
         what = "quantised" if report.quantised else "graph inputs"
         return f"Nothing folds: the weights of its layers are {what}."
+    if not left and report.overridable:
+        return "Nothing folds: a caller can override the weights of its layers."
     if not left:
         return "Nothing folds: no linear layer reads another without something between them."
     if all(stream.has_norms for stream in left):

@@ -53,7 +53,12 @@ def is_overridable(node: ir.Node) -> bool:
 
 def find_given(graph: ir.Graph) -> list[str]:
     """Names of the layers of ``graph`` whose weights are graph inputs, in graph order."""
-    return [described(node) for node in graph if is_given(node) or is_overridable(node)]
+    return [described(node) for node in graph if is_given(node)]
+
+
+def find_overridable(graph: ir.Graph) -> list[str]:
+    """Names of the layers of ``graph`` whose weights a caller can override, in graph order."""
+    return [described(node) for node in graph if is_overridable(node)]
 
 
 def _is_layer(node: ir.Node) -> bool:
