@@ -317,9 +317,12 @@ def _plan(
     if not any(stream.folded for stream in streams):
         model = original.clone()
         put_back(model)
-    untouched = (find(original.graph) for find in (find_quantised, find_given, find_overridable))
+    finds = find_quantised, find_given, find_overridable
+    quantised, given, overridable = (find(original.graph) for find in finds)
     saving = Saving(before, cost(model))
-    return Folded(model, FoldReport(saving, streams, *untouched, taken_back=taken_back))
+    return Folded(
+        model, FoldReport(saving, streams, quantised, given, overridable, taken_back=taken_back)
+    )
 
 
 @dataclass(frozen=True)

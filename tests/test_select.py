@@ -5,6 +5,8 @@ import pytest
 from helpers import fold, folded, graph, normal, operators, refused
 
 from onnx_fold.algebra.selection import select_blocks
+from onnx_fold.check.proof import prove
+from onnx_fold.passes.select_heads import SelectPass
 from onnx_fold.report.attention import find_attention
 from onnx_fold.streams.stream import find_streams
 
@@ -103,3 +105,73 @@ def test_heads_of_an_attention_operator(kv):
     (attention,) = find_attention(find_streams(model))
     assert (attention.num_heads, attention.num_kv_heads, attention.head_dim) == (4, kv, 3)
     folded(model, 36, only=["select"])
+
+
+# --- The first columns of the narrowest readers ---------------------------------------------------
+
+
+def readers(width: int, kind: str = "float", body: str = "", **held: np.ndarray):
+    """A table, and three layers that read its rows: Q as wide as these, K and V a quarter."""
+    body = body or "s = Gather(E, x)"
+    text = f"""(int64[b, n] x) => ({kind}[b, n, m] y)
+        {{ {body} q = MatMul(s, Q) k = MatMul(s, K) v = MatMul(s, V) qr = Relu(q) kr = Relu(k)
+           vr = Relu(v) y = Concat<axis = -1>(qr, kr, vr) }}"""
+    weights = {"E": normal(60, width, seed=1), "Q": normal(width, width, seed=2)}
+    weights |= {name: normal(width, width // 4, seed=seed) for seed, name in enumerate("KV", 3)}
+    dtype = {"float": np.float32, "float16": np.float16}[kind]
+    return graph(text, 18, **{name: w.astype(dtype) for name, w in (weights | held).items()})
+
+
+def in_part(source, count: int):
+    """Fold ``source``, where nothing else is offered than ``count`` columns."""
+    every = SelectPass.candidates
+
+    def some(self, stream):
+        offered = (part for whole in every(self, stream) for part in (whole, *whole.in_part()))
+        yield from (each for each in offered if each.text.startswith(f"{count} columns"))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SelectPass, "candidates", some)
+        return folded(source, only=["select"])
+
+
+@pytest.mark.parametrize("kind", ["float", "float16"])
+def test_the_first_columns_of_the_narrowest_readers(kind):
+    result = in_part(readers(80, kind), 72)
+    assert result.report.saving.weights == 72 * 80
+    expected = ["Concat", "Gather", "MatMul", *3 * ["Relu"], *4 * ["Slice"], "Concat"]
+    assert sorted(operators(result.model)) == sorted(expected)
+    held = result.model.graph.initializers
+    assert held["Q_rest"].const_value.shape == (80, 80 - (72 - 40))
+    assert not {"Q", "K", "V"} & set(held)
+    assert prove(result.original, result.model, result.report.folded).error < 1e-12
+
+
+def test_layers_that_are_slices_altogether():
+    """All of them are narrower than the stream: no product is left."""
+    narrow = {"Q": normal(80, 32, seed=2)}
+    result = in_part(readers(80, **narrow), 72)
+    assert operators(result.model).count("MatMul") == 0
+    assert result.report.saving.weights == 72 * 80
+
+
+def test_a_part_where_all_of_it_is_not_accurate_enough():
+    report = folded(readers(256, "float16")).report
+    (stream,) = report.folded
+    assert stream.folded.text.startswith("248 columns of ")
+    assert report.saving.weights == 248 * 256
+    dearer = [each for each in stream.candidates if each.refused is not None]
+    assert any("absorb" in each.strategy for each in dearer)
+
+
+def test_rows_of_a_tall_writer_are_better_than_the_first_columns():
+    body = "h = Gather(E, x) r = Relu(h) s = MatMul(r, O)"
+    held = {"E": normal(60, 200, seed=1), "O": normal(200, 80, seed=5)}
+    source = readers(80, body=body, **held)
+    assert "no strategy applies" in refused(source, only=["select"])
+
+
+@pytest.mark.parametrize("shape", [(80, 80), (80, 72)])
+def test_columns_that_are_alike_are_no_basis(shape):
+    zeros = {"K": np.zeros((80, 20)), "V": np.zeros((80, 20)), "Q": np.zeros(shape)}
+    assert "singular" in refused(readers(80, **zeros), only=["select"])

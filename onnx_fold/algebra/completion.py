@@ -31,7 +31,7 @@ from onnx_fold.algebra.expression import (
     take,
 )
 from onnx_fold.algebra.selection import RowSelection, Selection
-from onnx_fold.algebra.storage import Later, OnDemand, Source
+from onnx_fold.algebra.storage import Later, OnDemand, Source, Spool
 
 
 @dataclass(frozen=True)
@@ -247,3 +247,25 @@ class PartialSelection(Selection):
         rows = np.concatenate((order[found.dropped], order[self._whole.kept :]))
         taken = rows[found.taken[: self._taken]]
         return np.concatenate((order[found.left], taken, rows[self._places]))
+
+
+class FirstColumns:
+    """The first columns of a matrix ``[d, n]``, and what completes so many of them to a basis.
+
+    With ``Q R`` its QR decomposition, the first ``k`` columns of ``Q`` span those of the matrix,
+    and the last ``d - k`` nothing of them.
+    """
+
+    def __init__(self, matrix: Expression, spool: Spool) -> None:
+        self._matrix = matrix
+        self._spool = spool
+        self._q = Leaf(source=Later(2 * matrix.shape[:1], matrix.dtype, self._find))
+
+    def _find(self) -> Source:
+        matrix = evaluate(self._matrix)
+        q = np.linalg.qr(matrix, mode="complete")[0]
+        return self._spool.add(q * np.sqrt(np.mean(np.linalg.norm(matrix, axis=0) ** 2)))
+
+    def complement(self, count: int) -> Expression:
+        """Orthonormal columns, times the size of those of the matrix, ``[d, d - count]``."""
+        return take(self._q, slice(count, None), 1)

@@ -25,6 +25,16 @@ SHARES = (0.98, 0.95, 0.92, 0.9, 0.88, 0.85)
 """Of the rows of a basis, what is kept where all of them are not accurate enough."""
 
 
+def parts(width: int, shares: Sequence[float] = SHARES) -> list[int]:
+    """How many rows of a basis these shares are, the largest first, less than all of them.
+
+    They are multiples of 8 where ``width`` is: processors like such sizes.
+    """
+    step = 8 if width % 8 == 0 else 1
+    sizes = (math.ceil(width * share / step) * step for share in shares)
+    return [size for size in dict.fromkeys(sizes) if size < width]
+
+
 @dataclass(frozen=True)
 class Rows:
     """The rows of a writer that are the basis, or the columns of a reader.
@@ -131,19 +141,13 @@ class Selections:
             layer, self._known[key], hidden, stream.shapes.rank(layer.x), layer.y_axis or -1
         )
 
-    def in_part(self, rows: Rows, shares: Sequence[float] = SHARES) -> Iterator[Rows]:
-        """The same with only these shares of the rows of the basis, the largest share first.
-
-        Their number is a multiple of 8 where that of all is: processors like such widths.
-        """
+    def in_part(self, rows: Rows) -> Iterator[Rows]:
+        """The same with a part of the rows of the basis, the largest part first."""
         if rows.rank is None:  # a Pad has to know it
             return
         whole, width = rows.selection, rows.selection.kept
         assert isinstance(whole, RowSelection)
-        step = 8 if width % 8 == 0 else 1
-        kept = [math.ceil(width * share / step) * step for share in shares]
-        sizes = [size for size in dict.fromkeys(kept) if size < width]
-        if sizes:
+        if sizes := parts(width):
             known = self._completed.setdefault(whole, Completion(whole, width - min(sizes)))
             for size in sizes:
                 yield replace(rows, selection=known.keeping(size))
