@@ -8,6 +8,7 @@ so is a layer between operators that move its channels and put them back.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -157,7 +158,7 @@ def _branches(node: ir.Node, axis: int, graph: ir.Graph, shapes: Shapes) -> Bran
     operands, sums = _operands(node)
     inside = _inside(sums, [value for _, value in operands], axis, graph, shapes)
     paths = [_paths(value, axis, shapes, inside) for _, value in operands]
-    chosen = _common(paths)
+    chosen = _in_largest(_common(paths))
     if len(chosen) < 2:
         chosen = _convolution(paths)
     if not any(path.nodes for path in chosen.values()):
@@ -458,6 +459,23 @@ def _common(paths: Sequence[Sequence[_Path]]) -> dict[int, _Path]:
         return len(ways), -sum(len(path.nodes) for path in ways.values())
 
     return max(ends.values(), key=most, default={})
+
+
+def _in_largest(ways: dict[int, _Path]) -> dict[int, _Path]:
+    """Of several paths those whose windows lie in the largest; all, if it would be alone.
+
+    What holds windows that cross, such as 1x3 and 3x1, has more positions than both.
+    """
+    order = sorted(ways, key=lambda place: -math.prod(ways[place].map.kernel.shape))
+    kept: dict[int, _Path] = {}
+    size = 0
+    for place in order:
+        total = add([path.map for path in (*kept.values(), ways[place])])
+        own = math.prod(ways[place].map.kernel.shape)
+        if total is not None and math.prod(total.kernel.shape) <= size + own:
+            kept[place] = ways[place]
+            size = math.prod(total.kernel.shape)
+    return {place: ways[place] for place in ways if place in kept} if len(kept) > 1 else ways
 
 
 def _extended(found: Branches, axis: int, graph: ir.Graph) -> Branches:
