@@ -2,10 +2,10 @@
 
 ``x W + s (x A) B = x (W + s A B)``, and of convolutions ``x * K₁ + x * K₂ + x = x * (K₁ + K₂ + I)``
 with the smaller kernels in the middle of the largest (X. Ding et al., "RepVGG", arXiv 2101.03697).
-A layer and the BatchNorm beside it are one too, a convolution and its gains, and a layer between
-Transposes that undo each other: a product of pixels is a 1x1 convolution. Nothing is inverted, and
-the error is that of rounding one weight in the place of several. What would grow, a pair of low
-rank without a layer beside it, is left.
+A layer and the BatchNorm beside it are one too, a convolution and its gains, a product and the
+LayerScale behind it, and a layer between Transposes that undo each other: a product of pixels is a
+1x1 convolution. Nothing is inverted, and the error is that of rounding one weight in the place of
+several. What would grow, a pair of low rank without a layer beside it, is left.
 """
 
 from __future__ import annotations

@@ -348,7 +348,32 @@ def test_the_last_factor_of_a_gelu_stays(gelu: str) -> None:
     assert not fold(source).report.folded
 
 
-def test_a_gain_behind_a_product_stays() -> None:
+@pytest.mark.parametrize(
+    "behind", ["m = Mul(g, a)", "c = Add(a, b) m = Mul(c, g)", "c = Add(b, a) m = Div(c, g)"]
+)
+def test_layer_scale_behind_a_product(behind: str) -> None:
+    """DINOv2 and CaiT: a number for each channel in front of the residual sum."""
+    held = {"g": normal(16, seed=1)} | ({"b": normal(16, seed=2)} if "b" in behind else {})
+    source = graph(
+        f"{ROWS} {{ a = MatMul(x, W) {behind} t = Relu(x) z = Add(t, m) }}",
+        W=normal(16, 16),
+        **held,
+    )
+    found = operators(folded(source, 16).ir)
+    assert sorted(found) == sorted(["MatMul", "Relu", "Add", *["Add"] * ("b" in behind)])
+
+
+def test_a_gain_in_front_of_a_product_stays() -> None:
+    """It may be that of a norm, which ONNX Runtime makes one operator of."""
+    source = graph(
+        f"{ROWS} {{ r = Relu(x) m = Mul(r, g) a = MatMul(m, W) z = Relu(a) }}",
+        W=normal(16, 16),
+        g=normal(16, seed=1),
+    )
+    assert not fold(source).report.folded
+
+
+def test_a_number_behind_a_product_stays() -> None:
     source = graph(
         f"{ROWS} {{ a = MatMul(x, W) m = Mul(g, a) z = Relu(m) }}",
         W=normal(16, 16),

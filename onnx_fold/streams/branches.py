@@ -18,7 +18,7 @@ import onnx_ir as ir
 from onnx_fold.algebra.expression import scale
 from onnx_fold.graph.channels import CUTS, Group, channels, ports
 from onnx_fold.graph.commute import OpensStreamError, Port
-from onnx_fold.graph.constants import FLOATS, constant
+from onnx_fold.graph.constants import FLOATS, constant, scalar
 from onnx_fold.graph.linear import label
 from onnx_fold.graph.operators import only_user, operator
 from onnx_fold.graph.shapes import Dims, Shapes
@@ -30,7 +30,8 @@ __all__ = ["Branches", "find_branches"]
 _SUMS = ("Add", "Sub", "Sum")
 _BESIDE = ("BatchNormalization", "Transpose")
 _GAINS = ("Div", "Mul")
-"""Beside a convolution: ONNX Runtime leaves gains that are one number, or come first."""
+"""Beside a convolution: ONNX Runtime leaves gains that are one number, or come first. Behind a
+product: one number for each channel, as LayerScale; in front of it they may be a norm's."""
 _LAYOUTS = ("Flatten", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
 _MAX_SIZES = 32
 """Operators that compute a size from a shape, at most."""
@@ -214,9 +215,15 @@ def _single(node: ir.Node, axis: int, graph: ir.Graph, shapes: Shapes) -> Branch
     inside = {node} if x is None else _inside([node], [x[0]], axis, graph, shapes)
     for path in _paths(node.outputs[0], axis, shapes, inside):
         beside = (*_BESIDE, *_GAINS) if path.map.axis < -1 else _BESIDE
-        if path.has_layer and any(operator(each) in beside for each in path.nodes):
+        is_beside = any(operator(each) in beside for each in path.nodes)
+        if path.has_layer and (is_beside or _is_layer_scale(node)):
             return Branches(path.source, node.outputs[0], path.map, [], [*path.nodes], shapes)
     return _behind_layout(node, axis, graph, shapes)
+
+
+def _is_layer_scale(node: ir.Node) -> bool:
+    """Whether ``node`` multiplies by more than one number: ONNX Runtime fuses one by itself."""
+    return operator(node) in _GAINS and all(scalar(value) is None for value in node.inputs)
 
 
 def _behind_layout(node: ir.Node, axis: int, graph: ir.Graph, shapes: Shapes) -> Branches | None:
