@@ -706,6 +706,43 @@ def test_dora_is_one_layer(dtype: type) -> None:
     assert onnx_fold.fold(source, objective="size").report.proof.proved
 
 
+def test_loha_of_a_product_is_the_layer_itself() -> None:
+    """Its matrix is a product of two of low rank, element by element, which exporters leave."""
+    source = graph(
+        f"{ROWS} {{ y = MatMul(x, W) a = MatMul(A, B) c = MatMul(C, D) e = Mul(a, c)"
+        " f = Mul(e, s) g = MatMul(x, f) u = Add(y, g) z = Relu(u) }",
+        W=normal(16, 16),
+        A=normal(16, 2, seed=1),
+        B=normal(2, 16, seed=2),
+        C=normal(16, 2, seed=3),
+        D=normal(2, 16, seed=4),
+        s=np.float32(0.5),
+    )
+    assert operators(folded(source, 4 * 32 + 1).ir) == ["MatMul", "Relu"]
+
+
+def test_loha_of_a_convolution() -> None:
+    source = graph(
+        f"{IMAGE} {{ y = Conv<pads = [1, 1, 1, 1]>(x, K) e = Mul(A, B) f = Reshape(e, shape)"
+        " g = Conv<pads = [1, 1, 1, 1]>(x, f) u = Add(y, g) z = Relu(u) }",
+        K=normal(8, 8, 3, 3),
+        A=normal(8, 72, seed=1),
+        B=normal(8, 72, seed=2),
+        shape=np.array([8, 8, 3, 3]),
+    )
+    assert operators(folded(source, 2 * 8 * 72).ir) == ["Conv", "Relu"]
+
+
+def test_a_matrix_of_the_input_stays() -> None:
+    source = graph(
+        "(float[16, 16] x) => (float[16, 16] z) { y = MatMul(x, W) f = Mul(x, A)"
+        " g = MatMul(x, f) u = Add(y, g) z = Relu(u) }",
+        W=normal(16, 16),
+        A=normal(16, 16, seed=1),
+    )
+    assert not fold(source).report.folded
+
+
 def test_random_numbers_are_no_constants() -> None:
     source = graph(
         f"{ROWS} {{ r = RandomNormal<shape = [16]>() y = MatMul(x, W) c = Mul(y, r)"

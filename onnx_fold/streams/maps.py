@@ -316,7 +316,7 @@ def as_map(node: ir.Node, axis: int, shapes: Shapes) -> tuple[ir.Value, LinearMa
         return None
     match operator(node):
         case "Conv":
-            return _conv(node, axis)
+            return _conv(node, axis, shapes)
         case "AveragePool":
             return _average_pool(node, axis, shapes)
         case "BatchNormalization":
@@ -329,7 +329,9 @@ def as_map(node: ir.Node, axis: int, shapes: Shapes) -> tuple[ir.Value, LinearMa
             return _scaled(node, axis, -1.0, shapes)
         case "Resize":
             return _scaled(node, axis, 1.0, shapes) if _keeps_size(node, shapes) else None
-    return _product(node, axis, shapes) if axis == -1 else None
+    if axis != -1:
+        return None
+    return _product(node, axis, shapes) or _product_of_formula(node, axis, shapes)
 
 
 def as_selection(value: ir.Value, axis: int, shapes: Shapes) -> tuple[ir.Value, LinearMap] | None:
@@ -392,19 +394,31 @@ def _product(node: ir.Node, axis: int, shapes: Shapes) -> tuple[ir.Value, Linear
     )
 
 
+def _product_of_formula(
+    node: ir.Node, axis: int, shapes: Shapes
+) -> tuple[ir.Value, LinearMap] | None:
+    """A product by a matrix that is computed from constants, as LoHa's and LoKr's are."""
+    if operator(node) != "MatMul" or constant(node.inputs[1]) is not None:
+        return None
+    x, matrix = node.inputs[0], _numbers(node.inputs[1], shapes)
+    if x is None or matrix is None or constant(x) is not None or len(matrix.shape) != 2:
+        return None
+    return x, LinearMap(axis, transpose(matrix), 1, None, (), (), (), ())
+
+
 def _is_zero(held: Constant) -> bool:
     """Whether a bias adds nothing; exporters store one such for all layers of a width."""
     stored = held.values.stored
     return stored is not None and not np.any(stored)
 
 
-def _conv(node: ir.Node, axis: int) -> tuple[ir.Value, LinearMap] | None:
-    x, held = node.inputs[0], constant(node.inputs[1])
-    if x is None or held is None or held.dtype not in FLOATS or constant(x) is not None:
+def _conv(node: ir.Node, axis: int, shapes: Shapes) -> tuple[ir.Value, LinearMap] | None:
+    x, kernel = node.inputs[0], _numbers(node.inputs[1], shapes)
+    if x is None or kernel is None or constant(x) is not None:
         return None
-    if axis != 1 - len(held.shape) or not held.size:
+    if axis != 1 - len(kernel.shape) or 0 in kernel.shape:
         return None
-    window = held.shape[2:]
+    window = kernel.shape[2:]
     ones = (1,) * len(window)
     strides = tuple(node.attributes.get_ints("strides", ones))
     dilations = tuple(node.attributes.get_ints("dilations", ones))
@@ -419,7 +433,7 @@ def _conv(node: ir.Node, axis: int) -> tuple[ir.Value, LinearMap] | None:
         return None
     groups = node.attributes.get_int("group", 1)
     before, behind = pads[: len(window)], pads[len(window) :]
-    return x, LinearMap(axis, held.wide(), groups, bias, strides, dilations, before, behind)
+    return x, LinearMap(axis, kernel, groups, bias, strides, dilations, before, behind)
 
 
 def _average_pool(node: ir.Node, axis: int, shapes: Shapes) -> tuple[ir.Value, LinearMap] | None:
