@@ -271,6 +271,52 @@ def test_convolution_and_batch_norm() -> None:
     assert not fold(graph(texts[1], **held)).report.folded
 
 
+UP = "(float[n, 8, h, w] x) => (float[n, 4, a, b] z)"
+
+
+@pytest.mark.parametrize(
+    ("groups", "how"),
+    [
+        (1, "strides = [2, 2]"),
+        (1, "strides = [2, 3], pads = [1, 0, 1, 2], output_padding = [1, 2]"),
+        (2, "strides = [2, 2], dilations = [2, 1]"),
+        (4, "pads = [1, 1, 1, 1]"),
+    ],
+)
+def test_transposed_convolution_and_batch_norm(groups: int, how: str) -> None:
+    """U-Nets: behind it the gain is that of its outputs, in front that of what it reads."""
+    source = graph(
+        f"{UP} {{ r = Relu(x) m = Mul(r, g) t = ConvTranspose<group = {groups}, {how}>(m, K, k)"
+        f" b = BatchNormalization(t, {bn(0)}) z = Relu(b) }}",
+        K=normal(8, 4 // groups, 3, 3),
+        k=normal(4, seed=1),
+        g=normal(8, 1, 1, seed=2),
+        **norm(4, 0),
+    )
+    result = folded(source, 8 + 4 * 4)
+    assert operators(result.ir) == ["Relu", "ConvTranspose", "Relu"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "m = Add(r, g) t = ConvTranspose<strides = [2, 2]>(m, K) b = Identity(t)",
+        "t = ConvTranspose(r, K) e = ConvTranspose(r, L) b = Add(t, e)",
+        f"t = ConvTranspose<strides = [2, 2], output_shape = [13, 11]>(r, K)"
+        f" b = BatchNormalization(t, {bn(0)})",
+        f't = ConvTranspose<auto_pad = "SAME_UPPER", strides = [2, 2]>(r, K)'
+        f" b = BatchNormalization(t, {bn(0)})",
+    ],
+)
+def test_other_transposed_convolutions_stay(body: str) -> None:
+    """A bias in front is not at every position; two are not added; sizes that are given."""
+    held = {"K": normal(8, 4, 3, 3), "L": normal(8, 4, 3, 3, seed=1), "g": normal(8, 1, 1, seed=2)}
+    held |= norm(4, 0)
+    used = {name: array for name, array in held.items() if re.search(rf"[ (]{name}[,)]", body)}
+    source = graph(f"{UP} {{ r = Relu(x) {body} z = Relu(b) }}", **used)
+    assert not fold(source, shapes={"n": 2, "h": 6, "w": 5}).report.folded
+
+
 @pytest.mark.parametrize(
     "behind",
     [

@@ -37,7 +37,7 @@ _MAX_SIZES = 32
 """Operators that compute a size from a shape, at most."""
 _BLOCK = 16
 """Channels that ONNX Runtime's convolutions of images take at a time."""
-_LAYERS = ("Conv", "Gemm", "MatMul", "Einsum", "com.microsoft::FusedMatMul")
+_LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum", "com.microsoft::FusedMatMul")
 
 
 @dataclass(frozen=True, eq=False)

@@ -38,7 +38,7 @@ from onnx_fold.graph.operators import operator
 from onnx_fold.graph.shapes import Shapes
 from onnx_fold.streams.fixed import fixed
 
-__all__ = ["LinearMap", "add", "as_map", "as_selection", "as_vector", "identity"]
+__all__ = ["LinearMap", "add", "as_map", "as_selection", "as_vector", "identity", "transposed"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +55,8 @@ class LinearMap:
         dilations: Distances between its positions.
         before: Zeros in front of ``x`` along these axes.
         behind: Zeros behind it.
+        spread: Zeros behind ``y``, for each axis of the window, of a transposed convolution, which
+            spreads each position over a window; None for any other map.
     """
 
     axis: int
@@ -65,6 +67,7 @@ class LinearMap:
     dilations: tuple[int, ...]
     before: tuple[int, ...]
     behind: tuple[int, ...]
+    spread: tuple[int, ...] | None = None
 
     @property
     def out_features(self) -> int:
@@ -83,8 +86,8 @@ class LinearMap:
 
     @property
     def is_padded(self) -> bool:
-        """Whether it reads zeros around ``x``."""
-        return any((*self.before, *self.behind))
+        """Whether some positions of ``y`` read zeros around ``x``, or less than others."""
+        return self.spread is not None or any((*self.before, *self.behind))
 
     @property
     def is_pointwise(self) -> bool:
@@ -94,7 +97,7 @@ class LinearMap:
     @property
     def has_one_position(self) -> bool:
         """Whether each position of ``y`` comes from one of ``x``, or of the zeros around it."""
-        return all(size == 1 for size in (*self.window, *self.strides))
+        return self.spread is None and all(size == 1 for size in (*self.window, *self.strides))
 
     @property
     def is_depthwise(self) -> bool:
@@ -130,6 +133,8 @@ class LinearMap:
         if self.is_gain:
             gains = _inputs(reshape(self.kernel, (-1,)), second)
             return replace(second, kernel=Times(second.kernel, gains))
+        if second.spread is not None:
+            return None
         if self.has_one_position and second.is_depthwise:
             alone = reshape(self.kernel, (*self.kernel.shape[:2], *(1,) * len(second.window)))
             return self._widened(second, Times(alone, second.kernel))
@@ -212,9 +217,13 @@ def add(maps: Sequence[LinearMap]) -> LinearMap | None:
 
     Windows of several dilations lie in one of the largest dilation that divides all of them.
     """
+    if len(maps) == 1:
+        return maps[0]
     first = next((each for each in maps if not each.is_pointwise), maps[0])
     axes = range(len(first.strides))
     if len({(each.in_features, each.out_features) for each in maps}) > 1:
+        return None
+    if any(each.spread is not None for each in maps):
         return None
     for axis in axes:
         sizes = {(each.strides[axis], _shrinks(each, axis)) for each in maps}
@@ -317,6 +326,8 @@ def as_map(node: ir.Node, axis: int, shapes: Shapes) -> tuple[ir.Value, LinearMa
     match operator(node):
         case "Conv":
             return _conv(node, axis, shapes)
+        case "ConvTranspose":
+            return _conv_transpose(node, axis, shapes)
         case "AveragePool":
             return _average_pool(node, axis, shapes)
         case "BatchNormalization":
@@ -434,6 +445,26 @@ def _conv(node: ir.Node, axis: int, shapes: Shapes) -> tuple[ir.Value, LinearMap
     groups = node.attributes.get_int("group", 1)
     before, behind = pads[: len(window)], pads[len(window) :]
     return x, LinearMap(axis, kernel, groups, bias, strides, dilations, before, behind)
+
+
+def _conv_transpose(node: ir.Node, axis: int, shapes: Shapes) -> tuple[ir.Value, LinearMap] | None:
+    """A transposed convolution of which the size of the result follows from its padding."""
+    found, held = _conv(node, axis, shapes), constant(node.inputs[1])
+    is_plain = node.attributes.get_string("auto_pad", "NOTSET") == "NOTSET"
+    if found is None or held is None or not is_plain or "output_shape" in node.attributes:
+        return None
+    x, read = found
+    spread = tuple(node.attributes.get_ints("output_padding", (0,) * len(read.window)))
+    kernel = transposed(held.wide(), read.groups)
+    return x, replace(read, kernel=kernel, spread=spread)
+
+
+def transposed(kernel: Expression, groups: int) -> Expression:
+    """``[in, out / groups, *window]``, of a transposed convolution, as of another one; and back."""
+    ins, outs, *window = kernel.shape
+    parts = reshape(kernel, (groups, ins // groups, outs, *window))
+    swapped = transpose(parts, (0, 2, 1, *range(3, len(parts.shape))))
+    return reshape(swapped, (groups * outs, ins // groups, *window))
 
 
 def _average_pool(node: ir.Node, axis: int, shapes: Shapes) -> tuple[ir.Value, LinearMap] | None:
