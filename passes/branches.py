@@ -2,15 +2,16 @@
 
 ``x W + s (x A) B = x (W + s A B)``, and of convolutions ``x * K₁ + x * K₂ + x = x * (K₁ + K₂ + I)``
 with the smaller kernels in the middle of the largest (X. Ding et al., "RepVGG", arXiv 2101.03697).
-A layer and the BatchNorm beside it are one too, a convolution and its gains, and a layer between
-Transposes that undo each other: a product of pixels is a 1x1 convolution. Nothing is inverted, and
-the error is that of rounding one weight in the place of several. What would grow, a pair of low
-rank without a layer beside it, is left.
+A layer and the BatchNorm beside it are one too, a convolution and its gains, a product and the
+LayerScale behind it, and a layer between Transposes that undo each other: a product of pixels is a
+1x1 convolution. Nothing is inverted, and the error is that of rounding one weight in the place of
+several. What would grow, a pair of low rank without a layer beside it, is left.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import onnx_ir as ir
 
@@ -27,7 +28,7 @@ from onnx_fold.engine import (
     compact,
 )
 from onnx_fold.graph.operators import operator
-from onnx_fold.streams.maps import LinearMap
+from onnx_fold.streams.maps import LinearMap, transposed
 
 
 class BranchesPass(FoldPass):
@@ -68,6 +69,8 @@ def _is_conv(total: LinearMap) -> bool:
 
 def _stored(total: LinearMap) -> Expression:
     """The kernel as the operator holds it: of a Conv, a gain, or ``[in, out]``."""
+    if total.spread is not None:
+        return transposed(total.kernel, total.groups)
     if _is_conv(total):
         return total.kernel
     if total.is_gain:
@@ -81,9 +84,13 @@ def _layer(at: Recorder, x: ir.Value, total: LinearMap, weight: FoldedTensor, na
     if _is_conv(total):
         if total.bias is not None:
             inputs.append(at.constant(FoldedTensor(total.bias, weight.dtype), f"{name}_bias"))
+        spread: dict[str, Any] = {}
+        if total.spread is not None:
+            spread["output_padding"] = total.spread
         return at(
-            "Conv",
+            "Conv" if total.spread is None else "ConvTranspose",
             *inputs,
+            **spread,
             kernel_shape=total.window,
             group=total.groups,
             strides=total.strides,

@@ -57,7 +57,7 @@ def _merge_writer(stream: Stream, writer: Writer, text: str) -> Candidate:
     rewrite = Rewrite()
     carry_biases(stream, writer, rewrite)
     if not writer.keeps_layout:
-        raise CannotRewriteError(f"{writer.label} moves the channels to another axis")
+        raise CannotRewriteError(f"{writer.label} {writer.moves}")
     rewrite.replaced[writer.y] = in_place(rewrite, writer)
     stored = rebase(stream, Basis(writer.matrix, inverted=True), width, pivot=writer).stored
     rewrite.stored |= {reader.edge: stored[reader.edge] for reader in stream.readers}

@@ -15,6 +15,7 @@ from google.protobuf.message import Message
 
 import onnx_fold
 from onnx_fold.algebra.expression import ImpliedTensor
+from onnx_fold.engine.batch_norms import ends_of
 from onnx_fold.files.load import load
 from onnx_fold.graph.constants import FLOATS, constant
 from onnx_fold.graph.edit import Editor
@@ -184,13 +185,13 @@ def folded(model: ir.Model, removed: int | None = None, **options) -> FoldResult
 def assert_announced(model: ir.Model, result: FoldResult) -> None:
     """What the folds of a report announce is, in all, what became of ``model``, functions inlined.
 
-    Not where gains, centring or dead skips are written as products for the time of the fold: what
+    Not where gains, norms, centring or dead skips are written as products for that time: what
     computed a mean or a skip that is not read any more goes afterwards, and no fold announces it;
     and a gain that two of them share counts for both.
     """
     source = inline(model)
     shapes = Shapes(source)
-    if any(as_affine(node, shapes) is not None for node in source.graph):
+    if any(as_affine(node, shapes) or ends_of(node, shapes) for node in source.graph):
         return
     folds = [stream.folded for stream in result.report.folded]
     nodes = num_operators(result.model.graph) - num_operators(source.graph)

@@ -139,6 +139,110 @@ def test_two_windows_that_cross_stay() -> None:
     assert "weights would grow by 192" in refused(source)
 
 
+def test_of_windows_that_cross_those_in_the_largest_are_one() -> None:
+    """1x3 and 1x1 and the identity; what 3x1 makes is added as before."""
+    source = graph(
+        f"{IMAGE} {{ a = Conv<pads = [0, 1, 0, 1]>(x, K) c = Conv<pads = [1, 0, 1, 0]>(x, P)"
+        " e = Conv(x, E) s = Add(c, a) t = Add(s, e) u = Add(t, x) z = Relu(u) }",
+        K=normal(8, 8, 1, 3),
+        P=normal(8, 8, 3, 1, seed=1),
+        E=normal(8, 8, 1, 1, seed=2),
+    )
+    result = folded(source, 8 * 8)
+    assert sorted(operators(result.ir)) == ["Add", "Conv", "Conv", "Relu"]
+    assert weights(result.ir) == 2 * 8 * 8 * 3
+
+
+def test_windows_of_several_dilations_are_one() -> None:
+    """UniRepLKNet's dilated branches lie in its large window (X. Ding et al., 2311.15599)."""
+    body = [
+        f"c{step} = Conv<group = 8, dilations = [{step}, {step}],"
+        f" pads = [{step}, {step}, {step}, {step}]>(x, D{step}) s{step} = Add(s{step - 1}, c{step})"
+        for step in (1, 2)
+    ]
+    source = graph(
+        f"{IMAGE} {{ s0 = Conv<group = 8, pads = [3, 3, 3, 3]>(x, K) {' '.join(body)}"
+        " z = Relu(s2) }",
+        K=normal(8, 1, 7, 7),
+        D1=normal(8, 1, 3, 3, seed=1),
+        D2=normal(8, 1, 3, 3, seed=2),
+    )
+    result = folded(source, 2 * 8 * 9)
+    assert operators(result.ir) == ["Conv", "Relu"]
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_diverse_branch_block(groups: int) -> None:
+    """A 1x1 convolution in front of a 3x3 one, and in front of means (2103.13425): one of 3x3.
+
+    The zeros are put around what the first of the two reads, where its bias is as well.
+    """
+    source = graph(
+        f"{IMAGE} {{ k0 = Conv<pads = [1, 1, 1, 1], group = {groups}>(x, K)"
+        f" k = BatchNormalization(k0, {bn(0)})"
+        f" s0 = Conv<pads = [1, 1, 1, 1], group = {groups}>(x, P, p)"
+        f" s1 = Conv<group = {groups}>(s0, S) s = BatchNormalization(s1, {bn(1)})"
+        f" a0 = Conv<pads = [1, 1, 1, 1], group = {groups}>(x, A, p)"
+        f" a1 = AveragePool<kernel_shape = [3, 3]>(a0) a = BatchNormalization(a1, {bn(2)})"
+        " t = Add(k, s) u = Add(t, a) z = Relu(u) }",
+        K=normal(8, 8 // groups, 3, 3),
+        P=normal(8, 8 // groups, 1, 1, seed=1),
+        S=normal(8, 8 // groups, 3, 3, seed=2),
+        A=normal(8, 8 // groups, 1, 1, seed=3),
+        p=normal(8, seed=4),
+        **(norm(8, 0) | norm(8, 1) | norm(8, 2)),
+    )
+    result = folded(source)
+    assert operators(result.ir) == ["Conv", "Relu"]
+    assert weights(result.ir) == 8 * 8 * 9 // groups + 8
+
+
+@pytest.mark.parametrize(
+    ("means", "is_map"),
+    [
+        ("pads = [1, 1, 1, 1], count_include_pad = 1", True),
+        ('auto_pad = "SAME_UPPER", count_include_pad = 1', True),
+        ("pads = [1, 1, 1, 1]", False),  # fewer numbers at the edges
+        ("pads = [1, 1, 1, 1], count_include_pad = 1, ceil_mode = 1", False),
+    ],
+)
+def test_means_beside_a_convolution(means: str, is_map: bool) -> None:
+    source = graph(
+        f"{IMAGE} {{ k = Conv<pads = [1, 1, 1, 1]>(x, K) p = Conv(x, P)"
+        f" a = AveragePool<kernel_shape = [3, 3], {means}>(p) s = Add(k, a) z = Relu(s) }}",
+        K=normal(8, 8, 3, 3),
+        P=normal(8, 8, 1, 1, seed=1),
+    )
+    if is_map:
+        assert operators(folded(source, 8 * 8).ir) == ["Conv", "Relu"]
+    else:
+        assert not fold(source, shapes={"n": 2, "h": 6, "w": 5}).report.folded
+
+
+def test_means_alone_stay() -> None:
+    """As a convolution they would be weights, and what is in front of them nine times as many."""
+    source = graph(
+        f"{IMAGE} {{ p = Conv(x, P) a = AveragePool<kernel_shape = [3, 3]>(p)"
+        f" b = BatchNormalization(a, {bn(0)}) z = Relu(b) }}",
+        P=normal(8, 8, 1, 1, seed=1),
+        **norm(8, 0),
+    )
+    assert "weights would grow" in refused(source)
+
+
+def test_zeros_around_a_bias_stay() -> None:
+    """Behind a layer with a bias they are not what it makes of zeros."""
+    source = graph(
+        f"{IMAGE} {{ k = Conv<pads = [1, 1, 1, 1]>(x, K) p = Conv(x, P, p0)"
+        " a = Conv<pads = [1, 1, 1, 1]>(p, S) s = Add(k, a) z = Relu(s) }",
+        K=normal(8, 8, 3, 3),
+        P=normal(8, 8, 1, 1, seed=1),
+        S=normal(8, 8, 3, 3, seed=2),
+        p0=normal(8, seed=3),
+    )
+    assert not fold(source, only=["branches"], shapes={"n": 2, "h": 6, "w": 5}).report.folded
+
+
 def test_branches_of_one_dimension() -> None:
     source = graph(
         "(float[n, 8, t] x) => (float[n, 8, s] z) { a = Conv<pads = [1, 1]>(x, K)"
@@ -165,6 +269,52 @@ def test_convolution_and_batch_norm() -> None:
     held = {"K": normal(8, 8, 3, 3), **norm(8, 0)}
     assert operators(folded(graph(texts[0], **held)).model) == ["Relu", "Conv"]
     assert not fold(graph(texts[1], **held)).report.folded
+
+
+UP = "(float[n, 8, h, w] x) => (float[n, 4, a, b] z)"
+
+
+@pytest.mark.parametrize(
+    ("groups", "how"),
+    [
+        (1, "strides = [2, 2]"),
+        (1, "strides = [2, 3], pads = [1, 0, 1, 2], output_padding = [1, 2]"),
+        (2, "strides = [2, 2], dilations = [2, 1]"),
+        (4, "pads = [1, 1, 1, 1]"),
+    ],
+)
+def test_transposed_convolution_and_batch_norm(groups: int, how: str) -> None:
+    """U-Nets: behind it the gain is that of its outputs, in front that of what it reads."""
+    source = graph(
+        f"{UP} {{ r = Relu(x) m = Mul(r, g) t = ConvTranspose<group = {groups}, {how}>(m, K, k)"
+        f" b = BatchNormalization(t, {bn(0)}) z = Relu(b) }}",
+        K=normal(8, 4 // groups, 3, 3),
+        k=normal(4, seed=1),
+        g=normal(8, 1, 1, seed=2),
+        **norm(4, 0),
+    )
+    result = folded(source, 8 + 4 * 4)
+    assert operators(result.ir) == ["Relu", "ConvTranspose", "Relu"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "m = Add(r, g) t = ConvTranspose<strides = [2, 2]>(m, K) b = Identity(t)",
+        "t = ConvTranspose(r, K) e = ConvTranspose(r, L) b = Add(t, e)",
+        f"t = ConvTranspose<strides = [2, 2], output_shape = [13, 11]>(r, K)"
+        f" b = BatchNormalization(t, {bn(0)})",
+        f't = ConvTranspose<auto_pad = "SAME_UPPER", strides = [2, 2]>(r, K)'
+        f" b = BatchNormalization(t, {bn(0)})",
+    ],
+)
+def test_other_transposed_convolutions_stay(body: str) -> None:
+    """A bias in front is not at every position; two are not added; sizes that are given."""
+    held = {"K": normal(8, 4, 3, 3), "L": normal(8, 4, 3, 3, seed=1), "g": normal(8, 1, 1, seed=2)}
+    held |= norm(4, 0)
+    used = {name: array for name, array in held.items() if re.search(rf"[ (]{name}[,)]", body)}
+    source = graph(f"{UP} {{ r = Relu(x) {body} z = Relu(b) }}", **used)
+    assert not fold(source, shapes={"n": 2, "h": 6, "w": 5}).report.folded
 
 
 @pytest.mark.parametrize(
@@ -244,7 +394,32 @@ def test_the_last_factor_of_a_gelu_stays(gelu: str) -> None:
     assert not fold(source).report.folded
 
 
-def test_a_gain_behind_a_product_stays() -> None:
+@pytest.mark.parametrize(
+    "behind", ["m = Mul(g, a)", "c = Add(a, b) m = Mul(c, g)", "c = Add(b, a) m = Div(c, g)"]
+)
+def test_layer_scale_behind_a_product(behind: str) -> None:
+    """DINOv2 and CaiT: a number for each channel in front of the residual sum."""
+    held = {"g": normal(16, seed=1)} | ({"b": normal(16, seed=2)} if "b" in behind else {})
+    source = graph(
+        f"{ROWS} {{ a = MatMul(x, W) {behind} t = Relu(x) z = Add(t, m) }}",
+        W=normal(16, 16),
+        **held,
+    )
+    found = operators(folded(source, 16).ir)
+    assert sorted(found) == sorted(["MatMul", "Relu", "Add", *["Add"] * ("b" in behind)])
+
+
+def test_a_gain_in_front_of_a_product_stays() -> None:
+    """It may be that of a norm, which ONNX Runtime makes one operator of."""
+    source = graph(
+        f"{ROWS} {{ r = Relu(x) m = Mul(r, g) a = MatMul(m, W) z = Relu(a) }}",
+        W=normal(16, 16),
+        g=normal(16, seed=1),
+    )
+    assert not fold(source).report.folded
+
+
+def test_a_number_behind_a_product_stays() -> None:
     source = graph(
         f"{ROWS} {{ a = MatMul(x, W) m = Mul(g, a) z = Relu(m) }}",
         W=normal(16, 16),
@@ -502,8 +677,16 @@ def _branch(draw: Callable[[st.SearchStrategy[str]], str], number: int, groups: 
             f"Add(L{seed}, {value})",
             f"Neg({value})",
             f"Conv<pads = [2, 0, 2, 0], group = {groups}>({value}, T{seed}, b{seed})",
+            f"Conv<pads = [2, 2, 2, 2], dilations = [2, 2], group = {groups}>({value}, K{seed})",
+            f"AveragePool<kernel_shape = [3, 3], pads = [1, 1, 1, 1], count_include_pad = 1>"
+            f"({value})",
+            f"Conv<group = {groups}>(w{seed}, K{seed})",
         ]
-        steps.append(f"y{seed} = {draw(st.sampled_from(kinds))}")
+        kind = draw(st.sampled_from(kinds))
+        if f"w{seed}" in kind:  # the zeros are put around what a 1x1 convolution reads
+            around = f"Conv<pads = [1, 1, 1, 1], group = {groups}>({value}, P{seed}, b{seed})"
+            steps.append(f"w{seed} = {around}")
+        steps.append(f"y{seed} = {kind}")
         value = f"y{seed}"
     return " ".join([*steps, f"p{number} = Identity({value})"])
 
@@ -567,6 +750,43 @@ def test_dora_is_one_layer(dtype: type) -> None:
     assert operators(result.model) == ["MatMul", "Relu"]
     assert weights(result.model) == 16 * 16
     assert onnx_fold.fold(source, objective="size").report.proof.proved
+
+
+def test_loha_of_a_product_is_the_layer_itself() -> None:
+    """Its matrix is a product of two of low rank, element by element, which exporters leave."""
+    source = graph(
+        f"{ROWS} {{ y = MatMul(x, W) a = MatMul(A, B) c = MatMul(C, D) e = Mul(a, c)"
+        " f = Mul(e, s) g = MatMul(x, f) u = Add(y, g) z = Relu(u) }",
+        W=normal(16, 16),
+        A=normal(16, 2, seed=1),
+        B=normal(2, 16, seed=2),
+        C=normal(16, 2, seed=3),
+        D=normal(2, 16, seed=4),
+        s=np.float32(0.5),
+    )
+    assert operators(folded(source, 4 * 32 + 1).ir) == ["MatMul", "Relu"]
+
+
+def test_loha_of_a_convolution() -> None:
+    source = graph(
+        f"{IMAGE} {{ y = Conv<pads = [1, 1, 1, 1]>(x, K) e = Mul(A, B) f = Reshape(e, shape)"
+        " g = Conv<pads = [1, 1, 1, 1]>(x, f) u = Add(y, g) z = Relu(u) }",
+        K=normal(8, 8, 3, 3),
+        A=normal(8, 72, seed=1),
+        B=normal(8, 72, seed=2),
+        shape=np.array([8, 8, 3, 3]),
+    )
+    assert operators(folded(source, 2 * 8 * 72).ir) == ["Conv", "Relu"]
+
+
+def test_a_matrix_of_the_input_stays() -> None:
+    source = graph(
+        "(float[16, 16] x) => (float[16, 16] z) { y = MatMul(x, W) f = Mul(x, A)"
+        " g = MatMul(x, f) u = Add(y, g) z = Relu(u) }",
+        W=normal(16, 16),
+        A=normal(16, 16, seed=1),
+    )
+    assert not fold(source).report.folded
 
 
 def test_random_numbers_are_no_constants() -> None:

@@ -44,6 +44,37 @@ def test_conv(kind: str, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_close(evaluator(model)(inputs)["y"], outputs(model, **inputs)["y"])
 
 
+TRANSPOSED = {
+    "plain": ("", (4, 6, 3, 2), "h, w"),
+    "strides": ("strides = [2, 3]", (4, 6, 3, 2), "h, w"),
+    "a step past the window": ("strides = [3, 4]", (4, 6, 2, 2), "h, w"),
+    "pads": ("strides = [2, 2], pads = [1, 0, 2, 1]", (4, 6, 3, 4), "h, w"),
+    "output padding": ("strides = [2, 3], output_padding = [1, 2]", (4, 6, 3, 3), "h, w"),
+    "output shape": ("strides = [2, 2], output_shape = [18, 16]", (4, 6, 3, 3), "h, w"),
+    "same upper": ('auto_pad = "SAME_UPPER", strides = [2, 2]', (4, 6, 3, 3), "h, w"),
+    "same lower": ('auto_pad = "SAME_LOWER", strides = [2, 2]', (4, 6, 3, 3), "h, w"),
+    "dilations": ("dilations = [2, 1]", (4, 6, 2, 3), "h, w"),
+    "groups": ("group = 2, strides = [2, 2]", (4, 3, 2, 2), "h, w"),
+    "one axis": ("strides = [4], pads = [2, 1]", (4, 6, 8), "h"),
+    "three axes": ("strides = [1, 2, 1]", (4, 6, 1, 2, 3), "h, w, d"),
+}
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("kind", TRANSPOSED)
+def test_conv_transpose(kind: str, bias: bool) -> None:
+    attributes, shape, sizes = TRANSPOSED[kind]
+    held = {"k": normal(*shape)} | ({"b": normal(6, seed=1)} if bias else {})
+    names = ", ".join(f"{name}2" for name in sizes.split(", "))
+    model = graph(
+        f"(float[n, 4, {sizes}] x) => (float[n, 6, {names}] y) {{ y = ConvTranspose<{attributes}>"
+        f"(x, k{', b' if bias else ''}) }}".replace("ConvTranspose<>", "ConvTranspose"),
+        **held,
+    )
+    inputs = feeds(model, {"n": 2, "h": 9, "w": 8, "d": 5})
+    assert_close(evaluator(model)(inputs)["y"], outputs(model, **inputs)["y"])
+
+
 POOLS = {
     "plain": "kernel_shape = [2, 3]",
     "strides": "kernel_shape = [3, 2], strides = [2, 3]",

@@ -474,3 +474,17 @@ def test_a_bias_that_zeros_are_put_around_stays():
         **{name: WINDOWS[name] for name in "PpL"},
     )
     assert "reads zeros around its input, without the bias" in refused(source, only=["merge"])
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [("pads = [1, 1, 1, 1]", "reads zeros around its input"), ("strides = [2, 2]", "skips")],
+)
+def test_a_layer_of_one_position_says_why_it_stays(how: str, reason: str) -> None:
+    source = graph(
+        f"(float[n, 8, h, w] x) => (float[n, 8, k, l] z) {{ r = Relu(x) y = Conv<{how}>(r, P)"
+        " z = Conv(y, K) }",
+        P=normal(8, 8, 1, 1),
+        K=normal(8, 8, 3, 3, seed=1),
+    )
+    assert reason in refused(source)

@@ -1,10 +1,10 @@
 """``onnx.reference`` with kernels that finish: images of any size in seconds and little memory.
 
-Its Conv writes out the window of every position, its MaxPool loops over them, its Erf calls Python
-for every element, in float32, its Gelu is exact to float32, its GatherElements fails on a matrix of
-more than 32 columns, its BatchNormalization below opset 14 mixes the statistics of its input in,
-and it has no Resize of opset 10. The kernels here compute the same from the ONNX specification.
-What no later node reads is dropped at once.
+Its Conv writes out the window of every position, its MaxPool and ConvTranspose loop over them, its
+Erf calls Python for every element, in float32, its Gelu is exact to float32, its GatherElements
+fails on a matrix of more than 32 columns, its BatchNormalization below opset 14 mixes the
+statistics of its input in, and it has no Resize of opset 10. The kernels here compute the same from
+the ONNX specification. What no later node reads is dropped at once.
 """
 
 from __future__ import annotations
@@ -123,6 +123,59 @@ def _padding(
     return list(zip(pads[: len(sizes)], pads[len(sizes) :], strict=True))
 
 
+class ConvTranspose(OpRun):
+    """A transposed convolution: products of each position of the window are added."""
+
+    op_domain = ""
+
+    def _run(
+        self,
+        x: Array,
+        w: Array,
+        b: Array | None = None,
+        auto_pad: str | None = None,
+        dilations: Sequence[int] | None = None,
+        group: int | None = None,
+        kernel_shape: Sequence[int] | None = None,
+        output_padding: Sequence[int] | None = None,
+        output_shape: Sequence[int] | None = None,
+        pads: Sequence[int] | None = None,
+        strides: Sequence[int] | None = None,
+    ) -> tuple[Array]:
+        sizes, window, groups = x.shape[2:], w.shape[2:], group or 1
+        ones = [1] * len(window)
+        steps, spread, extra = strides or ones, dilations or ones, output_padding or [0] * len(ones)
+        whole = [
+            (size - 1) * step + (places - 1) * apart + 1 + more
+            for size, step, places, apart, more in zip(
+                sizes, steps, window, spread, extra, strict=True
+            )
+        ]
+        if auto_pad in ("SAME_UPPER", "SAME_LOWER") and not output_shape:
+            output_shape = [size * step for size, step in zip(sizes, steps, strict=True)]
+        around = _padding(sizes, window, steps, None, pads)
+        if output_shape:
+            totals = [have - want for have, want in zip(whole, output_shape, strict=True)]
+            around = [(total - total // 2, total // 2) for total in totals]
+            if auto_pad == "SAME_UPPER":
+                around = [ends[::-1] for ends in around]
+        columns = x.reshape(x.shape[0], groups, w.shape[0] // groups, -1)
+        weights = w.reshape(groups, w.shape[0] // groups, *w.shape[1:])
+        result = np.zeros((x.shape[0], groups * w.shape[1], *whole), x.dtype)
+        for place in np.ndindex(*window):
+            starts = [index * apart for index, apart in zip(place, spread, strict=True)]
+            stops = [
+                start + (size - 1) * step + 1
+                for start, size, step in zip(starts, sizes, steps, strict=True)
+            ]
+            at = (slice(*bounds) for bounds in zip(starts, stops, steps, strict=True))
+            products = weights[:, :, :, *place].transpose(0, 2, 1) @ columns
+            result[:, :, *at] += products.reshape(x.shape[0], -1, *sizes)
+        kept = (slice(a, size - b) for size, (a, b) in zip(whole, around, strict=True))
+        result = result[:, :, *kept]
+        return (result if b is None else result + b.reshape(-1, *ones),)
+
+
 class MaxPool(OpRun):
     """The largest element of each window; where they are is not asked for."""
 
@@ -206,7 +259,9 @@ def evaluator(model: onnx.ModelProto) -> ReferenceEvaluator:
     asks_for_places = any(
         node.op_type == "MaxPool" and len(node.output) > 1 for node in model.graph.node
     )
-    own: list[type[OpRun]] = [BatchNormalization, Conv, Erf, GatherElements, Gelu]
+    own: list[type[OpRun]] = [
+        *(BatchNormalization, Conv, ConvTranspose, Erf, GatherElements, Gelu),
+    ]
     if not asks_for_places:
         own.append(MaxPool)
     if any(each.domain in ("", "ai.onnx") and each.version == 10 for each in model.opset_import):

@@ -20,6 +20,7 @@ import onnx_ir as ir
 from onnx_fold.algebra.basis import Basis
 from onnx_fold.algebra.expression import FoldedTensor, ImpliedTensor
 from onnx_fold.base.progress import Report, ignore
+from onnx_fold.engine.batch_norms import norms_as_gains
 from onnx_fold.engine.candidate import GROWTH, Candidate, Memo, Options, Proposal, propose
 from onnx_fold.engine.cost import cost
 from onnx_fold.engine.outcome import (
@@ -173,9 +174,11 @@ def fold_streams(
         each.begin()
     shapes = Shapes(model)
     editor = Editor(model.graph)
+    norms, gains = norms_as_gains(model.graph, shapes.without_facts(), editor, options.protect)
     with (
         split_constants(model.graph, editor, options.protect),
-        make_explicit(model, shapes.without_facts(), editor, options.protect),
+        norms,
+        make_explicit(model, shapes.without_facts(), editor, options.protect, gains),
     ):
         reports = _fold_streams(model, passes, options, activations, shapes, editor, progress)
     for value in model.graph.initializers.values():
@@ -309,7 +312,7 @@ def _subjects(
         yield from told("stream with norms", between)
     streams = find_streams(model, activations, shapes)
     if not any(each.is_basis_change for each in passes):
-        streams.sort(key=lambda stream: -stream.width)
+        streams.sort(key=lambda stream: (-stream.width, len(stream.members)))
     yield from told("stream", streams)
 
 

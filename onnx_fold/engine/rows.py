@@ -25,6 +25,7 @@ from onnx_fold.graph.linear import Linear
 from onnx_fold.rewriting.record import Held, Made, Operand, Present, Step, widths
 from onnx_fold.rewriting.rewrite import CannotRewriteError, Rewrite
 from onnx_fold.streams.ends import End
+from onnx_fold.streams.maps import transposed
 
 
 @dataclass(frozen=True)
@@ -200,7 +201,7 @@ class Planned:
         return evaluate(expression, *self._where)
 
 
-_FACTORS = ("MatMul", "Conv", "Mul")
+_FACTORS = ("MatMul", "Conv", "ConvTranspose", "Mul")
 """Operators that multiply what they read by a new weight."""
 
 
@@ -210,7 +211,11 @@ def _factor(step: Step) -> Expression:
     assert isinstance(held, Held)
     assert not isinstance(held.content, Expression)
     stored = _wide(held.content)
-    if step.operator == "Conv":
+    if step.operator == "ConvTranspose":
+        groups = step.attributes["group"]
+        assert isinstance(groups, int)
+        stored = transposed(stored, groups)
+    if step.operator in ("Conv", "ConvTranspose"):
         return transpose(reshape(stored, (stored.shape[0], -1)))
     return stored if step.operator == "MatMul" else reshape(stored, (1, -1))
 

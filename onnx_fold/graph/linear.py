@@ -86,6 +86,16 @@ class Linear:
         return math.prod(self.weight.shape[axis] for axis in self._other_axes)
 
     @property
+    def moves(self) -> str:
+        """What it does to positions that the identity would not, if it does not keep the layout."""
+        if operator(self.node) == "ConvTranspose":
+            return "spreads what it reads over other positions"
+        is_alike = operator(self.node) == "Conv" and self.num_matrices == 1
+        if is_alike and self.is_padded:
+            return "reads zeros around its input"
+        return "skips positions" if is_alike else "moves the channels to another axis"
+
+    @property
     def is_square(self) -> bool:
         """Whether it is one matrix with as many inputs as outputs."""
         return self.num_matrices == 1 and self.in_features == self.out_features

@@ -62,12 +62,17 @@ class Affine:
 
 
 def make_explicit(
-    model: ir.Model, shapes: Shapes, editor: Editor, protect: Collection[str] = ()
+    model: ir.Model,
+    shapes: Shapes,
+    editor: Editor,
+    protect: Collection[str] = (),
+    norms: Collection[ir.Node] = (),
 ) -> ExitStack:
     """Write gains and centring in closed streams of ``model`` as MatMuls, and leave dead skips out.
 
     A stream counts as closed if it is when these operators are followed too, and if layers both
     write and read it; or if it is but for gains, with a closed stream on the other side of each.
+    Those of ``norms`` need one behind them only: what they read may be anything.
     ``shapes`` are those of ``model``, whose graph ``editor`` changes. Everything is decided before
     anything is changed. What has to do with a name in ``protect`` stays as it is.
 
@@ -97,7 +102,7 @@ def make_explicit(
         if stream.is_closed and stream.written_by and stream.readers:
             plan += [(other, stream) for other in inside]
         else:
-            plan += _between_closed(inside, found, search)
+            plan += _between_closed(inside, found, search, norms)
     with ExitStack() as explicit:
         skips = [(node, stream, _weights(node, found, stream)) for node, stream in plan]
         for node, stream, weights in skips:
@@ -109,7 +114,10 @@ def make_explicit(
 
 
 def _between_closed(
-    nodes: Sequence[ir.Node], found: Mapping[ir.Node, Affine], search: Search
+    nodes: Sequence[ir.Node],
+    found: Mapping[ir.Node, Affine],
+    search: Search,
+    norms: Collection[ir.Node],
 ) -> Iterator[tuple[ir.Node, Stream]]:
     """The gains of ``nodes`` with a closed stream on either side, and the one behind each.
 
@@ -129,7 +137,8 @@ def _between_closed(
         width = search.shapes.dim(y, -1)
         if node in gains and x is not None and isinstance(width, int):
             front, behind = beside(x, width), beside(y, width)
-            if front is not behind and front.is_closed and behind.is_closed:
+            is_between = front is not behind and (front.is_closed or node in norms)
+            if is_between and behind.is_closed:
                 yield node, behind
 
 

@@ -74,7 +74,7 @@ def become_identity(rewrite: Rewrite, layer: Linear) -> None:
     """
     node = layer.node
     if not layer.keeps_layout:
-        raise CannotRewriteError(f"{node.op_type} '{node.name}' moves the channels to another axis")
+        raise CannotRewriteError(f"{node.op_type} '{node.name}' {layer.moves}")
     value = in_place(rewrite, layer) if layer.bias is None else layer.x
     rewrite.replaced[layer.y] = with_bias(rewrite, layer, value)
 

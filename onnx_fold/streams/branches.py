@@ -8,6 +8,7 @@ so is a layer between operators that move its channels and put them back.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -17,7 +18,7 @@ import onnx_ir as ir
 from onnx_fold.algebra.expression import scale
 from onnx_fold.graph.channels import CUTS, Group, channels, ports
 from onnx_fold.graph.commute import OpensStreamError, Port
-from onnx_fold.graph.constants import FLOATS, constant
+from onnx_fold.graph.constants import FLOATS, constant, scalar
 from onnx_fold.graph.linear import label
 from onnx_fold.graph.operators import only_user, operator
 from onnx_fold.graph.shapes import Dims, Shapes
@@ -29,13 +30,14 @@ __all__ = ["Branches", "find_branches"]
 _SUMS = ("Add", "Sub", "Sum")
 _BESIDE = ("BatchNormalization", "Transpose")
 _GAINS = ("Div", "Mul")
-"""Beside a convolution: ONNX Runtime leaves gains that are one number, or come first."""
+"""Beside a convolution: ONNX Runtime leaves gains that are one number, or come first. Behind a
+product: one number for each channel, as LayerScale; in front of it they may be a norm's."""
 _LAYOUTS = ("Flatten", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
 _MAX_SIZES = 32
 """Operators that compute a size from a shape, at most."""
 _BLOCK = 16
 """Channels that ONNX Runtime's convolutions of images take at a time."""
-_LAYERS = ("Conv", "Gemm", "MatMul", "Einsum", "com.microsoft::FusedMatMul")
+_LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum", "com.microsoft::FusedMatMul")
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,7 +159,7 @@ def _branches(node: ir.Node, axis: int, graph: ir.Graph, shapes: Shapes) -> Bran
     operands, sums = _operands(node)
     inside = _inside(sums, [value for _, value in operands], axis, graph, shapes)
     paths = [_paths(value, axis, shapes, inside) for _, value in operands]
-    chosen = _common(paths)
+    chosen = _in_largest(_common(paths))
     if len(chosen) < 2:
         chosen = _convolution(paths)
     if not any(path.nodes for path in chosen.values()):
@@ -213,9 +215,15 @@ def _single(node: ir.Node, axis: int, graph: ir.Graph, shapes: Shapes) -> Branch
     inside = {node} if x is None else _inside([node], [x[0]], axis, graph, shapes)
     for path in _paths(node.outputs[0], axis, shapes, inside):
         beside = (*_BESIDE, *_GAINS) if path.map.axis < -1 else _BESIDE
-        if path.has_layer and any(operator(each) in beside for each in path.nodes):
+        is_beside = any(operator(each) in beside for each in path.nodes)
+        if path.has_layer and (is_beside or _is_layer_scale(node)):
             return Branches(path.source, node.outputs[0], path.map, [], [*path.nodes], shapes)
     return _behind_layout(node, axis, graph, shapes)
+
+
+def _is_layer_scale(node: ir.Node) -> bool:
+    """Whether ``node`` multiplies by more than one number: ONNX Runtime fuses one by itself."""
+    return operator(node) in _GAINS and all(scalar(value) is None for value in node.inputs)
 
 
 def _behind_layout(node: ir.Node, axis: int, graph: ir.Graph, shapes: Shapes) -> Branches | None:
@@ -458,6 +466,23 @@ def _common(paths: Sequence[Sequence[_Path]]) -> dict[int, _Path]:
         return len(ways), -sum(len(path.nodes) for path in ways.values())
 
     return max(ends.values(), key=most, default={})
+
+
+def _in_largest(ways: dict[int, _Path]) -> dict[int, _Path]:
+    """Of several paths those whose windows lie in the largest; all, if it would be alone.
+
+    What holds windows that cross, such as 1x3 and 3x1, has more positions than both.
+    """
+    order = sorted(ways, key=lambda place: -math.prod(ways[place].map.kernel.shape))
+    kept: dict[int, _Path] = {}
+    size = 0
+    for place in order:
+        total = add([path.map for path in (*kept.values(), ways[place])])
+        own = math.prod(ways[place].map.kernel.shape)
+        if total is not None and math.prod(total.kernel.shape) <= size + own:
+            kept[place] = ways[place]
+            size = math.prod(total.kernel.shape)
+    return {place: ways[place] for place in ways if place in kept} if len(kept) > 1 else ways
 
 
 def _extended(found: Branches, axis: int, graph: ir.Graph) -> Branches:

@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from onnx_fold.algebra.device import Indices
 from onnx_fold.algebra.expression import (
+    Concatenate,
     Expression,
     Placed,
     Sum,
@@ -37,7 +38,7 @@ from onnx_fold.graph.operators import operator
 from onnx_fold.graph.shapes import Shapes
 from onnx_fold.streams.fixed import fixed
 
-__all__ = ["LinearMap", "add", "as_map", "as_selection", "as_vector", "identity"]
+__all__ = ["LinearMap", "add", "as_map", "as_selection", "as_vector", "identity", "transposed"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +55,8 @@ class LinearMap:
         dilations: Distances between its positions.
         before: Zeros in front of ``x`` along these axes.
         behind: Zeros behind it.
+        spread: Zeros behind ``y``, for each axis of the window, of a transposed convolution, which
+            spreads each position over a window; None for any other map.
     """
 
     axis: int
@@ -64,6 +67,7 @@ class LinearMap:
     dilations: tuple[int, ...]
     before: tuple[int, ...]
     behind: tuple[int, ...]
+    spread: tuple[int, ...] | None = None
 
     @property
     def out_features(self) -> int:
@@ -82,18 +86,28 @@ class LinearMap:
 
     @property
     def is_padded(self) -> bool:
-        """Whether it reads zeros around ``x``."""
-        return any((*self.before, *self.behind))
+        """Whether some positions of ``y`` read zeros around ``x``, or less than others."""
+        return self.spread is not None or any((*self.before, *self.behind))
 
     @property
     def is_pointwise(self) -> bool:
         """Whether each position of ``y`` comes from the same position of ``x``."""
-        return not self.is_padded and all(size == 1 for size in (*self.window, *self.strides))
+        return not self.is_padded and self.has_one_position
+
+    @property
+    def has_one_position(self) -> bool:
+        """Whether each position of ``y`` comes from one of ``x``, or of the zeros around it."""
+        return self.spread is None and all(size == 1 for size in (*self.window, *self.strides))
+
+    @property
+    def is_depthwise(self) -> bool:
+        """Whether each channel is made of the same one of ``x``."""
+        return self.groups == self.in_features == self.out_features
 
     @property
     def is_gain(self) -> bool:
         """Whether each channel is only multiplied by a number, and shifted."""
-        return self.is_pointwise and self.groups == self.in_features == self.out_features
+        return self.is_pointwise and self.is_depthwise
 
     @property
     def matrix(self) -> Expression:
@@ -104,34 +118,68 @@ class LinearMap:
         """This map and behind it ``second``, as one; None if that is not one map.
 
         A bias that zeros are put around is not the same at every position. Of two layers one must
-        look at one position only: two windows in a row have more weights as one.
+        look at one position only: two windows in a row have more weights as one. If that is the
+        first it may put zeros around ``x``, where its bias is then as well.
         """
         if second.is_padded and self.bias is not None:
             return None
+        joined = self._joined(second)
+        return None if joined is None else replace(joined, bias=self._bias_behind(second))
+
+    def _joined(self, second: LinearMap) -> LinearMap | None:
+        """What :meth:`then` gives, biases aside."""
         if second.is_gain:
-            gained = Times(self.kernel, _column(second.kernel, self.kernel))
-            return replace(self, kernel=gained, bias=self._bias_behind(second))
-        kernel: Expression
+            return replace(self, kernel=Times(self.kernel, _column(second.kernel, self.kernel)))
         if self.is_gain:
-            kernel = Times(second.kernel, _inputs(reshape(self.kernel, (-1,)), second))
-        elif self.groups != 1 or second.groups != 1:
+            gains = _inputs(reshape(self.kernel, (-1,)), second)
+            return replace(second, kernel=Times(second.kernel, gains))
+        if second.spread is not None:
             return None
-        elif second.is_pointwise:
+        if self.has_one_position and second.is_depthwise:
+            alone = reshape(self.kernel, (*self.kernel.shape[:2], *(1,) * len(second.window)))
+            return self._widened(second, Times(alone, second.kernel))
+        if self.groups != second.groups:
+            return None
+        if self.groups > 1:
+            return self._joined_by_group(second)
+        if second.is_pointwise:
             rows = reshape(self.kernel, (self.out_features, -1))
             mixed = product(reshape(second.kernel, (second.out_features, -1)), rows)
             kernel = reshape(mixed, (second.out_features, *self.kernel.shape[1:]))
-            return replace(self, kernel=kernel, bias=self._bias_behind(second))
-        elif self.is_pointwise:
+            return replace(self, kernel=kernel)
+        if self.has_one_position:
             order = (0, *range(2, len(second.kernel.shape)), 1)
             columns = transpose(second.kernel, order)
             rows = reshape(self.kernel, (-1, self.in_features))
             mixed = product(reshape(columns, (-1, second.in_features)), rows)
             shape = (second.out_features, *second.window, self.in_features)
             back = (0, len(shape) - 1, *range(1, len(shape) - 1))
-            kernel = transpose(reshape(mixed, shape), back)
-        else:
+            return self._widened(second, transpose(reshape(mixed, shape), back))
+        return None
+
+    def _widened(self, second: LinearMap, kernel: Expression) -> LinearMap:
+        """``kernel`` with the window of ``second``, and the zeros that both put around ``x``."""
+        before, behind = (
+            tuple(map(sum, zip(own, others, strict=True)))
+            for own, others in ((self.before, second.before), (self.behind, second.behind))
+        )
+        return replace(second, kernel=kernel, groups=self.groups, before=before, behind=behind)
+
+    def _joined_by_group(self, second: LinearMap) -> LinearMap | None:
+        """Layers that divide their channels alike: each part is a map by itself."""
+        places = range(self.groups)
+        joined = [self._part(place)._joined(second._part(place)) for place in places]
+        parts = [part for part in joined if part is not None]
+        if len(parts) < self.groups:
             return None
-        return replace(second, kernel=kernel, bias=self._bias_behind(second))
+        kernel = Concatenate(*(part.kernel for part in parts), axis=0)
+        return replace(parts[0], kernel=kernel, groups=self.groups)
+
+    def _part(self, group: int) -> LinearMap:
+        """What it makes of the channels of one group."""
+        size = self.out_features // self.groups
+        rows = slice(group * size, (group + 1) * size)
+        return replace(self, kernel=take(self.kernel, rows, 0), groups=1)
 
     def _bias_behind(self, second: LinearMap) -> Expression | None:
         """What the own bias has become behind ``second``, and its bias."""
@@ -165,18 +213,25 @@ def identity(axis: int, width: int) -> LinearMap:
 
 
 def add(maps: Sequence[LinearMap]) -> LinearMap | None:
-    """The sum of maps of one value, as one; None if their windows do not move alike."""
+    """The sum of maps of one value, as one; None if their windows do not move alike.
+
+    Windows of several dilations lie in one of the largest dilation that divides all of them.
+    """
+    if len(maps) == 1:
+        return maps[0]
     first = next((each for each in maps if not each.is_pointwise), maps[0])
     axes = range(len(first.strides))
     if len({(each.in_features, each.out_features) for each in maps}) > 1:
         return None
+    if any(each.spread is not None for each in maps):
+        return None
     for axis in axes:
         sizes = {(each.strides[axis], _shrinks(each, axis)) for each in maps}
-        steps = {each.dilations[axis] for each in maps if each.window[axis] > 1}
-        if len(sizes) > 1 or len(steps) > 1:
+        if len(sizes) > 1:
             return None
     dilations = tuple(
-        next((each.dilations[axis] for each in maps if each.window[axis] > 1), 1) for axis in axes
+        math.gcd(*(each.dilations[axis] for each in maps if each.window[axis] > 1)) or 1
+        for axis in axes
     )
     offsets = {each: _offset(each, maps, dilations) for each in maps}
     if any(offset is None for offset in offsets.values()):
@@ -190,7 +245,7 @@ def add(maps: Sequence[LinearMap]) -> LinearMap | None:
         (before[axis] + behind[axis] - _shrinks(first, axis) - 1) // dilations[axis] + 1
         for axis in axes
     )
-    kernels = tuple(_placed(each, divided, window, offsets[each] or ()) for each in maps)
+    kernels = tuple(_placed(each, divided, window, dilations, offsets[each] or ()) for each in maps)
     biases = tuple(each.bias for each in maps if each.bias is not None)
     bias = None if not biases else biases[0] if len(biases) == 1 else Sum(*biases)
     kernel = kernels[0] if len(kernels) == 1 else Sum(*kernels)
@@ -217,7 +272,11 @@ def _offset(
 
 
 def _placed(
-    each: LinearMap, groups: int, window: Sequence[int], offset: Sequence[int]
+    each: LinearMap,
+    groups: int,
+    window: Sequence[int],
+    dilations: Sequence[int],
+    offset: Sequence[int],
 ) -> Expression:
     """The kernel for another number of groups and a larger window."""
     outs, ins = each.kernel.shape[:2]
@@ -232,7 +291,8 @@ def _placed(
     for axis, (size, start) in enumerate(zip(each.window, offset, strict=True)):
         shape = [1] * len(dims)
         shape[2 + axis] = size
-        places.append((np.arange(size) + start).reshape(shape))
+        step = each.dilations[axis] // dilations[axis]
+        places.append((np.arange(size) * step + start).reshape(shape))
     positions = np.ravel_multi_index(np.broadcast_arrays(*places), dims)
     return Placed(each.kernel, literal(positions.reshape(-1)), shape=dims)
 
@@ -265,7 +325,11 @@ def as_map(node: ir.Node, axis: int, shapes: Shapes) -> tuple[ir.Value, LinearMa
         return None
     match operator(node):
         case "Conv":
-            return _conv(node, axis)
+            return _conv(node, axis, shapes)
+        case "ConvTranspose":
+            return _conv_transpose(node, axis, shapes)
+        case "AveragePool":
+            return _average_pool(node, axis, shapes)
         case "BatchNormalization":
             return _batch_norm(node, axis, shapes)
         case "Mul" | "Div" | "Add" | "Sub":
@@ -276,7 +340,9 @@ def as_map(node: ir.Node, axis: int, shapes: Shapes) -> tuple[ir.Value, LinearMa
             return _scaled(node, axis, -1.0, shapes)
         case "Resize":
             return _scaled(node, axis, 1.0, shapes) if _keeps_size(node, shapes) else None
-    return _product(node, axis, shapes) if axis == -1 else None
+    if axis != -1:
+        return None
+    return _product(node, axis, shapes) or _product_of_formula(node, axis, shapes)
 
 
 def as_selection(value: ir.Value, axis: int, shapes: Shapes) -> tuple[ir.Value, LinearMap] | None:
@@ -339,19 +405,31 @@ def _product(node: ir.Node, axis: int, shapes: Shapes) -> tuple[ir.Value, Linear
     )
 
 
+def _product_of_formula(
+    node: ir.Node, axis: int, shapes: Shapes
+) -> tuple[ir.Value, LinearMap] | None:
+    """A product by a matrix that is computed from constants, as LoHa's and LoKr's are."""
+    if operator(node) != "MatMul" or constant(node.inputs[1]) is not None:
+        return None
+    x, matrix = node.inputs[0], _numbers(node.inputs[1], shapes)
+    if x is None or matrix is None or constant(x) is not None or len(matrix.shape) != 2:
+        return None
+    return x, LinearMap(axis, transpose(matrix), 1, None, (), (), (), ())
+
+
 def _is_zero(held: Constant) -> bool:
     """Whether a bias adds nothing; exporters store one such for all layers of a width."""
     stored = held.values.stored
     return stored is not None and not np.any(stored)
 
 
-def _conv(node: ir.Node, axis: int) -> tuple[ir.Value, LinearMap] | None:
-    x, held = node.inputs[0], constant(node.inputs[1])
-    if x is None or held is None or held.dtype not in FLOATS or constant(x) is not None:
+def _conv(node: ir.Node, axis: int, shapes: Shapes) -> tuple[ir.Value, LinearMap] | None:
+    x, kernel = node.inputs[0], _numbers(node.inputs[1], shapes)
+    if x is None or kernel is None or constant(x) is not None:
         return None
-    if axis != 1 - len(held.shape) or not held.size:
+    if axis != 1 - len(kernel.shape) or 0 in kernel.shape:
         return None
-    window = held.shape[2:]
+    window = kernel.shape[2:]
     ones = (1,) * len(window)
     strides = tuple(node.attributes.get_ints("strides", ones))
     dilations = tuple(node.attributes.get_ints("dilations", ones))
@@ -366,7 +444,47 @@ def _conv(node: ir.Node, axis: int) -> tuple[ir.Value, LinearMap] | None:
         return None
     groups = node.attributes.get_int("group", 1)
     before, behind = pads[: len(window)], pads[len(window) :]
-    return x, LinearMap(axis, held.wide(), groups, bias, strides, dilations, before, behind)
+    return x, LinearMap(axis, kernel, groups, bias, strides, dilations, before, behind)
+
+
+def _conv_transpose(node: ir.Node, axis: int, shapes: Shapes) -> tuple[ir.Value, LinearMap] | None:
+    """A transposed convolution of which the size of the result follows from its padding."""
+    found, held = _conv(node, axis, shapes), constant(node.inputs[1])
+    is_plain = node.attributes.get_string("auto_pad", "NOTSET") == "NOTSET"
+    if found is None or held is None or not is_plain or "output_shape" in node.attributes:
+        return None
+    x, read = found
+    spread = tuple(node.attributes.get_ints("output_padding", (0,) * len(read.window)))
+    kernel = transposed(held.wide(), read.groups)
+    return x, replace(read, kernel=kernel, spread=spread)
+
+
+def transposed(kernel: Expression, groups: int) -> Expression:
+    """``[in, out / groups, *window]``, of a transposed convolution, as of another one; and back."""
+    ins, outs, *window = kernel.shape
+    parts = reshape(kernel, (groups, ins // groups, outs, *window))
+    swapped = transpose(parts, (0, 2, 1, *range(3, len(parts.shape))))
+    return reshape(swapped, (groups * outs, ins // groups, *window))
+
+
+def _average_pool(node: ir.Node, axis: int, shapes: Shapes) -> tuple[ir.Value, LinearMap] | None:
+    """Means of windows that are all of one size: zeros around ``x`` count, if there are any."""
+    x, window = node.inputs[0], tuple(node.attributes.get_ints("kernel_shape", ()))
+    width = None if x is None else shapes.dim(x, axis)
+    if x is None or not isinstance(width, int) or axis != -1 - len(window):
+        return None
+    ones = (1,) * len(window)
+    strides = tuple(node.attributes.get_ints("strides", ones))
+    dilations = tuple(node.attributes.get_ints("dilations", ones))
+    pads = _pads(node, window, strides, dilations)
+    is_even = pads is not None and (
+        not any(pads) or node.attributes.get_int("count_include_pad", 0) == 1
+    )
+    if pads is None or not is_even or node.attributes.get_int("ceil_mode", 0) != 0:
+        return None
+    kernel = broadcast(literal(np.full((1, *window), 1 / math.prod(window))), (width, 1, *window))
+    before, behind = pads[: len(window)], pads[len(window) :]
+    return x, LinearMap(axis, kernel, width, None, strides, dilations, before, behind)
 
 
 def _pads(
