@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import onnx_fold
 from onnx_fold.algebra.basis import TOLERANCES, Basis
 from onnx_fold.algebra.expression import SAMPLE, FoldedTensor, scale
-from onnx_fold.engine import Rewrite, become_identity, folding, rebase
+from onnx_fold.engine import Rewrite, become_identity, candidate, rebase
 from onnx_fold.engine.probe import Subject, probe
 from onnx_fold.rewriting.record import Held
 
@@ -175,7 +175,7 @@ def probed(name: str, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Subjec
         found.append((name, subject, errors))
         return probe(subject, rewrite, *rest)
 
-    monkeypatch.setattr(folding, "probe", record)
+    monkeypatch.setattr(candidate, "probe", record)
     only = name.split(",")[0].split()[0]
     how = {"strategy": only, "force": True} if only in STRATEGIES else {"only": only}
     onnx_fold.fold(case(name), objective="size", verify=False, **how)

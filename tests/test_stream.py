@@ -72,16 +72,22 @@ def test_a_width_that_is_measured_must_stay():
         ("n = Pow(p, two) r = ReduceMean(n, last) m = Mul(p, r)", "'p' is read by Pow"),
         ("n = ReduceMean(p, last) m = Div(p, n)", "'p' is read by ReduceMean"),
         ("m = Sigmoid(p)", "'p' is read by Sigmoid"),
-        ("s = Mul(p, g) m = Sigmoid(s)", "has a gain of its own for each channel"),
     ],
 )  # fmt: skip
-def test_norms_activations_and_gains_open_it(body, reason):
+def test_norms_and_activations_open_it(body, reason):
     two = np.array(2.0, np.float32)
     model = chain(body, g=normal(D), two=two, last=np.array([-1]))
     refused(model, target="cpu")
     assert reason in openings(model)
     is_norm = any(opening.is_norm for opening in stream_of(model, "p").openings)
-    assert is_norm == ("Sigmoid" not in body and "Mul(p, g)" not in body)
+    assert is_norm == ("Sigmoid" not in body)
+
+
+def test_a_gain_opens_it():
+    model = chain("s = Mul(p, g) m = Sigmoid(s)", g=normal(D))
+    refused(model, only=["merge", "absorb", "interpolate"])
+    assert "has a gain of its own for each channel" in openings(model)
+    assert not any(opening.is_norm for opening in stream_of(model, "p").openings)
 
 
 def test_the_report_says_what_can_be_done_while_a_norm_stays():
