@@ -278,6 +278,8 @@ class Judge:
         if r is None or own is None or own > ceiling:
             limit = TOLERANCE[coarsest]
             source = f"{coarsest.name.lower()}'s, without a yardstick"
+            if own is not None:
+                source += f": rounding alone puts the original {own:.0e} off"
             if self.tolerance is not None and self.tolerance < limit:
                 limit, source = self.tolerance, "the tolerance"
             return [_Mark("relative", _relative_error(b, a, unit), limit, source)]
