@@ -58,14 +58,15 @@ batch 1 behind {length} others. *for* is the objective: speed, the default, or s
 each stream loses, in the mean: (1 - 1/b)/2 in b panels, 0.375 in four, 0.438 in eight. *error* is
 the folded model's own over the original's, of whole outputs, the worst of them; blank where streams
 were checked alone, as both models did not fit in memory. *read* is the ratio of the bytes that a
-token reads: what decode can gain. In brackets are the 95 % interval and the pairs and loads that it
-is from, resampled by load. *A/A* is the model against a copy of itself, with the same options: a
-speed-up within that interval is none.
+token reads: what decode can gain. In brackets is the 95 % interval, resampled by load; *pairs* are
+those of each of the four, in so many loads of both models. *A/A* is the model against a copy of
+itself, with the same options: a speed-up within that interval is none.
 
 {made}
 
-| norm | d | type | for | streams | d² | error | bytes | read | prefill | A/A | decode | A/A |
-|---|---|---|---|---|---|---|---|---|---|---|---|---|
+| norm | d | type | for | streams | d² | error | bytes | read | prefill | A/A | decode | A/A \
+| pairs |
+|---|---|---|---|---|---|---|---|---|---|---|---|---|---|
 """
 
 
@@ -204,12 +205,14 @@ def row(each: dict[str, Any]) -> str:
     """A line of the table."""
     squares = each["weights"] / max(1, each["streams"]) / each["width"] ** 2
     names = [(phase, kind) for phase in ("prefill", "decode") for kind in ("phases", "twin")]
-    times = (told(*each[kind][phase]) for phase, kind in names)
+    times = [each[kind][phase] for phase, kind in names]
     cells = (NAMES[each["norm"]], each["width"], each["dtype"], each["objective"], each["streams"])
     cells += (f"{squares:.3f}",)
     cells += ("" if each["error"] is None else f"{each['error']:.2f}",)
-    cells += (f"{each['bytes']:.3f}x", f"{each['read']:.3f}x", *times)
-    return line(cells)
+    cells += (f"{each['bytes']:.3f}x", f"{each['read']:.3f}x")
+    cells += tuple(f"{speedup:.3f}x ({low:.2f}-{high:.2f})" for speedup, low, high, *_ in times)
+    pairs = ", ".join(str(pairs) for *_, pairs, _ in times)
+    return line((*cells, f"{pairs} in {times[0][-1]}"))
 
 
 def errors_row(each: dict[str, Any]) -> str:
@@ -227,11 +230,6 @@ def errors_row(each: dict[str, Any]) -> str:
 def line(cells: Iterable[Any]) -> str:
     """``cells`` as a line of a table."""
     return "| " + " | ".join(map(str, cells)) + " |\n"
-
-
-def told(speedup: float, low: float, high: float, pairs: int, loads: int) -> str:
-    """A speed-up with its interval, and from how many pairs and loads it is."""
-    return f"{speedup:.3f}x ({low:.2f}-{high:.2f}, {pairs} pairs in {loads} loads)"
 
 
 def made(rows: Iterable[dict[str, Any]], found: dict[str, Any]) -> str:

@@ -49,8 +49,8 @@ Tools have their defaults; ONNX Runtime's is its transformer optimizer for the k
 files are run by ONNX Runtime with all its graph optimisations, so what a tool does is on top of
 those. The difference is that of the logits from the exported model's, relative, at its worst over
 the inputs of `onnx-fold verify`. Speed-ups are medians over paired runs against the exported model,
-at batch 1; in brackets are their 95 % interval, resampled by load, and the pairs and loads that it
-is from. The exported model against itself shows what chance does.
+at batch 1; in brackets is their 95 % interval, resampled by load; *pairs* are those of prefill and
+decode, in so many loads of both models. The exported model against itself shows what chance does.
 """
 
 
@@ -287,7 +287,7 @@ def document(data: dict[str, Any]) -> str:
         parts.append(f"## {model}\n")
         parts.append(
             "| tools | weights | bytes | operators | new operators | difference | prefill | decode"
-            " |\n|---|---|---|---|---|---|---|---|"
+            " | pairs |\n|---|---|---|---|---|---|---|---|---|"
         )
         parts += [f"| {row(result)} |" for result in results if result.model == model]
         parts.append("")
@@ -303,25 +303,20 @@ def row(result: PeerResult) -> str:
     """One result as the cells of a row."""
     name = ", then ".join(result.tools) or "as exported"
     if result.error:
-        return " | ".join([name, *5 * ["-"], result.error.replace("|", "/"), "-"])
+        return " | ".join([name, *5 * ["-"], result.error.replace("|", "/"), "-", "-"])
     new = ", ".join(f"{count} {name}" for name, count in result.new_operators.items())
     cells = [
         *(name, f"{result.weights:,}", f"{result.nbytes / 1e6:.1f} MB", str(result.operators)),
         *(new or "-", f"{result.difference:.1e}"),
         *(_speed(result, phase) for phase in ("prefill", "decode")),
+        f"{', '.join(str(p.pairs) for p in result.phases)} in {result.phases[0].loads}",
     ]
     return " | ".join(cells)
 
 
 def _speed(result: PeerResult, name: str) -> str:
     phases = [phase for phase in result.phases if phase.name == name]
-    return ", ".join(map(_told, phases)) or "-"
-
-
-def _told(phase: Phase) -> str:
-    """A speed-up, its interval, and from how many pairs and loads it is."""
-    found = f"{phase.speedup:.3f}x ({phase.low:.2f}-{phase.high:.2f}"
-    return f"{found}, {phase.pairs} pairs in {phase.loads} loads)"
+    return ", ".join(f"{p.speedup:.3f}x ({p.low:.2f}-{p.high:.2f})" for p in phases) or "-"
 
 
 if __name__ == "__main__":

@@ -60,13 +60,12 @@ def test_a_missing_tool_is_a_row_with_the_reason(measured):
     for chain in (("onnxsim",), ("onnx-fold", "onnxsim"), ("onnxsim", "onnx-fold")):
         assert rows[chain]["error"] == "onnxsim: ImportError: there is no | onnxsim"
         assert not rows[chain]["phases"]
-    assert "| onnxsim | - | - | - | - | - | onnxsim: ImportError: there is no / onnxsim | - |" in (
-        tables
-    )
+    said = "onnxsim: ImportError: there is no / onnxsim"
+    assert f"| onnxsim | - | - | - | - | - | {said} | - | - |" in tables
 
 
 def test_the_tables_have_a_row_for_each_chain(measured):
     rows, tables = measured
     body = [line for line in tables.splitlines() if line.startswith("| ")]
     assert len(body) == len(rows) + 1
-    assert {line.count("|") for line in body} == {9}
+    assert {line.count("|") for line in body} == {10}
