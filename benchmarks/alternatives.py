@@ -22,7 +22,7 @@ import onnx_ir as ir
 from matrices import Matrix
 
 import onnx_fold
-from onnx_fold.algebra.completion import farthest, find_gap
+from onnx_fold.algebra.completion import farthest, find_gap, given_up_first, size_of
 from onnx_fold.algebra.selection import select_rows
 
 WIDTH, HIDDEN, ROWS = 256, 896, 256
@@ -129,11 +129,11 @@ def filled(basis: Matrix, kept: int) -> Matrix:
     if kept == len(basis):
         return basis
     missing = len(basis) - kept
-    gap = find_gap(basis, min(5 * missing // 3, len(basis)))
+    gap = find_gap(basis, given_up_first(missing, len(basis)))
     back = gap.dropped[farthest(gap.outside, len(gap.dropped) - missing)]
     rows = basis[np.concatenate((gap.left, back))]
     complement = np.linalg.qr(rows.T, mode="complete")[0][:, kept:].T
-    return np.vstack((rows, np.sqrt(np.mean(np.sum(basis**2, axis=1))) * complement))
+    return np.vstack((rows, size_of(basis) * complement))
 
 
 def growth(basis: Matrix, o: Matrix, readers: Matrix) -> float:

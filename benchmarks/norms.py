@@ -79,17 +79,9 @@ folded model as it is. *ratio* is the last over the first, and *by weights* what
 would be if the folded model rounded its weights and, beside that, what the original rounds. V is
 that of the first block, behind one stream; the logits are behind five. *worst* is the largest ratio
 of an output. *rounded* is every operator's result, or what ONNX Runtime rounds as it runs the model
-on a processor.
+on a processor; what comes of that is told in [accuracy](accuracy.md).
 
 {made}
-
-**On a processor the original hardly rounds in float16.** ONNX Runtime has float16 kernels for few
-operators there, and computes in float32 between them: the original's V is rounded once, by 2.1e-04,
-while the folded V comes from two weights that are rounded anew, the logits from ten, and each
-rounding is 2.1e-04 in whatever basis. A LayerNormalization is among the few, but only runs in
-float16 if one of the others, such as a Slice, reads it: there two more roundings come with a stream
-whose reader is the triangle. Where every result is rounded, as where it is stored in 16 bits, both
-models round as often, and the ratio is that of bfloat16.
 
 | norm | d | type | rounded | V | by weights | ratio | logits | by weights | ratio | worst |
 |---|---|---|---|---|---|---|---|---|---|---|

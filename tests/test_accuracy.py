@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onnx_fold.algebra.basis import Basis
-from onnx_fold.algebra.completion import Completion, find_gap
+from onnx_fold.algebra.completion import Completion, find_gap, size_of
 from onnx_fold.algebra.exact import Multiplier, exact, values
 from onnx_fold.algebra.expression import evaluate, literal, take
 from onnx_fold.algebra.selection import RowSelection, select_rows
@@ -242,8 +242,8 @@ def test_the_best_rows_take_the_place_of_the_worst() -> None:
         matrix *= np.exp(generator.standard_normal((len(matrix), 1)))
         whole = RowSelection(literal(matrix), ir.DataType.DOUBLE)
         gap = find_gap(evaluate(whole.basis), width - kept)
-        scale = np.sqrt(np.mean(np.sum(evaluate(whole.basis) ** 2, axis=1)))
-        without = np.vstack((evaluate(whole.basis)[gap.left], scale * gap.complement))
+        basis = evaluate(whole.basis)
+        without = np.vstack((basis[gap.left], size_of(basis) * gap.complement))
         chosen = evaluate(Completion(whole, width - kept).keeping(kept).basis)
         ratios.append(growth(chosen, matrix) / growth(without, matrix))
     assert max(ratios) < 1.0

@@ -83,6 +83,16 @@ def find_gap(basis: Array, count: int, device: Device = HOST, samples: int = 64)
         return Gap(dropped, left, q.T, along, outside)
 
 
+def given_up_first(missing: int, width: int) -> int:
+    """How many of ``width`` rows are given up at first where ``missing`` have to go."""
+    return min(5 * missing // 3, width)
+
+
+def size_of(rows: Array) -> float:
+    """The root mean square of the lengths of ``rows``, ``[n, d]``."""
+    return float(np.sqrt(np.mean(np.linalg.norm(rows, axis=1) ** 2)))
+
+
 def farthest(rows: Array, count: int) -> Indices:
     """``count`` of ``rows`` (``[n, m]``), each the farthest from what those before it span.
 
@@ -149,7 +159,7 @@ def exchange(whole: RowSelection, count: int) -> Exchange:
         along = own[:, gap.left] + own[:, gap.dropped] @ gap.along
         outside = own[:, gap.dropped] @ gap.outside
         q, r = np.linalg.qr(outside.T)
-        scale = float(np.sqrt(np.mean(np.linalg.norm(basis, axis=1) ** 2)))
+        scale = size_of(basis)
         return Exchange(
             *(gap.dropped, gap.left, taken),
             whole.spool.add(scale * (q.T @ gap.complement)),
@@ -165,7 +175,7 @@ class Completion:
     def __init__(self, whole: RowSelection, most: int) -> None:
         """Complete ``whole`` without up to ``most`` of the rows of its basis."""
         self.whole = whole
-        self.count = min(5 * most // 3, whole.kept)
+        self.count = given_up_first(most, whole.kept)
         self._parts: dict[int, PartialSelection] = {}
 
     def keeping(self, kept: int) -> PartialSelection:
@@ -264,7 +274,7 @@ class FirstColumns:
     def _find(self) -> Source:
         matrix = evaluate(self._matrix)
         q = np.linalg.qr(matrix, mode="complete")[0]
-        return self._spool.add(q * np.sqrt(np.mean(np.linalg.norm(matrix, axis=0) ** 2)))
+        return self._spool.add(q * size_of(matrix.T))
 
     def complement(self, count: int) -> Expression:
         """Orthonormal columns, times the size of those of the matrix, ``[d, d - count]``."""

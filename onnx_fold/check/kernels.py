@@ -259,9 +259,7 @@ def evaluator(model: onnx.ModelProto) -> ReferenceEvaluator:
     asks_for_places = any(
         node.op_type == "MaxPool" and len(node.output) > 1 for node in model.graph.node
     )
-    own: list[type[OpRun]] = [
-        *(BatchNormalization, Conv, ConvTranspose, Erf, GatherElements, Gelu),
-    ]
+    own: list[type[OpRun]] = [BatchNormalization, Conv, ConvTranspose, Erf, GatherElements, Gelu]
     if not asks_for_places:
         own.append(MaxPool)
     if any(each.domain in ("", "ai.onnx") and each.version == 10 for each in model.opset_import):

@@ -282,10 +282,8 @@ def _sizes(saving: Saving) -> Iterator[Figure]:
     yield Figure("bytes", *_change(decimal(before.bytes), decimal(after.bytes), saving))
     nodes, share, tone = f"{before.nodes:,}", "", ""
     if before.nodes != after.nodes:
-        nodes, share = (
-            f"{before.nodes:,} → {after.nodes:,}",
-            f"{after.nodes / before.nodes - 1:+.1%}",
-        )
+        nodes = f"{nodes} → {after.nodes:,}"
+        share = f"{after.nodes / before.nodes - 1:+.1%}"
         tone = "good" if after.nodes < before.nodes else ""
     yield Figure("operators", nodes, share, tone)
     if saving.weights:

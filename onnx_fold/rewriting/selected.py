@@ -25,13 +25,13 @@ SHARES = (0.98, 0.95, 0.92, 0.9, 0.88, 0.85)
 """Of the rows of a basis, what is kept where all of them are not accurate enough."""
 
 
-def parts(width: int, shares: Sequence[float] = SHARES) -> list[int]:
-    """How many rows of a basis these shares are, the largest first, less than all of them.
+def parts(width: int) -> list[int]:
+    """How many rows of a basis :data:`SHARES` are, the largest first, less than all of them.
 
     They are multiples of 8 where ``width`` is: processors like such sizes.
     """
     step = 8 if width % 8 == 0 else 1
-    sizes = (math.ceil(width * share / step) * step for share in shares)
+    sizes = (math.ceil(width * share / step) * step for share in SHARES)
     return [size for size in dict.fromkeys(sizes) if size < width]
 
 
