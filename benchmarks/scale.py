@@ -31,8 +31,9 @@ import numpy as np
 import onnx_ir as ir
 
 import onnx_fold
+from onnx_fold.algebra.completion import Completion, PartialSelection
 from onnx_fold.algebra.expression import Expression, Factors, FoldedTensor, Product, Solve
-from onnx_fold.algebra.selection import RowSelection
+from onnx_fold.algebra.selection import RowSelection, Selection
 from onnx_fold.base.arguments import Objective
 from onnx_fold.models.export import export
 from onnx_fold.runtime.environment import environment
@@ -159,11 +160,13 @@ def _peak() -> int:
 def operations(expressions: Iterable[Expression]) -> dict[str, float]:
     """Floating-point operations to evaluate ``expressions``, by type; what is shared counts once.
 
-    A product of ``[m, k]`` and ``[k, n]`` takes ``2 m k n``, a solve ``2 d² n``, an elimination of
-    ``[f, d]`` takes ``f d² - d³ / 3``, and the coefficients of the other rows ``(f - d) d²``.
+    A product of ``[m, k]`` and ``[k, n]`` takes ``2 m k n``, a solve ``2 d² n``. An elimination of
+    ``[f, d]`` takes ``f d² - d³ / 3``, and the coefficients of the other rows ``(f - d) d²`` in
+    float64; where ``m`` rows of a basis are given up, what completes it takes the factors of the
+    basis and two solves for ``m`` columns.
     """
     total: Counter[str] = Counter()
-    queue: list[Expression | RowSelection] = list(expressions)
+    queue: list[Expression | Selection | Completion] = list(expressions)
     seen: set[int] = set()
     while queue:
         node = queue.pop()
@@ -172,10 +175,19 @@ def operations(expressions: Iterable[Expression]) -> dict[str, float]:
         seen.add(id(node))
         if isinstance(node, RowSelection):
             rows, width = node.matrix.shape
-            count = rows * width**2 - width**3 / 3 + (rows - width) * width**2
-            total[node.matrix.dtype.name] += count
+            total[node.matrix.dtype.name] += rows * width**2 - width**3 / 3
+            total["float64"] += (rows - width) * width**2
             queue.append(node.matrix)
             continue
+        if isinstance(node, PartialSelection):
+            queue.append(node.completion)
+            continue
+        if isinstance(node, Completion):
+            width = node.whole.kept
+            total["float64"] += 2 * width**3 / 3 + 4 * width**2 * node.count
+            queue.append(node.whole)
+            continue
+        assert isinstance(node, Expression)
         if node.operation is Product:
             total[node.dtype.name] += 2 * node.operands[0].shape[-1] * int(np.prod(node.shape))
         elif node.operation is Factors:
@@ -184,7 +196,7 @@ def operations(expressions: Iterable[Expression]) -> dict[str, float]:
             total[node.dtype.name] += 2 * node.shape[0] ** 2 * node.shape[1]
         queue.extend(node.operands)
         find = getattr(node.arguments.get("source"), "find", None)
-        if isinstance(selection := getattr(find, "__self__", None), RowSelection):
+        if isinstance(selection := getattr(find, "__self__", None), Selection):
             queue.append(selection)
     return dict(total)
 

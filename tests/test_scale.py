@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import onnx_ir as ir
@@ -14,6 +15,7 @@ from helpers import fold, graph, normal
 
 from onnx_fold.algebra import expression
 from onnx_fold.algebra.basis import Basis
+from onnx_fold.algebra.completion import Completion
 from onnx_fold.algebra.expression import literal
 from onnx_fold.algebra.selection import RowSelection
 from onnx_fold.algebra.storage import InFile
@@ -43,17 +45,31 @@ def test_the_benchmark_runs(tmp_path: Path) -> None:
     assert 0 < result["peak"] <= result["bound"]
 
 
-def test_operations_are_counted_once() -> None:
+def load_script() -> ModuleType:
     spec = importlib.util.spec_from_file_location("scale", SCRIPT)
+    assert spec is not None and spec.loader is not None
     scale = importlib.util.module_from_spec(spec)
     sys.modules["scale"] = scale
     spec.loader.exec_module(scale)
+    return scale
+
+
+def test_operations_are_counted_once() -> None:
+    scale = load_script()
     basis = Basis(literal(np.eye(4)))
     readers = [basis.of_reader(literal(np.ones((4, n)))) for n in (3, 5)]
     rows = RowSelection(literal(np.ones((9, 4), np.float32)), ir.DataType.FLOAT16)
     counted = scale.operations([*readers, rows.rest, rows.order])
-    assert counted["float64"] == pytest.approx(2 * 4**3 / 3 + 2 * 4**2 * 8)
-    assert counted["float32"] == pytest.approx(9 * 4**2 - 4**3 / 3 + 5 * 4**2)
+    assert counted["float64"] == pytest.approx(2 * 4**3 / 3 + 2 * 4**2 * 8 + 5 * 4**2)
+    assert counted["float32"] == pytest.approx(9 * 4**2 - 4**3 / 3)
+
+
+def test_what_completes_a_basis_is_counted() -> None:
+    rows = RowSelection(literal(normal(9, 4)), ir.DataType.FLOAT16)
+    parts = Completion(rows, 2)
+    counted = load_script().operations([parts.keeping(3).rest, parts.keeping(2).basis])
+    factors, solves = 2 * 4**3 / 3, 2 * 2 * 4**2 * parts.count
+    assert counted["float64"] == pytest.approx(5 * 4**2 + factors + solves)
 
 
 def stored(model: ir.Model, folder: Path) -> Path:

@@ -72,8 +72,8 @@ def find_gap(basis: Array, count: int, device: Device = HOST, samples: int = 64)
 
     random = np.random.default_rng(0).standard_normal((len(wide), samples))
     with np.errstate(all="ignore"):  # a singular basis: nothing of it is finite
-        lengths = np.linalg.norm(solve(random, transposed=True), axis=1)
-        worst = np.argsort(-lengths * np.linalg.norm(wide, axis=1), kind="stable")
+        lengths = _lengths(solve(random, transposed=True))
+        worst = np.argsort(-lengths * _lengths(wide), kind="stable")
         dropped, left = worst[:count], np.sort(worst[count:])
         units = np.zeros((len(wide), count))
         units[dropped, np.arange(count)] = 1.0
@@ -90,7 +90,12 @@ def given_up_first(missing: int, width: int) -> int:
 
 def size_of(rows: Array) -> float:
     """The root mean square of the lengths of ``rows``, ``[n, d]``."""
-    return float(np.sqrt(np.mean(np.linalg.norm(rows, axis=1) ** 2)))
+    return float(np.sqrt(np.mean(_lengths(rows) ** 2)))
+
+
+def _lengths(rows: Array) -> Array:
+    """The length of each of ``rows``, ``[n, d]``, without a copy of them."""
+    return np.sqrt(np.einsum("ij,ij->i", rows, rows))
 
 
 def farthest(rows: Array, count: int) -> Indices:
@@ -195,6 +200,9 @@ class PartialSelection(Selection):
 
     With ``O₁`` the basis of the whole selection and ``O_D = M [O_S; O_P; C]`` those of its rows
     that are given up, its others are ``B O₁ = ([B_S, 0] + B_D M) [O_S; O_P; C]``.
+
+    Attributes:
+        completion: What it shares with those that keep more rows, or fewer.
     """
 
     def __init__(self, completion: Completion, kept: int) -> None:
@@ -202,7 +210,7 @@ class PartialSelection(Selection):
         whole = completion.whole
         super().__init__(whole.matrix, whole.free, kept, is_last=whole.is_last)
         self._whole = whole
-        self._completion = completion
+        self.completion = completion
         self._left = whole.kept - completion.count
         self._taken = kept - self._left
         width, kind = whole.kept, whole.matrix.dtype
@@ -215,7 +223,7 @@ class PartialSelection(Selection):
 
     @property
     def _exchange(self) -> Exchange:
-        return self._completion.exchange
+        return self.completion.exchange
 
     def _complement(self) -> Array:
         return self._exchange.complement.mapped()[self._taken :]
@@ -225,7 +233,7 @@ class PartialSelection(Selection):
         return self._whole.spool.add(given_up.astype(self.matrix.dtype))
 
     def _rest(self) -> Expression:
-        whole, count, kind = self._whole, self._completion.count, self.matrix.dtype
+        whole, count, kind = self._whole, self.completion.count, self.matrix.dtype
         dropped, left, places = (
             Leaf(source=OnDemand((size,), np.dtype(np.intp), find))
             for size, find in (
@@ -244,7 +252,7 @@ class PartialSelection(Selection):
     @property
     def _places(self) -> Indices:
         """The rows that are not kept, counted in ``[O_D; O₂]``; what stays in front is first."""
-        count, fixed = self._completion.count, self.free.start if self.is_last else 0
+        count, fixed = self.completion.count, self.free.start if self.is_last else 0
         others = np.arange(count + len(self._whole.found()) - self._whole.kept)
         first, last = others[count : count + fixed], others[count + fixed :]
         behind = np.concatenate((others[:count], last))
@@ -273,7 +281,7 @@ class FirstColumns:
 
     def _find(self) -> Source:
         matrix = evaluate(self._matrix)
-        q = np.linalg.qr(matrix, mode="complete")[0]
+        q = scipy.linalg.qr(matrix, check_finite=False)[0]
         return self._spool.add(q * size_of(matrix.T))
 
     def complement(self, count: int) -> Expression:

@@ -134,12 +134,13 @@ class Host:
         ordered = converted(matrix, matrix.dtype, "F")
         lu, pivots, _ = _getrf(matrix.dtype)(ordered, overwrite_a=True)
         trsm = scipy.linalg.blas.get_blas_funcs("trsm", dtype=np.float64)
-        width = matrix.shape[1]
-        triangle, rest = lu[:width].astype(np.float64, order="F"), lu[width:].copy(order="F")
+        rows, width = matrix.shape
+        triangle = lu[:width].astype(np.float64, order="F")
+        rest = np.empty((rows - width, width), matrix.dtype)
         for start in range(0, len(rest), _ROWS):
-            rows = rest[start : start + _ROWS].astype(np.float64, order="F")
-            rest[start : start + _ROWS] = trsm(1.0, triangle, rows, side=1, lower=1, diag=1)
-        return _order(len(matrix), pivots), rest
+            block = lu[width + start : width + start + _ROWS].astype(np.float64, order="F")
+            rest[start : start + _ROWS] = trsm(1.0, triangle, block, side=1, lower=1, diag=1)
+        return _order(rows, pivots), rest
 
 
 def _getrf(dtype: np.dtype[Any]) -> Any:
@@ -177,9 +178,7 @@ def _order(rows: int, pivots: Array) -> Indices:
 
 
 def subtract(a: Array, left: Array, right: Array, block: int = 512) -> None:
-    """``a -= left @ right`` in place, some rows (columns, if they are contiguous) at a time."""
-    if a.flags.f_contiguous:
-        a, left, right = a.T, right.T, left.T
+    """``a -= left @ right`` in place, some rows at a time."""
     for start in range(0, len(a), block):
         a[start : start + block] -= left[start : start + block] @ right
 

@@ -8,7 +8,7 @@ from functools import cached_property
 import numpy as np
 import onnx_ir as ir
 
-from onnx_fold.algebra.device import HOST, Array, Device, Indices, converted, subtract
+from onnx_fold.algebra.device import HOST, Array, Device, Indices, subtract
 from onnx_fold.algebra.expression import (
     Expression,
     Factors,
@@ -136,7 +136,7 @@ class RowSelection(Selection):
     def selected(self) -> tuple[Indices, Source]:
         """The order of the rows, and ``B`` before it is rounded."""
         order, rest = self._select()
-        return order, self.spool.add(converted(rest, rest.dtype))
+        return order, self.spool.add(rest)
 
     @cached_property
     def weights(self) -> Array:

@@ -21,6 +21,7 @@ from onnx_fold.algebra.expression import (
     scaled_rows,
     transpose,
 )
+from onnx_fold.algebra.precision import product_dtype
 from onnx_fold.graph.constants import Constant
 from onnx_fold.graph.linear import Edge, Linear, label
 
@@ -133,8 +134,8 @@ class ConstantWriter(Weight):
 
     @property
     def matrix(self) -> Expression:
-        """Its rows, float64 ``[n, d]``."""
-        rows = self.unpack(self.weight.wide())
+        """Its rows, ``[n, d]``, in the type of products."""
+        rows = self.unpack(self.weight.wide(product_dtype(self.weight.dtype)))
         return broadcast(rows, (rows.shape[0], self.width))
 
     @property
