@@ -21,6 +21,7 @@ from helpers import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from onnxruntime.transformers.float16 import convert_float_to_float16
 
 import onnx_fold
 
@@ -59,6 +60,28 @@ def test_repvgg_block_is_one_convolution() -> None:
     (stream,) = result.report.folded
     assert stream.folded is not None
     assert stream.folded.nodes_added == -6
+
+
+def test_deep_float16_networks_fold_in_full() -> None:
+    """A CPU computes float16 in float32, but the rounding of deep folded weights adds up."""
+    nodes, held = [], dict[str, np.ndarray]()
+    for i in range(16):
+        nodes += [
+            f"a{i} = Conv<pads = [1, 1, 1, 1]>(x{i}, K{i}) c{i} = Conv(x{i}, P{i})",
+            f"s{i} = Add(a{i}, c{i}) x{i + 1} = Relu(s{i})",
+        ]
+        held |= {f"K{i}": normal(8, 8, 3, 3, seed=i) / 3, f"P{i}": normal(8, 8, 1, 1, seed=i)}
+    signature = "(float[n, 8, h, w] x0) => (float[n, 8, a, b] x16)"
+    wide = graph(f"{signature} {{ {' '.join(nodes)} }}", **held)
+    half = convert_float_to_float16(ir.to_proto(wide))
+    result = onnx_fold.fold(half, strict=True)
+    assert operators(result.ir) == ["Conv", "Relu"] * 16
+    (output,) = result.report.verification.outputs
+    assert output.ratio is not None
+    assert output.ratio < 3.0
+    as_run = onnx_fold.verify(half, result.model, emulate=False).outputs[0]
+    assert as_run.ratio is not None
+    assert as_run.ratio > 3.0
 
 
 def test_strided_depthwise_block() -> None:

@@ -47,7 +47,8 @@ def test_the_benchmark_runs(tmp_path: Path) -> None:
 
 def load_script() -> ModuleType:
     spec = importlib.util.spec_from_file_location("scale", SCRIPT)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     scale = importlib.util.module_from_spec(spec)
     sys.modules["scale"] = scale
     spec.loader.exec_module(scale)

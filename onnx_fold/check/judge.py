@@ -24,6 +24,10 @@ hold
   square of all of them where that is larger. A small row has no small errors, and the worst one of
   the original is no matter of chance, as its error of the very same row would be.
 
+A CPU runs float16 in float32 from operator to operator, so that an original is rounded once, at its
+outputs, but the weights of a fold once more. There both models also run with the result of every
+operator rounded, as their types say and other hardware does, and of each the larger error counts.
+
 A Sigmoid is rounded as 1 is, however small its result. So where an output comes from Sigmoids
 alone, norms below those of as many ones count as these; and what the Sigmoids read is judged, too.
 
@@ -51,7 +55,7 @@ float output ``|a - b| <= atol + rtol * |a|``. What is no float is judged as abo
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -87,8 +91,9 @@ class OutputParity:
         max_abs_error: ``max |a - b|`` of all inputs.
         relative_error: ``||a - b||_2 / ||a||_2``.
         cosine: ``<a, b> / (||a||_2 ||b||_2)``.
-        error_original: ``||a - r||_2 / ||r||_2``, None without a reference.
-        error_folded: ``||b - r||_2 / ||r||_2``, None without a reference.
+        error_original: ``||a - r||_2 / ||r||_2``, None without a reference; where the models ran
+            with every result rounded, too, the larger of both.
+        error_folded: ``||b - r||_2 / ||r||_2``, the same.
         ratio: ``error_folded / error_original``, None if the latter is None or 0.
         row_ratio: The same of the worst row.
         channel_ratio: The same of the worst channel.
@@ -142,12 +147,21 @@ class Feed:
 
 @dataclass
 class Run:
-    """The outputs of the models for one feed."""
+    """The outputs of the models for one feed.
+
+    Attributes:
+        feed: What they read.
+        original: Those of the original.
+        folded: Those of the folded model.
+        reference: Those of the original in a wider type, if it ran so.
+        rounded: Those of both with every operator's result rounded, if they ran so, too.
+    """
 
     feed: Feed
     original: Arrays
     folded: Arrays = field(default_factory=dict)
     reference: Arrays | None = None
+    rounded: Run | None = None
 
 
 @dataclass
@@ -225,17 +239,22 @@ class Judge:
         else:
             reference = None if run.reference is None else run.reference.get(result.name)
             wide = None if reference is None else _wide(reference)
-            self._compare_floats(result, _wide(a), _wide(b), wide, label, dtype)
+            both = [(_wide(a), _wide(b))]
+            if run.rounded is not None:
+                ways = run.rounded.original, run.rounded.folded
+                before, after = (_wide(outputs[result.name]) for outputs in ways)
+                both.append((before, after))
+            self._compare_floats(result, both, wide, label, dtype)
 
     def _compare_floats(
         self,
         result: OutputParity,
-        a: Array,
-        b: Array,
+        both: Sequence[tuple[Array, Array]],
         r: Array | None,
         label: str,
         dtype: ir.DataType,
     ) -> None:
+        a, b = both[0]
         finite = np.isfinite(a) & np.isfinite(b)
         if not finite.all() and not self._same_infinities(result, a, b, r, label):
             return
@@ -244,6 +263,12 @@ class Judge:
             r = None
         a, b = np.where(finite, a, 0.0), np.where(finite, b, 0.0)
         r = None if r is None else np.where(finite, r, 0.0)
+        runs = _Outputs([a], [b])
+        for before, after in both[1:]:
+            before, after = (np.where(finite, each, 0.0) for each in (before, after))
+            if np.isfinite(before).all():
+                runs.before.append(before)
+                runs.after.append(after)
         result.max_abs_error = max(result.max_abs_error, float(np.abs(a - b).max(initial=0.0)))
         logits = self._is_logits(result.name, a) and bool(finite.all())
         if logits:
@@ -251,29 +276,29 @@ class Judge:
             result.top1_agreement = min(top1, _or(result.top1_agreement, top1))
             result.kl_divergence = max(kl, _or(result.kl_divergence, kl))
         unit = float(result.name in self.squashed)
-        marks = self._marks(a, b, r, dtype, logits, unit)
+        marks = self._marks(runs, r, dtype, logits, unit)
         if r is None or marks[0].name == "relative":
             self._note_no_yardstick(result.name, a, r)
         worst = max(marks, key=lambda mark: mark.margin)
         if result.margin is None or worst.margin > result.margin:
-            self._keep(result, worst, a, b, r, unit)
+            self._keep(result, worst, runs, r, unit)
         if worst.margin > 1.0:
             result.reason = worst.reason(label, result.ratio)
 
     def _marks(
         self,
-        a: Array,
-        b: Array,
+        runs: _Outputs,
         r: Array | None,
         coarsest: ir.DataType,
         logits: bool,
         unit: float,
     ) -> list[_Mark]:
         """Return every error that is judged, with its limit."""
+        a, b = runs.before[0], runs.after[0]
         if self.close is not None:
             return [_worst_element(a, b, *self.close)]
         u = unit_roundoff(coarsest)
-        own = None if r is None else _relative_error(a, r, unit)
+        own = None if r is None else max(_relative_error(each, r, unit) for each in runs.before)
         ceiling = 4 * math.sqrt(max(u, unit_roundoff(self.narrowest)))
         if r is None or own is None or own > ceiling:
             limit = TOLERANCE[coarsest]
@@ -285,7 +310,7 @@ class Judge:
             return [_Mark("relative", _relative_error(b, a, unit), limit, source)]
         marks = []
         floor = TOLERANCE[coarsest] if coarsest == ir.DataType.DOUBLE else self.max_ratio * u
-        for name, (own, error) in _errors(a, b, r, unit).items():
+        for name, (own, error) in _errors(runs, r, unit).items():
             limit, source = self.max_ratio * own + floor, f"{self.max_ratio:g}x the original's"
             if name == "folded" and ceiling < limit:
                 limit, source = ceiling, "half of the digits"
@@ -293,29 +318,41 @@ class Judge:
                 limit, source = self.tolerance, "the tolerance"
             marks.append(_Mark(name, error, limit, source))
         if logits:
-            marks += self._marks_of_logits(a, b, r, u)
+            marks += self._marks_of_logits(runs, r, u)
         return marks
 
-    def _marks_of_logits(self, a: Array, b: Array, r: Array, u: float) -> list[_Mark]:
+    def _marks_of_logits(self, runs: _Outputs, r: Array, u: float) -> list[_Mark]:
         largest = float(np.abs(r).max(initial=0.0))
-        own = _divergence(r, a) + 0.5 * (u * largest) ** 2 + 1e-14  # what float64 can tell
+        own = max(_divergence(r, a) for a in runs.before)
+        own += 0.5 * (u * largest) ** 2 + 1e-14  # what float64 can tell
         limit, source = self.max_ratio**2 * own, f"{self.max_ratio:g}²x the original's"
-        error = float(np.abs(a - r).max(initial=0.0)) + u * largest
+        error = max(float(np.abs(a - r).max(initial=0.0)) for a in runs.before) + u * largest
         tie = 2 * self.max_ratio * error
         return [
-            _Mark("KL", _divergence(r, b), limit, source),
-            _Mark("top-1", _lead(r, b), tie, f"{2 * self.max_ratio:g}x the original's, a tie"),
+            _Mark("KL", max(_divergence(r, b) for b in runs.after), limit, source),
+            _Mark(
+                "top-1",
+                max(_lead(r, b) for b in runs.after),
+                tie,
+                f"{2 * self.max_ratio:g}x the original's, a tie",
+            ),
         ]
 
     def _keep(
-        self, result: OutputParity, worst: _Mark, a: Array, b: Array, r: Array | None, unit: float
+        self,
+        result: OutputParity,
+        worst: _Mark,
+        runs: _Outputs,
+        r: Array | None,
+        unit: float,
     ) -> None:
+        a, b = runs.before[0], runs.after[0]
         result.margin, result.limit = worst.margin, worst.limit
         result.judged, result.limit_from = worst.name, worst.source
         result.relative_error, result.cosine = _relative_error(b, a, unit), _cosine(a, b)
         if r is None:
             return
-        errors = _errors(a, b, r, unit)
+        errors = _errors(runs, r, unit)
         result.error_original, result.error_folded = errors["folded"]
         ratios = {name: error / own if own else None for name, (own, error) in errors.items()}
         result.ratio = ratios["folded"]
@@ -371,6 +408,19 @@ class Judge:
 
 
 @dataclass(frozen=True)
+class _Outputs:
+    """What the original gave, and the folded model, first as they are; of errors the largest count.
+
+    Attributes:
+        before: Of the original.
+        after: Of the folded model, in the same order.
+    """
+
+    before: list[Array]
+    after: list[Array]
+
+
+@dataclass(frozen=True)
 class _Mark:
     """One error that is judged: its name, its limit, and where that comes from."""
 
@@ -418,13 +468,18 @@ def _worst_element(a: Array, b: Array, atol: float, rtol: float) -> _Mark:
     return _Mark("element", float(errors[worst]), float(limits[worst]), source)
 
 
-def _errors(a: Array, b: Array, r: Array, unit: float) -> dict[str, tuple[float, float]]:
-    """Return the errors of ``a`` and ``b``: of the whole, the worst row, the worst channel."""
-    x, y, z = (each.reshape(-1, each.shape[-1] if each.ndim else 1) for each in (a, b, r))
+def _errors(runs: _Outputs, r: Array, unit: float) -> dict[str, tuple[float, float]]:
+    """Return the errors of the whole, the worst row, the worst channel: before, and after."""
+    rows = -1, r.shape[-1] if r.ndim else 1
+    before, after = ([each.reshape(rows) for each in side] for side in (runs.before, runs.after))
+    reference = r.reshape(rows)
+    measures: dict[str, Callable[[Array], float]] = {
+        "folded": lambda each: _relative_error(each, reference, unit),
+        "row": lambda each: _worst_error(each, reference, 1, unit),
+        "channel": lambda each: _worst_error(each, reference, 0, unit),
+    }
     return {
-        "folded": (_relative_error(a, r, unit), _relative_error(b, r, unit)),
-        "row": (_worst_error(x, z, 1, unit), _worst_error(y, z, 1, unit)),
-        "channel": (_worst_error(x, z, 0, unit), _worst_error(y, z, 0, unit)),
+        name: (max(map(error, before)), max(map(error, after))) for name, error in measures.items()
     }
 
 

@@ -184,7 +184,8 @@ def verify(
         reference: Run the original in a wider type too; without it the tolerance decides.
         emulate: Run 16-bit models in float32, each operator's result rounded to 16 bits (which is
             what 16-bit hardware computes). By default where the provider cannot run the type
-            itself: bfloat16 on the CPU, or a missing kernel.
+            itself: bfloat16 on the CPU, or a missing kernel; and beside the run as they are where
+            it computes another type: float16 on the CPU, in float32. False never does.
         atol: Judge by NumPy's ``allclose`` instead: ``|a - b| <= atol + rtol |a|`` everywhere,
             with ``a`` of the original; what is not given is 0. No reference is run.
         rtol: See ``atol``.
@@ -253,6 +254,7 @@ def verify(
     reference &= close is None and not pair.types
     if reference:
         run.reference(runs)
+        run.rounded(runs)
     report.shapes = [each.feed.label for each in runs]
     max_ratio = basis.max_ratio(precision(pair.before)) if max_ratio is None else max_ratio
     other = pair.after if pair.types else None
@@ -416,6 +418,7 @@ class _Runner:
             return self._both(evaluator, *models, feeds)
 
     def _emulated(self, original: ir.Model, folded: ir.Model, feeds: list[Feed]) -> list[Run]:
+        self.emulate = True
         narrow = next((m for m in (original, folded) if _has_sixteen_bits(m)), None)
         if narrow is not None:
             self.notes.append(
@@ -509,6 +512,25 @@ class _Runner:
             return
         for run, reference in zip(runs, outputs, strict=True):
             run.reference = reference
+
+    def rounded(self, runs: Sequence[Run]) -> None:
+        """Run both with every result rounded, where a CPU has run float16 in float32."""
+        is_wide = self.provider == "cpu" and self.emulate is None and self.pair.module is None
+        known = [run for run in runs if run.reference is not None]
+        if not (is_wide and known and _has_sixteen_bits(self.pair.before)):
+            return
+        again = replace(self, emulate=True, greedy=None, more=(), notes=[])
+        try:
+            found = {id(each.feed): each for each in again.both([run.feed for run in known])}
+        except (InvalidModelError, RunFailedError, UsageError, _FoldedFailedError) as error:
+            logger.debug("not run with every result rounded: %s", error)
+            return
+        for run in known:
+            run.rounded = found.get(id(run.feed))
+        self.notes.append(
+            "float16 runs in float32 here: errors are the larger of this and of every operator's"
+            " result rounded"
+        )
 
     def stored(self, whole: Pair, runs: Sequence[Run]) -> StoredParity | None:
         """Compare the weights as stored, where that can be done in time and in memory."""
