@@ -627,6 +627,34 @@ def test_what_was_not_rounded_is_not_moved():
     assert moved(np.full((2, 3), 5.3e-6)) == pytest.approx(2.0**-25)
 
 
+def test_weights_are_compared_on_inputs_whose_values_fit_in_memory(monkeypatch):
+    """The largest two that take no more than is enough, or the smallest; none if it does not."""
+    seen: list[int] = []
+    run = stored._Comparison.run
+
+    def counted(self, feed):
+        seen.append(feed["ids"].size)
+        run(self, feed)
+
+    monkeypatch.setattr(stored._Comparison, "run", counted)
+    before, after = chain("float16"), chain("float16", folded=True)
+    sizes = [{"batch": 1, "seq": seq} for seq in (1, 64, 4, 256)]
+    assert verify(before, after, shapes=sizes).stored.ok
+    assert seen == [64, 256]
+    seen.clear()
+    monkeypatch.setattr(stored, "ENOUGH", stored.HELD * 4 * 8 * (3 * 32 + 16))
+    assert verify(before, after, shapes=sizes).stored.ok
+    assert seen == [1, 4]
+    seen.clear()
+    monkeypatch.setattr(stored, "ENOUGH", 1)
+    assert verify(before, after, shapes=sizes).stored.ok
+    assert seen == [1]
+    monkeypatch.setattr(stored, "available_memory", lambda: 1)
+    report = verify(before, after, shapes=sizes)
+    assert report.stored is None
+    assert any("weights were not compared as stored" in note for note in report.notes)
+
+
 def test_models_are_in_memory_one_at_a_time(monkeypatch):
     """The original, the folded model, and the original in a wider type."""
     alive, most, make = weakref.WeakSet(), [], sessions.session

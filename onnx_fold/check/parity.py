@@ -61,9 +61,6 @@ RUN_ONCE = {"session.disable_prepacking": "1"}
 STORED_LIMIT = 2**30
 """Bytes of widened weights up to which they are compared as stored."""
 
-STORED_RUNS = 2
-"""Inputs, the largest ones, on which they are."""
-
 EVALUATOR_LIMIT = 2 * 2**30
 """The same for ``onnx.reference``, which holds every weight twice."""
 
@@ -548,12 +545,14 @@ class _Runner:
             return _widening(functools.partial(sessions.run, sessions.session(model)), to)
 
         self._tell("the weights as stored")
-        feeds = sorted((run.feed.arrays for run in runs), key=_elements)[-STORED_RUNS:]
+        feeds = [run.feed.arrays for run in runs]
         try:
             return compare_stored(original, folded, feeds, to, precision(original), engine)
-        except (InvalidModelError, UsageError) as error:
+        except UsageError as error:
+            self.notes.append(f"weights were not compared as stored: {error}")
+        except InvalidModelError as error:
             logger.debug("weights were not compared as stored: %s", error)
-            return None
+        return None
 
     def _wide_outputs(
         self, wide: ir.Model, feeds: list[Feed], to: ir.DataType, size: float
@@ -605,10 +604,6 @@ def _has_sixteen_bits(model: ir.Model) -> bool:
 
 def _values(model: ir.Model) -> Iterator[ir.Value]:
     return (v for node in model.graph.all_nodes() for v in (*node.inputs, *node.outputs) if v)
-
-
-def _elements(arrays: Arrays) -> int:
-    return sum(array.size for array in arrays.values())
 
 
 def _widening(function: Function, to: ir.DataType | None) -> Function:

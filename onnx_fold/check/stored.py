@@ -39,6 +39,8 @@ from onnx_ir.passes.common import LiftConstantsToInitializersPass, ShapeInferenc
 
 from onnx_fold.algebra.device import Array
 from onnx_fold.algebra.precision import FRACTION_BITS, unit_roundoff
+from onnx_fold.base.memory import available_memory
+from onnx_fold.errors import UsageError
 from onnx_fold.graph.inline import inline_all
 from onnx_fold.graph.widen import widen
 from onnx_fold.runtime.generate import Function
@@ -71,6 +73,16 @@ outputs by less is not known to move them."""
 
 LIKENESS = 0.7
 """The correlation of two values below which they are no candidates for meaning the same."""
+
+RUNS = 2
+"""Inputs that are compared, the largest ones of which the values take no more than is enough."""
+
+ENOUGH = 2**32
+"""Bytes that the values of one input may take, if there is a smaller input."""
+
+HELD = 12
+"""How many times all values of a run are in memory at once: of both models, in what ONNX Runtime
+keeps for each, and of the draws."""
 
 MATRIX_PRODUCTS = frozenset(
     {"Attention", "Conv", "Einsum", "FusedMatMul", "Gemm", "GroupQueryAttention", "MatMul"}
@@ -126,7 +138,7 @@ def compare_stored(
     Args:
         original: The model ``A``.
         folded: The model ``B``, with the same inputs and outputs.
-        feeds: Inputs to run.
+        feeds: Inputs to choose from.
         to: The type of the activations.
         dtype: The type that the weights are stored in.
         engine: Makes a function of a model in the type ``to``.
@@ -134,6 +146,7 @@ def compare_stored(
     Raises:
         InvalidModelError: The engine does not load a model.
         RunFailedError: A model does not run.
+        UsageError: The values of a run do not fit in memory.
     """
     before, after = _prepared(original), _prepared(folded)
     changed = _changed_weights(after, before)
@@ -148,11 +161,29 @@ def compare_stored(
     b = _Switchable(after, names, to, engine, changed)
     floor = FLOOR * unit_roundoff(dtype)
     comparison = _Comparison(a, b, names, outputs, floor)
-    for feed in feeds:
+    for feed in _that_fit(a, feeds):
         comparison.run(feed)
         if not comparison.result.ok:  # one fault is enough
             break
     return comparison.result
+
+
+def _that_fit(a: _Switchable, feeds: Sequence[Arrays]) -> Sequence[Arrays]:
+    """The largest of ``feeds`` of which the values of ``a`` take no more than is enough.
+
+    How much they take the smallest feed tells: they grow as it does. If it takes more than enough
+    it is the only one, where there is memory for it.
+    """
+    by_size = sorted(feeds, key=_elements)
+    least = HELD * sum(array.nbytes for array in a(by_size[0]).values())
+    if least > available_memory() / 2:
+        raise UsageError(f"values of the layers would take {least / 2**30:.0f} GiB")
+    most = _elements(by_size[0]) * max(1.0, ENOUGH / max(least, 1))
+    return [feed for feed in by_size if _elements(feed) <= most][-RUNS:]
+
+
+def _elements(feed: Arrays) -> int:
+    return sum(array.size for array in feed.values()) or 1
 
 
 @dataclass
@@ -180,6 +211,7 @@ class _Comparison:
                 self._judge_value(feed, name, original, folded, noise[name], {})
                 if not self.result.ok:
                     return
+        noise.clear()  # of what is held all at once it is the largest part
         given = {name: original[name] for name in same}
         folded = self.b(feed, given)
         noise = self._noise(feed, [*same, *self.outputs], folded, given)
@@ -290,17 +322,17 @@ def _rows(x: Array) -> Array:
 
 
 def _squares(x: Array) -> _Squares:
-    squares = np.square(_rows(x))
+    squares = np.square(_rows(x), dtype=np.float64)
     return _Squares(float(squares.sum()), squares.sum(1), squares.sum(0))
 
 
 def _difference(x: Array, y: Array) -> Array:
-    """``x - y`` in float64, 0 where one is not finite: that is looked at elsewhere."""
+    """``x - y``, 0 where one is not finite: that is looked at elsewhere."""
     if x.shape != y.shape:
         return np.full(y.shape, math.inf)
     finite = np.isfinite(x) & np.isfinite(y)
     with np.errstate(invalid="ignore"):
-        return np.where(finite, x.astype(np.float64) - y, 0.0)
+        return np.where(finite, x - y, np.zeros((), x.dtype))
 
 
 def _likeness(x: Array, y: Array) -> float:

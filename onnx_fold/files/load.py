@@ -172,7 +172,7 @@ def blames_models(function: Callable[_P, _R]) -> Callable[_P, _R]:
     def blaming(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         try:
             return function(*args, **kwargs)
-        except OnnxFoldError:
+        except (OnnxFoldError, MemoryError):
             raise
         except Exception as error:
             arguments = signature.bind(*args, **kwargs).arguments
