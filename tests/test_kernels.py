@@ -11,7 +11,7 @@ from onnx.reference import ReferenceEvaluator
 from scipy import special
 
 from onnx_fold.check import kernels
-from onnx_fold.check.parity import evaluator
+from onnx_fold.check.runner import evaluator
 
 CONVS = {
     "plain": ("", (6, 4, 3, 3), "h, w"),

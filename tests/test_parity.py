@@ -10,7 +10,7 @@ from helpers import graph, normal
 from rich.console import Console
 
 import onnx_fold
-from onnx_fold.check import judge, parity, stored
+from onnx_fold.check import judge, runner, stored, switchable
 from onnx_fold.check.parity import verify
 from onnx_fold.errors import InvalidModelError, UsageError
 from onnx_fold.runtime import sessions
@@ -182,7 +182,7 @@ def test_without_a_reference_the_tolerance_decides(monkeypatch):
     assert report.ok
     assert report.outputs[0].error_original is None
     assert report.outputs[0].limit == judge.TOLERANCE[ir.DataType.FLOAT]
-    monkeypatch.setattr(parity, "REFERENCE_LIMIT", 100)
+    monkeypatch.setattr(runner, "REFERENCE_LIMIT", 100)
     report = verify(chain(), chain(folded=True))
     assert report.ok
     assert any("no reference (its weights would take" in note for note in report.notes)
@@ -608,7 +608,7 @@ def moved(array: np.ndarray) -> np.ndarray:
     """How far half a unit in the last place moves each element of a float16 weight."""
     tensor = ir.tensor(array.astype(np.float16))
     numbers = np.random.default_rng(0)
-    rounded = stored._rounded_anew(tensor, ir.DataType.FLOAT, numbers)
+    rounded = switchable.rounded_anew(tensor, ir.DataType.FLOAT, numbers)
     return np.abs(rounded - array.astype(np.float16).astype(np.float32))
 
 

@@ -32,8 +32,8 @@ from onnx_fold.base.progress import Report, ignore
 from onnx_fold.base.tables import counted
 from onnx_fold.check.feeds import frozen_feeds
 from onnx_fold.check.interpreter import Interpreter
-from onnx_fold.check.parity import evaluator
 from onnx_fold.check.pieces import cut, typed
+from onnx_fold.check.runner import evaluator
 from onnx_fold.engine.outcome import StreamReport
 from onnx_fold.errors import InvalidModelError, OnnxFoldError, UsageError
 from onnx_fold.graph.widen import widen

@@ -32,7 +32,6 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import LiftConstantsToInitializersPass, ShapeInferencePass
@@ -40,9 +39,9 @@ from onnx_ir.passes.common import LiftConstantsToInitializersPass, ShapeInferenc
 from onnx_fold.algebra.device import Array
 from onnx_fold.algebra.precision import FRACTION_BITS, unit_roundoff
 from onnx_fold.base.memory import available_memory
+from onnx_fold.check.switchable import Switchable
 from onnx_fold.errors import UsageError
 from onnx_fold.graph.inline import inline_all
-from onnx_fold.graph.widen import widen
 from onnx_fold.runtime.generate import Function
 from onnx_fold.runtime.inputs import Arrays
 
@@ -157,8 +156,8 @@ def compare_stored(
         for value in before.graph.outputs
         if isinstance(value.type, ir.TensorType) and value.dtype in FRACTION_BITS
     ]
-    a = _Switchable(before, names, to, engine)
-    b = _Switchable(after, names, to, engine, changed)
+    a = Switchable(before, names, to, engine)
+    b = Switchable(after, names, to, engine, changed, DRAWS)
     floor = FLOOR * unit_roundoff(dtype)
     comparison = _Comparison(a, b, names, outputs, floor)
     for feed in _that_fit(a, feeds):
@@ -168,7 +167,7 @@ def compare_stored(
     return comparison.result
 
 
-def _that_fit(a: _Switchable, feeds: Sequence[Arrays]) -> Sequence[Arrays]:
+def _that_fit(a: Switchable, feeds: Sequence[Arrays]) -> Sequence[Arrays]:
     """The largest of ``feeds`` of which the values of ``a`` take no more than is enough.
 
     How much they take the smallest feed tells: they grow as it does. If it takes more than enough
@@ -190,8 +189,8 @@ def _elements(feed: Arrays) -> int:
 class _Comparison:
     """Compares ``b`` with ``a``, see the module."""
 
-    a: _Switchable
-    b: _Switchable
+    a: Switchable
+    b: Switchable
     names: Sequence[str]
     outputs: Sequence[str]
     floor: float
@@ -395,120 +394,7 @@ def _worst_ratio(squares: Array, drawn: Array, floor: float) -> float:
     return math.sqrt(float(ratios.max(initial=0.0)))
 
 
-# --- Models that can be told their values --------------------------------------------------------
-
-
-class _Switchable:
-    """A model that returns the values ``names``, and can be given others to go on with.
-
-    Args:
-        model: The model.
-        names: Values that are returned.
-        to: The type of its floats.
-        engine: Makes a function of a model.
-        moved: Weights that are rounded anew when a draw is asked for.
-
-    Attributes:
-        to: The type of its floats.
-    """
-
-    def __init__(
-        self,
-        model: ir.Model,
-        names: Sequence[str],
-        to: ir.DataType,
-        engine: Callable[[ir.Model], Function],
-        moved: Sequence[str] = (),
-    ) -> None:
-        self._names, self.to = names, to
-        stored = {n: model.graph.initializers[n].const_value for n in moved}
-        self._stored = {n: tensor for n, tensor in stored.items() if tensor is not None}
-        wide = widen(model, to)
-        _open(wide, names, to)
-        for name in self._stored:
-            value = wide.graph.initializers.pop(name)
-            value.const_value = None
-            wide.graph.inputs.append(value)
-        self._weights: dict[int | None, Arrays] = {}
-        self._function = engine(wide)
-
-    def __call__(
-        self, feed: Arrays, given: Mapping[str, Array] | None = None, draw: int | None = None
-    ) -> Arrays:
-        """Run on ``feed``, with values ``given`` by name, and weights rounded anew."""
-        kind, given = self.to.numpy(), given or {}
-        inputs = {**feed, **self._weights_of(draw)}
-        for name in self._names:
-            inputs[f"{name}/is_own"] = np.array(name not in given)
-            inputs[f"{name}/given"] = np.asarray(given.get(name, 0.0), kind)
-        return self._function(inputs)
-
-    def _weights_of(self, draw: int | None) -> Arrays:
-        if draw in self._weights:
-            return self._weights[draw]
-        generator = None if draw is None else np.random.default_rng(draw)
-        weights = {
-            name: _rounded_anew(tensor, self.to, generator) for name, tensor in self._stored.items()
-        }
-        if draw is None or draw < DRAWS:  # the others are rarely needed
-            self._weights[draw] = weights
-        return weights
-
-
-def _rounded_anew(
-    tensor: ir.TensorProtocol, to: ir.DataType, generator: np.random.Generator | None
-) -> Array:
-    """Return the weight in the type ``to``, moved by half a unit in the last place, or as it is."""
-    stored = tensor.numpy()
-    weight: Array = stored.astype(to.numpy())
-    if generator is None:
-        return weight
-    exponents = np.frexp(stored.astype(np.float32) if tensor.dtype.itemsize < 4 else stored)[1]
-    bits, least = FRACTION_BITS[tensor.dtype], ml_dtypes.finfo(stored.dtype).smallest_subnormal
-    half = np.maximum(
-        np.ldexp(weight.dtype.type(0.5), exponents - bits), least.astype(to.numpy()) / 2
-    )
-    sign = generator.integers(0, 2, weight.shape, np.int8) * np.int8(2) - np.int8(1)
-    digits = np.ldexp(weight, bits // 2 - exponents)
-    is_exact = (weight == 0) | _are_exact(digits == np.rint(digits))
-    moved: Array = np.where(is_exact, weight, weight + half * sign)
-    return moved.astype(weight.dtype)
-
-
-def _are_exact(is_short: Array) -> Array:
-    """The elements that were not rounded, by those that need few digits.
-
-    One element in many needs few by chance, and a kernel of one channel may hang on it.
-    """
-    rows = is_short.reshape(len(is_short) if is_short.ndim > 1 else 1, -1)
-    found = np.full(rows.shape, rows.all())
-    if rows.shape[1] > 1:
-        found |= rows.all(axis=1, keepdims=True)
-    if rows.shape[0] > 1:
-        found |= rows.all(axis=0, keepdims=True)
-    return found.reshape(is_short.shape)
-
-
-def _open(model: ir.Model, names: Iterable[str], to: ir.DataType) -> None:
-    """Return the values ``names``, each of which goes on only where its own switch is on."""
-    graph = model.graph
-    values = {value.name: value for node in graph for value in node.outputs}
-    for name in names:
-        value = values[name]
-        node = value.producer()
-        assert node is not None
-        is_own = ir.Value(
-            name=f"{name}/is_own", type=ir.TensorType(ir.DataType.BOOL), shape=ir.Shape([])
-        )
-        given = ir.Value(name=f"{name}/given", type=ir.TensorType(to))
-        switch = ir.node("Where", [is_own, value, given])
-        used = switch.outputs[0]
-        used.name, used.type = f"{name}/used", ir.TensorType(to)
-        graph.insert_after(node, switch)
-        ir.convenience.replace_all_uses_with(value, used)
-        switch.replace_input_with(1, value)
-        graph.inputs.extend([is_own, given])
-        graph.outputs.append(value)
+# --- The models -----------------------------------------------------------------------------------
 
 
 def _prepared(model: ir.Model) -> ir.Model:
