@@ -382,7 +382,8 @@ class _Finish:
         report = replace(result.report, verification=parity)
         if not parity.ok:
             message = f"the folded model is not the same function: {parity.reason}"
-            raise CheckFailedError(message, report)
+            limits = self.how["max_ratio"], max_ratio(precision(result.original))
+            raise CheckFailedError(message + _with_size(parity, *limits), report)
         return replace(result, report=report)
 
     def _parity(self, result: FoldResult, folded: onnx_ir.Model | Path) -> ParityReport:
@@ -400,6 +401,20 @@ class _Finish:
             note = "the models are not run whole: together they do not fit in memory"
             report.notes.insert(0, note)
         return report
+
+
+def _with_size(parity: ParityReport, most: float, largest: float) -> str:
+    """The end of the message, where all that fails would pass with the limit of another objective.
+
+    Args:
+        parity: What did not pass.
+        most: How many times its own error the model was allowed.
+        largest: How many times that objective allows.
+    """
+    margins = [output.margin or 0.0 for output in parity.outputs if not output.ok]
+    if margins and all(1.0 < margin <= largest / most for margin in margins):
+        return f" (--objective size takes up to {largest:g} times)"
+    return ""
 
 
 def _target(

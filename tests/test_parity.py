@@ -743,3 +743,21 @@ def test_one_input_without_a_reference_leaves_the_others_theirs(monkeypatch):
     assert report
     assert report.outputs[0].error_original is not None
     assert [note for note in report.notes if "no kernel for two rows" in note]
+
+
+def test_outputs_whose_shape_depends_on_the_numbers():
+    """With results rounded, or in a wider type, other elements are below the least."""
+    source = model(
+        "m (float16[n, 16] x) => (float16[k] y) { p = MatMul(x, P) q = MatMul(p, Q)"
+        " flat = Reshape(q, all) kept = Less(flat, least) y = Compress(flat, kept) }",
+        P=normal(16, 16, dtype=np.float16),
+        Q=normal(16, 16, seed=1, dtype=np.float16),
+        all=np.array([-1]),
+        least=np.array(0.0005, np.float16),
+    )
+    assert verify(source, source, shapes={"n": 20000}).ok
+    notes: list[str] = []
+    outputs = {"y": np.ones(3, np.float16)}
+    run = judge.Run(judge.Feed("", {}), outputs, outputs, {"y": np.ones(4, np.float32)})
+    assert judge.Judge(source, None, 3.0, notes).output("y", [run]).ok
+    assert "the reference has another shape" in notes[0]

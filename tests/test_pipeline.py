@@ -1,11 +1,13 @@
 """The public functions: what they take, what they leave alone, and passes in others' hands."""
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
 from helpers import assert_same_function, chain, fold, normal, operators, proto, refused
 
 import onnx_fold
+from onnx_fold import pipeline
 from onnx_fold.errors import InvalidModelError, UsageError
 from onnx_fold.models.export import export
 from onnx_fold.passes import PASSES, AbsorbPass, MergePass
@@ -162,3 +164,19 @@ def test_the_result_as_one_message(tmp_path):
     assert onnx_fold.verify(path, result.proto)
     held = sum(len(each.raw_data) for each in result.proto.graph.initializer)
     assert held >= 4 * result.report.saving.after.weights
+
+
+def test_a_limit_that_another_objective_raises_is_said_so(monkeypatch):
+    def ratio(dtype: ir.DataType, *, for_size: bool = True) -> float:
+        return 3.0 if for_size else 0.3
+
+    monkeypatch.setattr(pipeline, "max_ratio", ratio)
+    weights = {name: normal(32, 32, seed=seed, dtype=np.float16) for seed, name in enumerate("PM")}
+    model = ir.from_onnx_text(
+        '<ir_version: 9, opset_import: ["": 20]> m (float16[n, 32] x) => (float16[n, 32] y)'
+        " { p = MatMul(x, P) y = MatMul(p, M) }",
+        initializers=[ir.tensor(array, name=name) for name, array in weights.items()],
+    )
+    with pytest.raises(onnx_fold.CheckFailedError, match=r"\(--objective size takes up to 3 times"):
+        onnx_fold.fold(model, strict=True)
+    assert onnx_fold.fold(model, strict=True, objective="size").report.folded
