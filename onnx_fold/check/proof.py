@@ -7,7 +7,7 @@ rounding errors. That a stored weight is the proved one, rounded to nearest, is 
 
 A small model runs whole, in ONNX Runtime's double kernels, or in ``onnx.reference`` where it lacks
 one. Of a large one, or where that does not settle it, every folded stream is cut out of both models
-(:mod:`onnx_fold.check.pieces`) and run by
+(:mod:`onnx_fold.engine.pieces`) and run by
 :class:`onnx_fold.check.interpreter.Interpreter`, which names the stream that is wrong.
 """
 
@@ -32,9 +32,9 @@ from onnx_fold.base.progress import Report, ignore
 from onnx_fold.base.tables import counted
 from onnx_fold.check.feeds import frozen_feeds
 from onnx_fold.check.interpreter import Interpreter
-from onnx_fold.check.pieces import cut, typed
 from onnx_fold.check.runner import evaluator
 from onnx_fold.engine.outcome import StreamReport
+from onnx_fold.engine.pieces import cut, typed
 from onnx_fold.errors import InvalidModelError, OnnxFoldError, UsageError
 from onnx_fold.graph.widen import widen
 from onnx_fold.runtime import sessions

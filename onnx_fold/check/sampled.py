@@ -1,6 +1,6 @@
 """The parity check of a model that is too large to run: some of its folded streams, cut out.
 
-Both pieces of a stream, see :mod:`onnx_fold.check.pieces`, are models with the same inputs and
+Both pieces of a stream, see :mod:`onnx_fold.engine.pieces`, are models with the same inputs and
 outputs, which :func:`onnx_fold.check.parity.verify` compares on random inputs.
 """
 
@@ -17,8 +17,8 @@ from onnx_fold.base.arguments import Provider
 from onnx_fold.base.memory import available_memory
 from onnx_fold.base.progress import Report, ignore
 from onnx_fold.check.parity import ParityReport, verify
-from onnx_fold.check.pieces import cut, typed
 from onnx_fold.engine.outcome import StreamReport
+from onnx_fold.engine.pieces import cut, typed
 from onnx_fold.errors import InvalidModelError, UsageError
 from onnx_fold.graph.widen import precision
 from onnx_fold.runtime.environment import environment
