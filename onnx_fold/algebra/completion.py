@@ -95,7 +95,8 @@ def size_of(rows: Array) -> float:
 
 def _lengths(rows: Array) -> Array:
     """The length of each of ``rows``, ``[n, d]``, without a copy of them."""
-    return np.sqrt(np.einsum("ij,ij->i", rows, rows))
+    lengths: Array = np.sqrt(np.einsum("ij,ij->i", rows, rows))
+    return lengths
 
 
 def farthest(rows: Array, count: int) -> Indices:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
@@ -86,10 +85,10 @@ def rounded_anew(
     if generator is None:
         return weight
     exponents = np.frexp(stored.astype(np.float32) if tensor.dtype.itemsize < 4 else stored)[1]
-    bits, least = FRACTION_BITS[tensor.dtype], ml_dtypes.finfo(stored.dtype).smallest_subnormal
-    half = np.maximum(
-        np.ldexp(weight.dtype.type(0.5), exponents - bits), least.astype(to.numpy()) / 2
-    )
+    bits = FRACTION_BITS[tensor.dtype]
+    least = np.nextafter(*np.array([0, 1], stored.dtype)).astype(np.float64)
+    units = np.maximum(exponents - bits, np.frexp(least)[1] - 1)
+    half = np.ldexp(weight.dtype.type(0.5), units)
     sign = generator.integers(0, 2, weight.shape, np.int8) * np.int8(2) - np.int8(1)
     digits = np.ldexp(weight, bits // 2 - exponents)
     is_exact = (weight == 0) | _are_exact(digits == np.rint(digits))
