@@ -17,8 +17,9 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -369,8 +370,7 @@ def measured(model: Model | Shipped, repeats: int) -> Row:
         error = speedup = copied = merged = None
         if report.folded:
             assert report.verification is not None
-            ratios = [each.ratio for each in report.verification.outputs]
-            error = max((ratio for ratio in ratios if ratio is not None), default=None)
+            error = worst_ratio(report.verification)
             speedup = _timed(source, target, repeats, model.image)
             copied = _timed(source, twin(source), repeats, model.image)
             merged = cost(ir.load(authors)) if has_authors else None
@@ -386,6 +386,12 @@ def measured(model: Model | Shipped, repeats: int) -> Row:
             (_optimised(source), _optimised(target)),
             copied,
         )
+
+
+def worst_ratio(parity: onnx_fold.ParityReport) -> float | None:
+    """The error of the worst output, as a multiple of the original's own."""
+    ratios = [each.ratio for each in parity.outputs]
+    return max((ratio for ratio in ratios if ratio is not None), default=None)
 
 
 def _timed(source: Path, target: Path, repeats: int, image: int) -> tuple[float, ...]:
@@ -447,10 +453,15 @@ def table(rows: Iterable[Row]) -> str:
             *(cell for pair in others for cell in pair),
             *(_told(*each) if each else "" for each in (row.speedup, row.twin)),
             "" if row.error is None else f"{row.error:.1f}",
-            row.why if len(row.why) < 160 else f"{row.why[:157]}...",
+            shortened(row.why),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def shortened(why: str) -> str:
+    """A reason in so many letters that a row stays one."""
+    return why if len(why) < 160 else f"{why[:157]}..."
 
 
 def _told(speedup: float, low: float, high: float, pairs: int = 20, loads: int = 2) -> str:
@@ -463,6 +474,35 @@ def _of(found: Cost | None) -> tuple[str, str]:
     return ("", "") if found is None else (f"{found.weights:,}", f"{found.nodes}")
 
 
+def measure_missing(
+    output: Path, only: Sequence[str], measure: Callable[[Model | Shipped], Any], **options: Any
+) -> dict[str, Any]:
+    """The rows of the JSON file ``output`` by name, with those that it lacked.
+
+    Args:
+        output: The file; it is written after every model, with the ``options``.
+        only: Parts of the names of the models to measure.
+        measure: Makes the row of a model, a dataclass.
+        options: How it is measured.
+    """
+    _kept = declare_torchvision()
+    known = json.loads(output.read_text()) if output.exists() else {}
+    rows: dict[str, Any] = known.get("rows", {})
+    for model in models():
+        if model.name in rows or not all(part in model.name for part in only):
+            continue
+        try:
+            row = measure(model)
+        except Exception as error:  # an exporter, or a package that is missing
+            print(f"{model.name}: {type(error).__name__}: {str(error)[:200]}", flush=True)
+            continue
+        rows[model.name] = asdict(row)
+        found = {**options, "environment": environment("cpu"), "rows": rows}
+        output.write_text(json.dumps(found, indent=1) + "\n")
+        print(row, flush=True)
+    return rows
+
+
 def main() -> None:
     """Measure what is not in the JSON file yet, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -470,20 +510,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=40, help="pairs of runs of each model")
     parser.add_argument("--output", type=Path, default=Path("docs/zoo.json"))
     arguments = parser.parse_args()
-    _kept = declare_torchvision()
-    known = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
-    rows: dict[str, Any] = known.get("rows", {})
-    for model in models():
-        if model.name in rows or not all(part in model.name for part in arguments.only):
-            continue
-        try:
-            rows[model.name] = asdict(measured(model, arguments.repeats))
-        except Exception as error:  # an exporter, or a package that is missing
-            print(f"{model.name}: {type(error).__name__}: {str(error)[:200]}", flush=True)
-            continue
-        found = {"repeats": arguments.repeats, "environment": environment("cpu"), "rows": rows}
-        arguments.output.write_text(json.dumps(found, indent=1) + "\n")
-        print(f"{model.name}: {rows[model.name]['speedup']} {rows[model.name]['why']}", flush=True)
+    measure = partial(measured, repeats=arguments.repeats)
+    rows = measure_missing(arguments.output, arguments.only, measure, repeats=arguments.repeats)
     made = [_row(data) for data in rows.values()]
     packages = ("torch", "timm", "transformers", "peft", "onnxruntime")
     packages += (*dict.fromkeys(package for _, package, _, _ in SHIPPED),)

@@ -9,20 +9,17 @@ ones a deep network leaves the range of float16. Nothing is timed: a CPU compute
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import onnx
 import torch
 from onnxruntime.transformers.float16 import convert_float_to_float16
-from zoo import TIMM, Model, Shipped, declare_torchvision, models
+from zoo import TIMM, Model, Shipped, measure_missing, shortened, worst_ratio
 
 import onnx_fold
-from onnx_fold.runtime.environment import environment
 
 BATCHES, BATCH = 3, 4
 """Random batches of images from which statistics are."""
@@ -104,9 +101,8 @@ def measured(model: Model | Shipped) -> HalfRow:
     )
     if report.verification is None:
         return row
-    ratios = [each.ratio for each in report.verification.outputs]
-    error = max((ratio for ratio in ratios if ratio is not None), default=None)
     stored = report.verification.stored
+    error = worst_ratio(report.verification)
     return replace(row, error=error, stored=None if stored is None else stored.ratio)
 
 
@@ -124,7 +120,7 @@ def table(rows: Iterable[HalfRow]) -> str:
             str(row.kept),
             str(row.taken_back or ""),
             *("" if each is None else f"{each:.1f}" for each in (row.error, row.stored)),
-            row.why if len(row.why) < 160 else f"{row.why[:157]}...",
+            shortened(row.why),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
@@ -136,20 +132,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[], help="names, or parts of them")
     parser.add_argument("--output", type=Path, default=Path("docs/zoo-float16.json"))
     arguments = parser.parse_args()
-    _kept = declare_torchvision()
-    known = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
-    rows: dict[str, Any] = known.get("rows", {})
-    for model in models():
-        if model.name in rows or not all(part in model.name for part in arguments.only):
-            continue
-        try:
-            rows[model.name] = asdict(measured(model))
-        except Exception as error:  # an exporter, or a package that is missing
-            print(f"{model.name}: {type(error).__name__}: {str(error)[:200]}", flush=True)
-            continue
-        found = {"environment": environment("cpu"), "rows": rows}
-        arguments.output.write_text(json.dumps(found, indent=1) + "\n")
-        print(f"{model.name}: {rows[model.name]}", flush=True)
+    rows = measure_missing(arguments.output, arguments.only, measured)
     made = [HalfRow(**row) for row in rows.values()]
     listed = [row for row in made if row.kept or row.taken_back]
     head = HEAD.format(count=len(made), folded=sum(bool(row.kept) for row in made))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from unittest import mock
 
 import numpy as np
@@ -43,6 +46,17 @@ def model(text: str, opset: int = 18, **weights: np.ndarray) -> ir.Model:
     header = f'<ir_version: 10, opset_import: ["": {opset}]> '
     tensors = [ir.tensor(array, name=name) for name, array in weights.items()]
     return ir.from_onnx_text(header + text, initializers=tensors)
+
+
+def load_script(path: Path) -> ModuleType:
+    """A script as a module; its dataclasses look that up by its name."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 def normal(*shape: int, seed: int = 0, dtype=np.float32) -> np.ndarray:

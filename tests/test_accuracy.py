@@ -1,6 +1,5 @@
 """What the accuracy page states, and what its figures rest on."""
 
-import importlib.util
 import json
 import math
 import os
@@ -11,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
+from helpers import load_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -98,10 +98,7 @@ def test_quick_run(tmp_path: Path) -> None:
 
 def test_page_shows_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    spec = importlib.util.spec_from_file_location("accuracy", ROOT / "benchmarks" / "accuracy.py")
-    accuracy = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "accuracy", accuracy)
-    spec.loader.exec_module(accuracy)
+    accuracy = load_script(ROOT / "benchmarks" / "accuracy.py")
     data = json.loads((ROOT / "docs" / "accuracy.json").read_text(encoding="utf-8"))
     check_schema(data)
     check_order(data)

@@ -1,21 +1,14 @@
 """The examples run, and show what docs/pipelines.md says of them."""
 
-import importlib.util
 from pathlib import Path
 
 import onnx_ir as ir
 import pytest
+from helpers import load_script
 
 import onnx_fold
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-
-
-def example(name):
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.filterwarnings("ignore")  # the exporter's own
@@ -23,7 +16,7 @@ def test_the_order_among_other_optimizers(tmp_path):
     pytest.importorskip("torch")
     from onnx_fold.models.export import export
 
-    optimizers = example("with_other_optimizers")
+    optimizers = load_script(EXAMPLES / "with_other_optimizers.py")
     exported = ir.load(export("tiny-fused", tmp_path / "m.onnx", exporter="torchscript"))
     after = {}
     for order in (("onnxscript", "onnx-fold", "onnxruntime"), ("onnxruntime", "onnx-fold")):

@@ -1,17 +1,15 @@
 """Folding in bounded memory: what is evaluated, what is read, what the benchmark counts."""
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import onnx_ir as ir
 import pytest
-from helpers import fold, graph, normal
+from helpers import fold, graph, load_script, normal
 
 from onnx_fold.algebra import expression
 from onnx_fold.algebra.basis import Basis
@@ -45,18 +43,8 @@ def test_the_benchmark_runs(tmp_path: Path) -> None:
     assert 0 < result["peak"] <= result["bound"]
 
 
-def load_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("scale", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    scale = importlib.util.module_from_spec(spec)
-    sys.modules["scale"] = scale
-    spec.loader.exec_module(scale)
-    return scale
-
-
 def test_operations_are_counted_once() -> None:
-    scale = load_script()
+    scale = load_script(SCRIPT)
     basis = Basis(literal(np.eye(4)))
     readers = [basis.of_reader(literal(np.ones((4, n)))) for n in (3, 5)]
     rows = RowSelection(literal(np.ones((9, 4), np.float32)), ir.DataType.FLOAT16)
@@ -68,7 +56,7 @@ def test_operations_are_counted_once() -> None:
 def test_what_completes_a_basis_is_counted() -> None:
     rows = RowSelection(literal(normal(9, 4)), ir.DataType.FLOAT16)
     parts = Completion(rows, 2)
-    counted = load_script().operations([parts.keeping(3).rest, parts.keeping(2).basis])
+    counted = load_script(SCRIPT).operations([parts.keeping(3).rest, parts.keeping(2).basis])
     factors, solves = 2 * 4**3 / 3, 2 * 2 * 4**2 * parts.count
     assert counted["float64"] == pytest.approx(5 * 4**2 + factors + solves)
 

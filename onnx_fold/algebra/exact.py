@@ -19,7 +19,7 @@ import scipy.linalg
 from onnx_fold.algebra import expression as op
 from onnx_fold.algebra.device import Array, Host, Indices
 from onnx_fold.algebra.expression import Expression, FoldedTensor, cast, evaluate, take
-from onnx_fold.algebra.precision import unit_roundoff
+from onnx_fold.algebra.precision import smallest_number, unit_roundoff
 from onnx_fold.errors import WrongWeightError
 
 __all__ = ["LIMIT", "Multiplier", "checked", "exact", "values"]
@@ -250,7 +250,7 @@ def _is_rounded(array: Array, whole: Expression, unit: float) -> bool:
     generator = np.random.default_rng(0)
     squares = _mean_squares(array.reshape(-1, array.shape[-1] if array.ndim else 1))
     noise = unit * math.sqrt(float(np.mean(squares)))
-    noise += float(np.nextafter(np.zeros((), array.dtype), np.ones((), array.dtype)))
+    noise += smallest_number(array.dtype)
     if array.ndim < 2:
         expected = values(whole)
         return _is_near(array, expected, unit * np.abs(expected) + noise)

@@ -26,6 +26,11 @@ def unit_roundoff(dtype: ir.DataType | None) -> float:
     return 2.0 ** -FRACTION_BITS.get(dtype or ir.DataType.FLOAT, 24)
 
 
+def smallest_number(dtype: np.dtype[Any]) -> float:
+    """Return the smallest number of a float type above zero."""
+    return float(np.nextafter(*np.array([0, 1], dtype)))
+
+
 def product_dtype(dtype: ir.DataType) -> npt.DTypeLike:
     """Type in which products of stored weights accumulate: float32 for 16 bits, else float64."""
     return np.float32 if dtype.bitwidth <= 16 else np.float64

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnx_fold.algebra.device import Array
-from onnx_fold.algebra.precision import FRACTION_BITS
+from onnx_fold.algebra.precision import FRACTION_BITS, smallest_number
 from onnx_fold.graph.widen import widen
 from onnx_fold.runtime.generate import Function
 from onnx_fold.runtime.inputs import Arrays
@@ -86,8 +86,7 @@ def rounded_anew(
         return weight
     exponents = np.frexp(stored.astype(np.float32) if tensor.dtype.itemsize < 4 else stored)[1]
     bits = FRACTION_BITS[tensor.dtype]
-    least = np.nextafter(*np.array([0, 1], stored.dtype)).astype(np.float64)
-    units = np.maximum(exponents - bits, np.frexp(least)[1] - 1)
+    units = np.maximum(exponents - bits, np.frexp(smallest_number(stored.dtype))[1] - 1)
     half = np.ldexp(weight.dtype.type(0.5), units)
     sign = generator.integers(0, 2, weight.shape, np.int8) * np.int8(2) - np.int8(1)
     digits = np.ldexp(weight, bits // 2 - exponents)
