@@ -9,12 +9,11 @@ go are given up at first: of all that are not in the basis then, the best take t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 import scipy.linalg
 
-from onnx_fold.algebra.device import HOST, Array, Device, Indices
+from onnx_fold.algebra.device import HOST, Array, Device, Indices, divide
 from onnx_fold.algebra.expression import (
     Concatenate,
     Expression,
@@ -32,6 +31,7 @@ from onnx_fold.algebra.expression import (
 )
 from onnx_fold.algebra.selection import RowSelection, Selection
 from onnx_fold.algebra.storage import Later, OnDemand, Source, Spool
+from onnx_fold.base.threads import once
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,8 @@ class Exchange:
         (a, a_taken), (e, f) = np.split(self.along.mapped(), 2), np.split(self.outside, 2)
         e, e_2 = np.split(e, [count], axis=1)
         with np.errstate(all="ignore"):  # rows that span less than the whole: not finite
-            g = scipy.linalg.blas.dtrsm(1.0, f[:count, :count], e, side=1, lower=1) if count else e
+            g = e.copy()
+            divide(g, f[:count, :count])
             return np.concatenate((a - g @ a_taken[:count], g, e_2 / self.scale), axis=1)
 
 
@@ -190,7 +191,7 @@ class Completion:
             self._parts[kept] = PartialSelection(self, kept)
         return self._parts[kept]
 
-    @cached_property
+    @once
     def exchange(self) -> Exchange:
         """Which rows are given up, and which take their place."""
         return exchange(self.whole, self.count)

@@ -7,7 +7,6 @@ operands, LU with partial pivoting in float64. Results agree within rounding.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import scipy.linalg
 
+from onnx_fold.base.threads import cores
 from onnx_fold.errors import UsageError
 
 if TYPE_CHECKING:
@@ -130,17 +130,35 @@ class Host:
         return solved.astype(rhs.dtype, copy=False)
 
     def eliminate(self, matrix: Array) -> tuple[Indices, Array]:
-        """By LAPACK's ``getrf`` and a triangular solve, in its order of the axes."""
+        """By LAPACK's ``getrf`` and a triangular solve."""
         ordered = converted(matrix, matrix.dtype, "F")
         lu, pivots, _ = _getrf(matrix.dtype)(ordered, overwrite_a=True)
-        trsm = scipy.linalg.blas.get_blas_funcs("trsm", dtype=np.float64)
         rows, width = matrix.shape
-        triangle = lu[:width].astype(np.float64, order="F")
+        triangle = converted(lu[:width], np.dtype(np.float64))
         rest = np.empty((rows - width, width), matrix.dtype)
         for start in range(0, len(rest), _ROWS):
-            block = lu[width + start : width + start + _ROWS].astype(np.float64, order="F")
-            rest[start : start + _ROWS] = trsm(1.0, triangle, block, side=1, lower=1, diag=1)
+            block = converted(lu[width + start : width + start + _ROWS], triangle.dtype)
+            divide(block, triangle, is_unit=True)
+            rest[start : start + _ROWS] = block
         return _order(rows, pivots), rest
+
+
+def divide(x: Array, lower: Array, *, is_unit: bool = False) -> None:
+    """``x L⁻¹`` in place of ``x``, ``[n, d]``, for the lower triangle of ``lower``, ``[d, d]``.
+
+    In panels: products let other threads run, and scipy's solves of triangles do not.
+
+    Args:
+        x: Rows, float64.
+        lower: The triangle, float64.
+        is_unit: Whether ones stand on its diagonal, whatever does.
+    """
+    for start in reversed(range(0, len(lower), _PANEL)):
+        panel, behind = slice(start, start + _PANEL), slice(start + _PANEL, None)
+        own = x[:, panel] - x[:, behind] @ lower[behind, panel]
+        x[:, panel] = scipy.linalg.blas.dtrsm(
+            1.0, lower[panel, panel], own, side=1, lower=1, diag=int(is_unit)
+        )
 
 
 def _getrf(dtype: np.dtype[Any]) -> Any:
@@ -151,6 +169,9 @@ _BLOCK = 2**20
 
 _ROWS = 2048
 """Rows that are widened at a time."""
+
+_PANEL = 256
+"""Columns that are divided at a time."""
 
 
 def converted(array: Array, dtype: np.dtype[Any], order: Literal["C", "F"] = "C") -> Array:
@@ -164,7 +185,7 @@ def converted(array: Array, dtype: np.dtype[Any], order: Literal["C", "F"] = "C"
         with np.errstate(over="ignore", invalid="ignore"):
             copy[start : start + rows] = array[start : start + rows]
 
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
+    with ThreadPoolExecutor(cores()) as threads:
         list(threads.map(fill, range(0, len(array), rows)))
     return copy
 

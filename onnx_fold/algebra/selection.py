@@ -23,6 +23,7 @@ from onnx_fold.algebra.expression import (
     transpose,
 )
 from onnx_fold.algebra.storage import Later, OnDemand, Source, Spool
+from onnx_fold.base.threads import once
 
 
 class Selection(ABC):
@@ -61,7 +62,7 @@ class Selection(ABC):
     def found(self) -> Indices:
         """The order of all rows, those that are kept first."""
 
-    @cached_property
+    @once
     def orders(self) -> dict[str, Indices]:
         """``order``, ``final_order``, ``final_order_of_free`` and ``places`` by their names."""
         order = self.found()
@@ -132,13 +133,13 @@ class RowSelection(Selection):
         """``B`` before it is rounded."""
         return self.selected[1]
 
-    @cached_property
+    @once
     def selected(self) -> tuple[Indices, Source]:
         """The order of the rows, and ``B`` before it is rounded."""
         order, rest = self._select()
         return order, self.spool.add(rest)
 
-    @cached_property
+    @once
     def weights(self) -> Array:
         """How much each row counts, ``[f, 1]``: as much as it is used."""
         if self._seen is None:

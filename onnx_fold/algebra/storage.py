@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 import tempfile
+import threading
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from typing import IO, Any
 import numpy as np
 
 from onnx_fold.algebra.device import Array, Indices, Shape
+from onnx_fold.base.threads import once
 
 
 class Source(ABC):
@@ -78,7 +80,7 @@ class Later(Source):
     dtype: np.dtype[Any]
     find: Callable[[], Source]
 
-    @cached_property
+    @once
     def _found(self) -> Source:
         return self.find()
 
@@ -116,15 +118,19 @@ class InFile(OnDisk):
 
 
 class Spool:
-    """Arrays kept on disk, in a file without a name that goes with the last of them."""
+    """Arrays kept on disk, in a file without a name that goes with the last of them.
+
+    Threads may share one.
+    """
 
     def __init__(self, in_memory: int = 2**20) -> None:
         """Keep arrays of up to ``in_memory`` bytes in memory."""
         self._in_memory = in_memory
+        self._turn = threading.Lock()
 
     @cached_property
-    def file(self) -> IO[bytes]:
-        """Where the arrays lie."""
+    def _file(self) -> IO[bytes]:
+        """Where the arrays lie; whoever holds the turn moves to where it reads or writes."""
         file = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as this object is
         weakref.finalize(self, file.close)
         return file
@@ -133,9 +139,16 @@ class Spool:
         """Keep ``array``, and hold it in memory no longer if it is large."""
         if array.nbytes <= self._in_memory:
             return InMemory(array)
-        offset = self.file.seek(0, os.SEEK_END)
-        np.ascontiguousarray(array).tofile(self.file)
+        lines = np.ascontiguousarray(array)
+        with self._turn:
+            offset = self._file.seek(0, os.SEEK_END)
+            lines.tofile(self._file)
         return InSpool(array.shape, array.dtype, offset, self)
+
+    def mapped(self, array: OnDisk) -> Array:
+        """An array that was added, mapped into memory."""
+        with self._turn:
+            return np.memmap(self._file, array.dtype, "r", array.offset, array.shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,7 +158,7 @@ class InSpool(OnDisk):
     spool: Spool
 
     def mapped(self) -> Array:
-        return np.memmap(self.spool.file, self.dtype, "r", self.offset, self.shape)
+        return self.spool.mapped(self)
 
     def read(self) -> Array:
         return np.array(self.mapped())

@@ -6,20 +6,23 @@ then the one with the fewest operators, then the most accurate one.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import operator
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
-from functools import cache
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from itertools import groupby
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeGuard, TypeVar
 
 import onnx_ir as ir
 
 from onnx_fold.algebra.basis import Basis
 from onnx_fold.algebra.expression import FoldedTensor, ImpliedTensor
 from onnx_fold.base.progress import Report, ignore
+from onnx_fold.base.threads import two_at_a_time
 from onnx_fold.engine.batch_norms import norms_as_gains
 from onnx_fold.engine.candidate import GROWTH, Candidate, Memo, Options, Proposal, propose
 from onnx_fold.engine.cost import cost
@@ -48,12 +51,15 @@ from onnx_fold.streams.stream import Stream, find_streams
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 
 class FoldPass(ir.passes.InPlacePass):
     """Base of the fold strategies; also a pass of its own in any ``onnx_ir.passes.Sequential``.
 
     A strategy sets ``name`` and implements :meth:`candidates`, :meth:`of_branches`,
-    :meth:`of_joined`, :meth:`of_divided` or :meth:`of_rows`.
+    :meth:`of_joined`, :meth:`of_divided` or :meth:`of_rows`. Two threads may ask it at the same
+    time, of streams that share no layer; the graph is not changed meanwhile.
 
     Attributes:
         name: What it is called on the command line.
@@ -197,70 +203,195 @@ def _fold_streams(
     progress: Report,
 ) -> list[StreamReport]:
     order = {node: position for position, node in enumerate(model.graph)}
-    reports: list[tuple[int, StreamReport]] = []
-    finished: set[ir.Node] = set()
-    shapes: Shapes | None = inferred
-    is_first_round = True
-    memo: Memo = {}
-    phases = _phases(passes)
-    rotated: set[ir.Value] = set()
     if options.by_reads:
         options = replace(options, room=(GROWTH - 1) * cost(model).weights)
-    while True:
-        left: list[tuple[int, StreamReport]] = []
-        touched: set[ir.Node] = set()
-        waiting: dict[ir.Node, int] = {}
-        kept: dict[ir.Value, NormsKept] = {}
-        is_merging = not any(each.is_basis_change for each in phases[0])
-        later = [each for each in passes if each not in phases[0]]
-        for stream in _subjects(model, activations, shapes, phases[0], progress):
-            nodes = stream.nodes
-            position = min(order.get(node, 0) for node in nodes)
-            report = StreamReport.of(stream, kept)
-            is_general = stream.group == Group.GENERAL
-            normed = stream if isinstance(stream, Stream) and not is_general else None
-            if normed is not None and not normed.is_closed:
-                kept |= dict.fromkeys(normed.values, norms_kept(normed, report))
+    fold = _Fold(editor, order, options, activations)
+    phases = _phases(passes)
+    shapes: Shapes | None = inferred
+    is_first = True
+    with two_at_a_time() as threads, fold.going_on():
+        while True:
+            now, later = phases[0], [each for each in passes if each not in phases[0]]
+            this = _Round(fold, is_merging=_only_merge(now), is_first=is_first)
+            for wave in this.waves(_subjects(model, activations, shapes, now, progress)):
+                choose = partial(_choose, fold=fold, passes=now, later=later)
+                chosen = [*_told(wave, threads.map(choose, wave), progress)]
+                for each, (report, rewrite) in zip(wave, chosen, strict=True):
+                    this.settle(each.subject, report, rewrite)
+            if not this.touched and len(phases) == 1:
+                found = sorted([*fold.reports, *this.left], key=operator.itemgetter(0))
+                return [report for _, report in found]
+            if not this.touched:
+                del phases[0]
+            is_first, shapes = False, None if this.touched else shapes
+
+
+def _told(wave: Sequence[_Asked], choices: Iterator[T], progress: Report) -> Iterator[T]:
+    """Wait for one choice after the other, and tell which it is."""
+    for each in wave:
+        progress(f"choosing folds: {each.where}", 0, 0)
+        yield next(choices)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A subject of which a fold is asked.
+
+    Attributes:
+        subject: The subject.
+        report: What is known of it before.
+        where: Which of how many it is, for people.
+    """
+
+    subject: Subject
+    report: StreamReport
+    where: str
+
+
+@dataclass
+class _Fold:
+    """A model on its way to the fixpoint.
+
+    Attributes:
+        editor: Changes its graph.
+        order: Where each node stood in it.
+        options: What decides among candidates.
+        activations: Recorded rows.
+        memo: Verdicts that were given.
+        reports: What was folded, and what never can be, by places in the graph.
+        finished: Nodes of streams that were folded.
+        rotated: Values of streams with norms that were.
+        is_over: Whether it was done, or given up: no further candidate is weighed.
+    """
+
+    editor: Editor
+    order: Mapping[ir.Node, int]
+    options: Options
+    activations: Activations | None
+    memo: Memo = field(default_factory=dict)
+    reports: list[tuple[int, StreamReport]] = field(default_factory=list)
+    finished: set[ir.Node] = field(default_factory=set)
+    rotated: set[ir.Value] = field(default_factory=set)
+    is_over: bool = False
+
+    @contextlib.contextmanager
+    def going_on(self) -> Iterator[None]:
+        """Whoever waits for the threads that decide does not wait for all that they would weigh."""
+        try:
+            yield
+        finally:
+            self.is_over = True
+
+    def judged(self, candidate: Candidate, stream: Subject) -> CandidateReport:
+        """Weigh a candidate."""
+        if self.is_over:
+            raise CancelledError
+        return candidate.judged(stream, self.options, self.memo)
+
+    def placed(self, subject: Subject, report: StreamReport) -> tuple[int, StreamReport]:
+        """A report, and where the first of the nodes stood; one that is new counts as the first."""
+        return min(self.order.get(node, 0) for node in subject.nodes), report
+
+    def take(self, subject: Subject, report: StreamReport, rewrite: Rewrite) -> None:
+        """Fold ``subject``."""
+        assert report.folded is not None
+        moved = (*subject.values, *rewrite.reordered, *rewrite.mixed, *rewrite.resized)
+        if self.activations is not None:
+            self.activations.forget(moved)
+        names = frozenset(v.name for v in (*moved, *rewrite.touched) if v.name)
+        if self.options.by_reads:
+            room = self.options.room + rewrite.weights_removed()
+            self.options = replace(self.options, room=room)
+        rewrite.apply(self.editor)
+        logger.info("%s: %s", report.folded.strategy, report.folded.text)
+        self.finished |= subject.nodes
+        self.reports.append(self.placed(subject, replace(report, changed=names)))
+        if _is_normed(subject):
+            self.rotated |= set(subject.values)
+
+
+def _is_normed(subject: Subject) -> TypeGuard[Stream]:
+    """Whether it is a stream that only an orthogonal basis passes through."""
+    return isinstance(subject, Stream) and subject.group != Group.GENERAL
+
+
+class _Round:
+    """One look at whatever could be folded.
+
+    Attributes:
+        touched: Nodes that it changed; what shares one of them is looked at in the next round.
+        left: Reports of what was not folded.
+    """
+
+    def __init__(self, fold: _Fold, *, is_merging: bool, is_first: bool) -> None:
+        self.touched: set[ir.Node] = set()
+        self.left: list[tuple[int, StreamReport]] = []
+        self._fold = fold
+        self._is_merging = is_merging
+        self._is_first = is_first
+        self._waiting: dict[ir.Node, int] = {}
+        self._kept: dict[ir.Value, NormsKept] = {}
+
+    def waves(self, subjects: Iterable[tuple[Subject, str]]) -> Iterator[list[_Asked]]:
+        """What can be decided at the same time: streams, in a row, that share no node.
+
+        Where passes only merge, one comes after the other: the first may change what is best for
+        those behind it.
+        """
+        wave: list[_Asked] = []
+        nodes: set[ir.Node] = set()
+        for subject, where in subjects:
+            report = StreamReport.of(subject, self._kept)
+            if not self._is_asked(subject, report):
                 continue
-            if not report.is_foldable:
-                if is_first_round and not rotated.intersection(stream.values):
-                    reports.append((position, report))
+            is_alone = self._is_merging or not isinstance(subject, Stream) or _is_normed(subject)
+            if wave and (is_alone or (subject.is_closed and nodes & subject.nodes)):
+                yield wave
+                wave, nodes = [], set()
+            if self._waits(subject):
                 continue
-            wider = max((waiting.get(node, 0) for node in nodes), default=0)
-            if nodes & touched or (is_merging and wider > stream.width):
-                waiting |= {node: max(stream.width, waiting.get(node, 0)) for node in nodes}
-                continue  # a neighbour has just changed, or is to: look again in the next round
-            report, rewrite = _choose(stream, report, phases[0], later, options, memo)
-            if rewrite is not None and report.folded is not None:
-                changed = nodes | rewrite.nodes
-                if changed & touched:
-                    continue
-                moved = (*stream.values, *rewrite.reordered, *rewrite.mixed, *rewrite.resized)
-                if activations is not None:
-                    activations.forget(moved)
-                names = frozenset(v.name for v in (*moved, *rewrite.touched) if v.name)
-                if options.by_reads:
-                    options = replace(options, room=options.room + rewrite.weights_removed())
-                rewrite.apply(editor)
-                logger.info("%s: %s", report.folded.strategy, report.folded.text)
-                touched |= changed
-                finished |= nodes
-                reports.append((position, replace(report, changed=names)))
-                if normed is not None:
-                    rotated |= set(normed.values)
-            elif normed is not None:
-                found = norms_kept(normed, report)
-                kept |= dict.fromkeys(normed.values, found)
-                if not normed.writers:  # no projection leads to the norm: nothing else tells of it
-                    left.append((position, replace(report, reasons=[found.text])))
-            elif (stream.is_closed or not nodes & finished) and report.is_foldable:
-                left.append((position, report))
-        if not touched and len(phases) == 1:
-            break
-        if not touched:
-            del phases[0]
-        is_first_round, shapes = False, None if touched else shapes
-    return [report for _, report in sorted([*reports, *left], key=lambda item: item[0])]
+            wave.append(_Asked(subject, report, where))
+            nodes |= subject.nodes
+            if is_alone:
+                yield wave
+                wave, nodes = [], set()
+        if wave:
+            yield wave
+
+    def _is_asked(self, subject: Subject, report: StreamReport) -> bool:
+        """Whether a fold can be asked of ``subject``; else what is known of it is noted."""
+        fold = self._fold
+        if _is_normed(subject) and not subject.is_closed:
+            self._kept |= dict.fromkeys(subject.values, norms_kept(subject, report))
+            return False
+        if not report.is_foldable and self._is_first and not fold.rotated & {*subject.values}:
+            fold.reports.append(fold.placed(subject, report))
+        return report.is_foldable
+
+    def _waits(self, subject: Subject) -> bool:
+        """Whether a neighbour has just changed, or is to: it is looked at in the next round."""
+        nodes, width = subject.nodes, subject.width
+        wider = max((self._waiting.get(node, 0) for node in nodes), default=0)
+        if not nodes & self.touched and not (self._is_merging and wider > width):
+            return False
+        self._waiting |= {node: max(width, self._waiting.get(node, 0)) for node in nodes}
+        return True
+
+    def settle(self, subject: Subject, report: StreamReport, rewrite: Rewrite | None) -> None:
+        """Fold ``subject``, or note why it is left; what the others of its wave changed waits."""
+        fold = self._fold
+        if rewrite is not None and report.folded is not None:
+            changed = subject.nodes | rewrite.nodes
+            if not changed & self.touched and rewrite.weights_removed() + fold.options.room >= 0:
+                self.touched |= changed
+                fold.take(subject, report, rewrite)
+        elif _is_normed(subject):
+            found = norms_kept(subject, report)
+            self._kept |= dict.fromkeys(subject.values, found)
+            if not subject.writers:  # no projection leads to the norm: nothing else tells of it
+                self.left.append(fold.placed(subject, replace(report, reasons=[found.text])))
+        elif subject.is_closed or not subject.nodes & fold.finished:
+            self.left.append(fold.placed(subject, report))
 
 
 def _phases(passes: Sequence[FoldPass]) -> list[Sequence[FoldPass]]:
@@ -269,14 +400,18 @@ def _phases(passes: Sequence[FoldPass]) -> list[Sequence[FoldPass]]:
     return [merging, passes] if 0 < len(merging) < len(passes) else [passes]
 
 
+def _only_merge(passes: Iterable[FoldPass]) -> bool:
+    return not any(each.is_basis_change for each in passes)
+
+
 def _subjects(
     model: ir.Model,
     activations: Activations | None,
     inferred: Shapes | None,
     passes: Sequence[FoldPass],
     progress: Report,
-) -> Iterator[Subject]:
-    """What the passes are asked about.
+) -> Iterator[tuple[Subject, str]]:
+    """What the passes are asked about, and which of how many it is.
 
     Streams that only an orthogonal basis passes through are looked for if a pass asks for them; the
     parts of open ones are among those that any basis passes through, with the reasons.
@@ -286,10 +421,9 @@ def _subjects(
     ``d``, ``d' d + d dⱼ`` becomes ``d' dⱼ``, which is less. So it keeps the narrowest, or none.
     """
 
-    def told(what: str, found: Sequence[Subject]) -> Iterator[Subject]:
+    def numbered(what: str, found: Sequence[Subject]) -> Iterator[tuple[Subject, str]]:
         for number, subject in enumerate(found, 1):
-            progress(f"choosing folds: {what} {number} of {len(found)}", 0, 0)
-            yield subject
+            yield subject, f"{what} {number} of {len(found)}"
         if found:
             progress("looking for streams", 0, 0)
 
@@ -298,22 +432,22 @@ def _subjects(
     if _ask(passes, "of_rows"):
         is_picked = any(each.options.by_reads for each in passes)
         found = [*find_row_layers(model.graph, shapes, is_picked=is_picked)]
-        yield from told("layer of a constant", found)
+        yield from numbered("layer of a constant", found)
     if _ask(passes, "of_branches"):
-        yield from told("sum of branches", [*find_branches(model.graph, shapes)])
+        yield from numbered("sum of branches", [*find_branches(model.graph, shapes)])
     if _ask(passes, "of_joined"):
-        yield from told("concatenation", [*find_joined(model.graph, shapes)])
+        yield from numbered("concatenation", [*find_joined(model.graph, shapes)])
     if _ask(passes, "of_divided"):
-        yield from told("piece", [*find_divided(model.graph, shapes)])
+        yield from numbered("piece", [*find_divided(model.graph, shapes)])
     if any(each.group == Group.ORTHOGONAL for each in passes):
         normed = find_norm_streams(model, activations, shapes.without_facts())
         ends = [each for each in normed if each.readers or not each.is_closed]
         between = [each for each in ends if each.written_by]
-        yield from told("stream with norms", between)
+        yield from numbered("stream with norms", between)
     streams = find_streams(model, activations, shapes)
-    if not any(each.is_basis_change for each in passes):
+    if _only_merge(passes):
         streams.sort(key=lambda stream: (-stream.width, len(stream.members)))
-    yield from told("stream", streams)
+    yield from numbered("stream", streams)
 
 
 def _ask(passes: Sequence[FoldPass], hook: str) -> bool:
@@ -322,17 +456,14 @@ def _ask(passes: Sequence[FoldPass], hook: str) -> bool:
 
 
 def _choose(
-    stream: Subject,
-    report: StreamReport,
-    passes: Sequence[FoldPass],
-    later: Sequence[FoldPass],
-    options: Options,
-    memo: Memo,
+    asked: _Asked, fold: _Fold, passes: Sequence[FoldPass], later: Sequence[FoldPass]
 ) -> tuple[StreamReport, Rewrite | None]:
     """The best admissible candidate of a stream, or the reasons why there is none.
 
-    What saves less than a candidate of the passes that are asked ``later`` waits for them.
+    What saves less than a candidate of the passes that are asked ``later`` waits for them. The
+    graph is read and not changed: several are chosen at the same time.
     """
+    stream, report, options = asked.subject, asked.report, fold.options
     if not stream.is_closed:
         return report, None
     protected = sorted(_names(stream) & options.protect)
@@ -345,7 +476,7 @@ def _choose(
     later = [each for each in later if each.group == stream.group]
 
     def is_accurate(candidate: Candidate) -> bool:
-        verdict = candidate.judged(stream, options, memo)
+        verdict = fold.judged(candidate, stream)
         if verdict.refused is not None:
             judged.append(verdict)
         return verdict.refused is None
@@ -358,7 +489,7 @@ def _choose(
     for group in _ranked(stream, passes, later, judged, is_priced, is_accurate, is_fast=is_fast):
         accepted: list[tuple[CandidateReport, Candidate]] = []
         for candidate in sorted(group, key=lambda candidate: candidate.basis is not None):
-            verdict = candidate.judged(stream, options, memo)
+            verdict = fold.judged(candidate, stream)
             judged.append(verdict)
             if verdict.refused is None:
                 accepted.append((verdict, candidate))

@@ -32,6 +32,7 @@ from onnx_fold.algebra.device import Array
 from onnx_fold.algebra.exact import checked
 from onnx_fold.algebra.expression import FoldedTensor
 from onnx_fold.base import progress
+from onnx_fold.base.threads import two_at_a_time
 from onnx_fold.errors import CannotWriteError, InvalidModelError
 from onnx_fold.files.load import (
     PROTOBUF_LIMIT,
@@ -204,13 +205,13 @@ def run_jobs(
 def _submitter(executor: Executor | None, largest: int) -> Iterator[Callable[[Job], Future[None]]]:
     """How to start a job. Without an executor two weights are evaluated at a time, if they fit.
 
-    Products use all cores, and while one is read, rounded or written the other has them.
+    While one is read, rounded or written, the other has the processor.
     """
     if executor is not None:
         yield lambda job: executor.submit(job.run)
         return
     room = _Room(_BYTES_AT_MOST * largest)
-    with ThreadPoolExecutor(1) as copies, ThreadPoolExecutor(2) as evaluations:
+    with ThreadPoolExecutor(1) as copies, two_at_a_time() as evaluations:
 
         def submit(job: Job) -> Future[None]:
             if isinstance(job.data, Source):
