@@ -14,6 +14,7 @@ from helpers import load_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from onnx_fold.algebra import completion
 from onnx_fold.algebra.basis import Basis
 from onnx_fold.algebra.completion import Completion, find_gap, size_of
 from onnx_fold.algebra.exact import Multiplier, exact, values
@@ -229,8 +230,8 @@ def test_rows_are_left_out_where_they_cost_most() -> None:
     assert Basis(Completion(whole, 1).keeping(7).basis).condition < 1.1
 
 
-def test_the_best_rows_take_the_place_of_the_worst() -> None:
-    """Coordinates grow less than if the worst rows went and none came for them."""
+def test_the_best_rows_take_the_place_of_the_worst(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Coordinates grow less than if the worst rows went, at once, and none came for them."""
     width, kept = 200, 180
     ratios = []
     for seed in range(3):
@@ -238,13 +239,48 @@ def test_the_best_rows_take_the_place_of_the_worst() -> None:
         matrix = generator.standard_normal((4 * width, width))
         matrix *= np.exp(generator.standard_normal((len(matrix), 1)))
         whole = RowSelection(literal(matrix), ir.DataType.DOUBLE)
-        gap = find_gap(evaluate(whole.basis), width - kept)
+        with monkeypatch.context() as patch:
+            patch.setattr(completion, "STEPS", 1)
+            gap = find_gap(evaluate(whole.basis), width - kept)
         basis = evaluate(whole.basis)
         without = np.vstack((basis[gap.left], size_of(basis) * gap.complement))
         chosen = evaluate(Completion(whole, width - kept).keeping(kept).basis)
         ratios.append(growth(chosen, matrix) / growth(without, matrix))
     assert max(ratios) < 1.0
     assert np.mean(ratios) < 0.95
+
+
+def test_rows_that_are_given_up_after_others_depend_on_these() -> None:
+    """In steps, the rows that are left condition the basis better than the worst ones at once."""
+    ratios = []
+    for seed in range(3):
+        matrix = np.random.default_rng(seed).standard_normal((800, 200))
+        basis = evaluate(RowSelection(literal(matrix), ir.DataType.DOUBLE).basis)
+        found = {}
+        for steps in (1, completion.STEPS):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(completion, "STEPS", steps)
+                gap = find_gap(basis, 40)
+            without = np.vstack((basis[gap.left], size_of(basis) * gap.complement))
+            found[steps] = growth(without, matrix)
+            np.testing.assert_allclose(gap.complement @ gap.complement.T, np.eye(40), atol=1e-9)
+            again = gap.along @ basis[gap.left] + gap.outside @ gap.complement
+            np.testing.assert_allclose(again, basis[gap.dropped], atol=1e-9)
+        ratios.append(found[completion.STEPS] / found[1])
+    assert max(ratios) < 1.0
+
+
+def test_of_rows_as_far_from_the_others_the_shorter_take_their_place() -> None:
+    """What rounds a coordinate is multiplied by its row: long rows stay out of the basis."""
+    generator = np.random.default_rng(0)
+    matrix = generator.standard_normal((800, 100))
+    matrix[400:] += 30.0 * generator.standard_normal((400, 4)) @ generator.standard_normal((4, 100))
+    whole = RowSelection(literal(matrix), ir.DataType.DOUBLE)
+    length = np.linalg.norm(matrix, axis=1)
+    found = Completion(whole, 20).exchange
+    order = whole.found()
+    rows = np.concatenate((order[found.dropped], order[100:]))
+    assert np.median(length[rows[found.taken]]) < np.median(length)
 
 
 def growth(basis: np.ndarray, matrix: np.ndarray) -> float:

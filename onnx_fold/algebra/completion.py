@@ -3,7 +3,8 @@
 A basis of all ``d`` rows of a matrix is as good as its worst rows. With these gone, ``k`` rows are
 left; an orthonormal complement of their span, scaled to the size of the rows, completes them. That
 gives up ``(d - k) d`` of the ``d²`` weights that a basis saves. Two thirds more rows than have to
-go are given up at first: of all that are not in the basis then, the best take their place.
+go are given up at first, a quarter of them at a time: of all that are not in the basis then, the
+best take their place.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from onnx_fold.algebra.expression import (
     literal,
     take,
 )
-from onnx_fold.algebra.selection import RowSelection, Selection
+from onnx_fold.algebra.selection import RowSelection, Selection, lengths
 from onnx_fold.algebra.storage import Later, OnDemand, Source, Spool
 from onnx_fold.base.threads import once
 
@@ -39,8 +40,8 @@ class Gap:
     """What a basis ``O₁`` (``[d, d]``) loses without the ``m`` rows that condition it worst.
 
     The columns of ``O₁⁻¹`` that belong to these rows, ``O_D``, are orthogonal to the others,
-    ``O_S``. With ``Q R`` their QR decomposition ``C = Qᵀ`` is the complement of ``O_S``, and
-    ``O_D = A O_S + E C`` with ``E = O_D Q = R⁻¹`` and ``A = -E (C O₁⁻¹)_S``.
+    ``O_S``. With ``Q`` an orthonormal basis of what they span ``C = Qᵀ`` is the complement of
+    ``O_S``, and ``O_D = A O_S + E C`` with ``E = O_D Q`` and ``A = -E (C O₁⁻¹)_S``.
 
     Attributes:
         dropped: The places of the rows in the basis, ``[m]``.
@@ -57,12 +58,17 @@ class Gap:
     outside: Array
 
 
+STEPS = 4
+"""In how many steps rows are given up: whoever conditions a basis badly depends on the others."""
+
+
 def find_gap(basis: Array, count: int, device: Device = HOST, samples: int = 64) -> Gap:
     """Find the ``count`` rows of a ``basis`` that condition it worst.
 
     Rounding a coordinate of a vector adds an error in proportion to the length of its row, and to
     that of its column of the inverse, by which the coordinate is large. As many random products as
-    there are ``samples`` tell how long the columns are.
+    there are ``samples`` tell how long the columns are; what those of the rows that were given up
+    before span does not count.
     """
     wide = basis.astype(np.float64)
     factors = device.lu_factor(device.load(wide))
@@ -71,13 +77,17 @@ def find_gap(basis: Array, count: int, device: Device = HOST, samples: int = 64)
         return device.fetch(device.lu_solve(factors, device.load(rhs), transposed))
 
     random = np.random.default_rng(0).standard_normal((len(wide), samples))
+    sizes, left, dropped = lengths(wide), np.arange(len(wide)), np.empty(0, np.intp)
+    q = np.empty((len(wide), 0))
     with np.errstate(all="ignore"):  # a singular basis: nothing of it is finite
-        lengths = _lengths(solve(random, transposed=True))
-        worst = np.argsort(-lengths * _lengths(wide), kind="stable")
-        dropped, left = worst[:count], np.sort(worst[count:])
-        units = np.zeros((len(wide), count))
-        units[dropped, np.arange(count)] = 1.0
-        q = np.linalg.qr(solve(units, transposed=False))[0]
+        for step in np.array_split(np.arange(count), min(count, STEPS)):
+            columns = lengths(solve(random - q @ (q.T @ random), transposed=True))
+            worst = left[np.argsort(-(columns * sizes)[left], kind="stable")[: len(step)]]
+            units = np.zeros((len(wide), len(worst)))
+            units[worst, np.arange(len(worst))] = 1.0
+            inverse = solve(units, transposed=False)
+            q = np.concatenate((q, np.linalg.qr(inverse - q @ (q.T @ inverse))[0]), axis=1)
+            dropped, left = np.append(dropped, worst), np.setdiff1d(left, worst)
         outside = wide[dropped] @ q
         along = -outside @ solve(q, transposed=True)[left].T
         return Gap(dropped, left, q.T, along, outside)
@@ -90,13 +100,7 @@ def given_up_first(missing: int, width: int) -> int:
 
 def size_of(rows: Array) -> float:
     """The root mean square of the lengths of ``rows``, ``[n, d]``."""
-    return float(np.sqrt(np.mean(_lengths(rows) ** 2)))
-
-
-def _lengths(rows: Array) -> Array:
-    """The length of each of ``rows``, ``[n, d]``, without a copy of them."""
-    lengths: Array = np.sqrt(np.einsum("ij,ij->i", rows, rows))
-    return lengths
+    return float(np.sqrt(np.mean(lengths(rows) ** 2)))
 
 
 def farthest(rows: Array, count: int) -> Indices:
@@ -148,17 +152,23 @@ class Exchange:
 
 
 def exchange(whole: RowSelection, count: int) -> Exchange:
-    """Give up the ``count`` worst rows of a basis, and find the best rows for their places."""
+    """Give up the ``count`` worst rows of a basis, and find the best rows for their places.
+
+    Those are far from the span of the others, and not long themselves: what rounds the coordinate
+    of a row is multiplied by the row.
+    """
     basis = evaluate(whole.basis, whole.device)
     rest = evaluate(whole.coefficients)
     gap = find_gap(basis, count, whole.device)
     order = whole.found()
     rows = np.concatenate((order[gap.dropped], order[len(basis) :]))
     free = np.flatnonzero((rows >= whole.free.start) & (rows < whole.free.stop))
+    sizes = np.maximum(whole.selected[2][rows], np.finfo(rest.dtype).tiny)
+    worth = whole.weights[rows, 0] / np.sqrt(sizes)
     with np.errstate(all="ignore"):
         outside = gap.outside.astype(rest.dtype)
         outside = np.concatenate((outside, rest[:, gap.dropped] @ outside))
-        taken = free[farthest((outside * whole.weights[rows])[free], count)]
+        taken = free[farthest((outside * worth[:, None])[free], count)]
         own = np.zeros((count, len(basis)))
         is_other = taken >= count
         own[is_other] = rest[taken[is_other] - count]

@@ -134,10 +134,19 @@ class RowSelection(Selection):
         return self.selected[1]
 
     @once
-    def selected(self) -> tuple[Indices, Source]:
-        """The order of the rows, and ``B`` before it is rounded."""
-        order, rest = self._select()
-        return order, self.spool.add(rest)
+    def selected(self) -> tuple[Indices, Source, Array]:
+        """The order of the rows, ``B`` before it is rounded, and the lengths of the rows, ``[f]``.
+
+        A row that is used more is longer by as much.
+        """
+        matrix = evaluate(self.matrix, self.device)
+        if self._seen is not None:
+            matrix = (matrix * self.weights).astype(matrix.dtype)
+        order, rest = self._select_free(matrix)
+        if self._seen is not None:
+            ordered, width = self.weights[order], matrix.shape[1]
+            rest = rest / ordered[width:] * ordered[:width].T
+        return order, self.spool.add(rest), lengths(matrix)
 
     @once
     def weights(self) -> Array:
@@ -147,14 +156,6 @@ class RowSelection(Selection):
         sizes = np.sqrt(np.mean(self._seen**2, axis=0))
         weights: Array = np.maximum(sizes, 1e-3 * sizes.max(initial=1e-30))[:, None]
         return weights
-
-    def _select(self) -> tuple[Indices, Array]:
-        matrix = evaluate(self.matrix, self.device)
-        if self._seen is None:
-            return self._select_free(matrix)
-        order, rest = self._select_free((matrix * self.weights).astype(matrix.dtype))
-        ordered, width = self.weights[order], matrix.shape[1]
-        return order, rest / ordered[width:] * ordered[:width].T
 
     def _select_free(self, matrix: Array) -> tuple[Indices, Array]:
         """Select among the free rows, and express the others by these."""
@@ -172,6 +173,12 @@ class RowSelection(Selection):
             parts.reverse()  # those that stay come behind
         places, coefficients = zip(*parts, strict=True)
         return np.concatenate((order[:width], *places)), np.concatenate(coefficients)
+
+
+def lengths(rows: Array) -> Array:
+    """The length of each of ``rows``, ``[n, d]``, without a copy of them."""
+    found: Array = np.sqrt(np.einsum("ij,ij->i", rows, rows))
+    return found
 
 
 def select_rows(
