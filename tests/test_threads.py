@@ -101,6 +101,18 @@ def test_products_take_one_core_each_where_there_are_two(monkeypatch, count):
     assert cores() >= 1
 
 
+def test_folds_beside_each_other_leave_products_as_they_were(monkeypatch):
+    monkeypatch.setattr(threads, "cores", lambda: 2)
+    before = of_products()
+    first, second = two_at_a_time(), two_at_a_time()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert of_products() == [1] * len(before)
+    second.__exit__(None, None, None)
+    assert of_products() == before
+
+
 def test_what_has_not_begun_is_not_begun_when_one_fails():
     begun, running, waiting = [], [], []
 

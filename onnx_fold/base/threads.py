@@ -23,6 +23,30 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
+class _OneCoreEach:
+    """Products of the process take one core, as long as anyone is inside."""
+
+    def __init__(self) -> None:
+        self._turn = threading.Lock()
+        self._inside = 0
+        self._limits: Any = None
+
+    def __enter__(self) -> None:
+        with self._turn:
+            if not self._inside:
+                self._limits = threadpool_limits(1, "blas")
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._turn:
+            self._inside -= 1
+            if not self._inside:
+                self._limits.restore_original_limits()
+
+
+_ONE_CORE_EACH = _OneCoreEach()
+
+
 @contextlib.contextmanager
 def two_at_a_time() -> Iterator[ThreadPoolExecutor]:
     """Threads for two computations. Products in them use all cores, and one where there are two.
@@ -31,9 +55,8 @@ def two_at_a_time() -> Iterator[ThreadPoolExecutor]:
     computation that is the thread whose core is taken. While this runs, products of the whole
     process are limited so.
     """
-    limited = threadpool_limits(1, "blas") if cores() <= 2 else contextlib.nullcontext()
     threads = ThreadPoolExecutor(2)
-    with limited:
+    with _ONE_CORE_EACH if cores() <= 2 else contextlib.nullcontext():
         try:
             yield threads
         finally:
