@@ -161,6 +161,12 @@ def test_rows_are_divided_by_a_triangle(width, rows, is_unit, seed):
 # --- Streams side by side -------------------------------------------------------------------------
 
 
+@pytest.fixture
+def small_counts(monkeypatch):
+    """Streams of any size are decided side by side."""
+    monkeypatch.setattr(folding, "LARGE", 0)
+
+
 class Sequential:
     """What runs each job when it is asked for."""
 
@@ -173,7 +179,7 @@ def one_at_a_time():
     yield Sequential()
 
 
-def test_streams_decided_side_by_side_fold_as_one_after_the_other(monkeypatch):
+def test_streams_decided_side_by_side_fold_as_one_after_the_other(small_counts, monkeypatch):
     model = several(5, 16)
     together = onnx_fold.fold(model, skip=["merge"])
     monkeypatch.setattr(folding, "two_at_a_time", one_at_a_time)
@@ -204,7 +210,7 @@ class Meeting(FoldPass):
             self.now -= stream.nodes
 
 
-def test_streams_that_share_no_layer_are_decided_at_the_same_time():
+def test_streams_that_share_no_layer_are_decided_at_the_same_time(small_counts):
     meeting = Meeting()
     model = several(4)
     result = onnx_fold.fold(model, passes=[meeting], only=["meeting"])
@@ -213,6 +219,20 @@ def test_streams_that_share_no_layer_are_decided_at_the_same_time():
     x = normal(3, 8, seed=9)
     for name, value in outputs(result.ir, x=x).items():
         np.testing.assert_allclose(value, outputs(model, x=x)[name], rtol=1e-3, atol=1e-3)
+
+
+def test_small_streams_are_decided_one_after_the_other(monkeypatch):
+    waves = []
+    real = folding._Round.waves
+
+    def watched(self, subjects):
+        for wave in real(self, subjects):
+            waves.append([each for each in wave if each.subject.is_closed])
+            yield wave
+
+    monkeypatch.setattr(folding._Round, "waves", watched)
+    onnx_fold.fold(several(4), skip=["merge"])
+    assert max(map(len, waves)) == 1
 
 
 class Counting(FoldPass):
@@ -229,7 +249,7 @@ class Counting(FoldPass):
             yield self.make_identity(stream, reader, Basis(reader.matrix))
 
 
-def test_an_interrupt_does_not_wait_for_all_that_would_be_decided():
+def test_an_interrupt_does_not_wait_for_all_that_would_be_decided(small_counts):
     counting = Counting()
 
     def interrupt(what, done, total):

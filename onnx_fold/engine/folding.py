@@ -53,6 +53,9 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+LARGE = 2**20
+"""Numbers that the matrices of a stream hold, at least, where it is decided beside another one."""
+
 
 class FoldPass(ir.passes.InPlacePass):
     """Base of the fold strategies; also a pass of its own in any ``onnx_ir.passes.Sequential``.
@@ -215,7 +218,8 @@ def _fold_streams(
             this = _Round(fold, is_merging=_only_merge(now), is_first=is_first)
             for wave in this.waves(_subjects(model, activations, shapes, now, progress)):
                 choose = partial(_choose, fold=fold, passes=now, later=later)
-                chosen = [*_told(wave, threads.map(choose, wave), progress)]
+                choices = threads.map(choose, wave) if len(wave) > 1 else map(choose, wave)
+                chosen = [*_told(wave, choices, progress)]
                 for each, (report, rewrite) in zip(wave, chosen, strict=True):
                     this.settle(each.subject, report, rewrite)
             if not this.touched and len(phases) == 1:
@@ -310,6 +314,11 @@ class _Fold:
             self.rotated |= set(subject.values)
 
 
+def _size(subject: Subject) -> int:
+    """How many numbers its matrices hold."""
+    return sum(member.weight.tensor.size for member in subject.members)
+
+
 def _is_normed(subject: Subject) -> TypeGuard[Stream]:
     """Whether it is a stream that only an orthogonal basis passes through."""
     return isinstance(subject, Stream) and subject.group != Group.GENERAL
@@ -333,10 +342,10 @@ class _Round:
         self._kept: dict[ir.Value, NormsKept] = {}
 
     def waves(self, subjects: Iterable[tuple[Subject, str]]) -> Iterator[list[_Asked]]:
-        """What can be decided at the same time: streams, in a row, that share no node.
+        """What can be decided at the same time: large streams, in a row, that share no node.
 
         Where passes only merge, one comes after the other: the first may change what is best for
-        those behind it.
+        those behind it. What is small is decided sooner than threads have taken turns.
         """
         wave: list[_Asked] = []
         nodes: set[ir.Node] = set()
@@ -345,6 +354,7 @@ class _Round:
             if not self._is_asked(subject, report):
                 continue
             is_alone = self._is_merging or not isinstance(subject, Stream) or _is_normed(subject)
+            is_alone |= subject.is_closed and _size(subject) < LARGE
             if wave and (is_alone or (subject.is_closed and nodes & subject.nodes)):
                 yield wave
                 wave, nodes = [], set()
