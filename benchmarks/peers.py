@@ -17,7 +17,6 @@ import argparse
 import gc
 import importlib.metadata
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -31,6 +30,7 @@ import onnx
 import onnx_ir as ir
 
 import onnx_fold
+from onnx_fold.base.threads import processors
 from onnx_fold.engine.cost import cost
 from onnx_fold.errors import OnnxFoldError
 from onnx_fold.files.write import write
@@ -264,7 +264,7 @@ def save(path: Path, results: Sequence[PeerResult]) -> None:
 
 def machine() -> str:
     """What ran the models, as people say it."""
-    count = len(os.sched_getaffinity(0))
+    count = processors()
     return f"{count} CPU core{'s' if count > 1 else ''}, {platform.machine()}"
 
 

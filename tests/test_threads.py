@@ -16,7 +16,7 @@ import onnx_fold
 from onnx_fold.algebra.device import divide
 from onnx_fold.algebra.storage import Spool
 from onnx_fold.base import threads
-from onnx_fold.base.threads import cores, once, two_at_a_time
+from onnx_fold.base.threads import once, processors, two_at_a_time
 from onnx_fold.engine import Basis, FoldPass, Options, folding
 
 WAIT = 10.0
@@ -92,17 +92,17 @@ def of_products() -> list[int]:
 
 @pytest.mark.parametrize("count", [1, 2, 16])
 def test_products_take_one_core_each_where_there_are_two(monkeypatch, count):
-    monkeypatch.setattr(threads, "cores", lambda: count)
+    monkeypatch.setattr(threads, "processors", lambda: count)
     before = of_products()
     with two_at_a_time():
         now = of_products()
     assert now == ([1] * len(before) if count <= 2 else before)
     assert of_products() == before
-    assert cores() >= 1
+    assert processors() >= 1
 
 
 def test_folds_beside_each_other_leave_products_as_they_were(monkeypatch):
-    monkeypatch.setattr(threads, "cores", lambda: 2)
+    monkeypatch.setattr(threads, "processors", lambda: 2)
     before = of_products()
     first, second = two_at_a_time(), two_at_a_time()
     first.__enter__()
@@ -235,6 +235,22 @@ def test_small_streams_are_decided_one_after_the_other(monkeypatch):
     assert max(map(len, waves)) == 1
 
 
+def test_one_stream_alone_has_all_cores(monkeypatch):
+    monkeypatch.setattr(threads, "processors", lambda: 2)
+    found = []
+
+    class Looking(FoldPass):
+        name = "looking"
+
+        def candidates(self, stream):
+            found.append(of_products())
+            return iter(())
+
+    onnx_fold.fold(several(1), passes=[Looking()], only=["looking"], verify=False)
+    assert found
+    assert all(each == of_products() for each in found)
+
+
 class Counting(FoldPass):
     """Counts the streams that are offered."""
 
@@ -264,10 +280,10 @@ def test_an_interrupt_does_not_wait_for_all_that_would_be_decided(small_counts):
     assert len(counting.offered) < 40
 
 
-def test_no_candidate_is_weighed_once_it_is_over():
+def test_no_candidate_is_weighed_once_it_is_given_up():
     fold = folding._Fold(None, {}, Options(), None)
-    with fold.going_on():
-        pass
+    with pytest.raises(KeyboardInterrupt), fold.given_up_if_it_fails():
+        raise KeyboardInterrupt
     with pytest.raises(CancelledError):
         fold.judged(None, None)
 

@@ -163,7 +163,7 @@ def exchange(whole: RowSelection, count: int) -> Exchange:
     order = whole.found()
     rows = np.concatenate((order[gap.dropped], order[len(basis) :]))
     free = np.flatnonzero((rows >= whole.free.start) & (rows < whole.free.stop))
-    sizes = np.maximum(whole.selected[2][rows], np.finfo(rest.dtype).tiny)
+    sizes = np.maximum(whole.sizes[rows], np.finfo(rest.dtype).tiny)
     worth = whole.weights[rows, 0] / np.sqrt(sizes)
     with np.errstate(all="ignore"):
         outside = gap.outside.astype(rest.dtype)

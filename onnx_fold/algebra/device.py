@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import scipy.linalg
 
-from onnx_fold.base.threads import cores
+from onnx_fold.base.threads import processors
 from onnx_fold.errors import UsageError
 
 if TYPE_CHECKING:
@@ -185,7 +185,7 @@ def converted(array: Array, dtype: np.dtype[Any], order: Literal["C", "F"] = "C"
         with np.errstate(over="ignore", invalid="ignore"):
             copy[start : start + rows] = array[start : start + rows]
 
-    with ThreadPoolExecutor(cores()) as threads:
+    with ThreadPoolExecutor(processors()) as threads:
         list(threads.map(fill, range(0, len(array), rows)))
     return copy
 

@@ -135,10 +135,7 @@ class RowSelection(Selection):
 
     @once
     def selected(self) -> tuple[Indices, Source, Array]:
-        """The order of the rows, ``B`` before it is rounded, and the lengths of the rows, ``[f]``.
-
-        A row that is used more is longer by as much.
-        """
+        """The order of the rows, ``B`` before it is rounded, and the lengths of the rows."""
         matrix = evaluate(self.matrix, self.device)
         if self._seen is not None:
             matrix = (matrix * self.weights).astype(matrix.dtype)
@@ -147,6 +144,11 @@ class RowSelection(Selection):
             ordered, width = self.weights[order], matrix.shape[1]
             rest = rest / ordered[width:] * ordered[:width].T
         return order, self.spool.add(rest), lengths(matrix)
+
+    @property
+    def sizes(self) -> Array:
+        """The lengths of the rows, ``[f]``; a row that is used more is longer by as much."""
+        return self.selected[2]
 
     @once
     def weights(self) -> Array:

@@ -11,12 +11,12 @@ from typing import Any, Generic, TypeVar
 
 from threadpoolctl import threadpool_limits
 
-__all__ = ["cores", "once", "two_at_a_time"]
+__all__ = ["once", "processors", "two_at_a_time"]
 
 T = TypeVar("T")
 
 
-def cores() -> int:
+def processors() -> int:
     """How many processors this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
@@ -56,7 +56,7 @@ def two_at_a_time() -> Iterator[ThreadPoolExecutor]:
     process are limited so.
     """
     threads = ThreadPoolExecutor(2)
-    with _ONE_CORE_EACH if cores() <= 2 else contextlib.nullcontext():
+    with _ONE_CORE_EACH if processors() <= 2 else contextlib.nullcontext():
         try:
             yield threads
         finally:

@@ -15,7 +15,7 @@ from concurrent.futures import CancelledError
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from itertools import groupby
-from typing import Any, ClassVar, TypeGuard, TypeVar
+from typing import Any, ClassVar, TypeAlias, TypeGuard
 
 import onnx_ir as ir
 
@@ -50,8 +50,6 @@ from onnx_fold.streams.norms import find_norm_streams
 from onnx_fold.streams.stream import Stream, find_streams
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 LARGE = 2**20
 """Numbers that the matrices of a stream hold, at least, where it is decided beside another one."""
@@ -212,28 +210,41 @@ def _fold_streams(
     phases = _phases(passes)
     shapes: Shapes | None = inferred
     is_first = True
-    with two_at_a_time() as threads, fold.going_on():
-        while True:
-            now, later = phases[0], [each for each in passes if each not in phases[0]]
-            this = _Round(fold, is_merging=_only_merge(now), is_first=is_first)
-            for wave in this.waves(_subjects(model, activations, shapes, now, progress)):
-                choose = partial(_choose, fold=fold, passes=now, later=later)
-                choices = threads.map(choose, wave) if len(wave) > 1 else map(choose, wave)
-                chosen = [*_told(wave, choices, progress)]
-                for each, (report, rewrite) in zip(wave, chosen, strict=True):
-                    this.settle(each.subject, report, rewrite)
-            if not this.touched and len(phases) == 1:
-                found = sorted([*fold.reports, *this.left], key=operator.itemgetter(0))
-                return [report for _, report in found]
-            if not this.touched:
-                del phases[0]
-            is_first, shapes = False, None if this.touched else shapes
+    while True:
+        now, later = phases[0], [each for each in passes if each not in phases[0]]
+        this = _Round(fold, is_merging=_only_merge(now), is_first=is_first)
+        choose = partial(_choose, fold=fold, passes=now, later=later)
+        for wave in this.waves(_subjects(model, activations, shapes, now, progress)):
+            chosen = _chosen(wave, choose, fold, progress)
+            for each, (report, rewrite) in zip(wave, chosen, strict=True):
+                this.settle(each.subject, report, rewrite)
+        if not this.touched and len(phases) == 1:
+            found = sorted([*fold.reports, *this.left], key=operator.itemgetter(0))
+            return [report for _, report in found]
+        if not this.touched:
+            del phases[0]
+        is_first, shapes = False, None if this.touched else shapes
 
 
-def _told(wave: Sequence[_Asked], choices: Iterator[T], progress: Report) -> Iterator[T]:
+Choice: TypeAlias = tuple[StreamReport, Rewrite | None]
+"""What is known of a stream, and how it is folded, if it is."""
+
+
+def _chosen(
+    wave: Sequence[_Asked], choose: Callable[[_Asked], Choice], fold: _Fold, progress: Report
+) -> list[Choice]:
+    """What becomes of each stream of a wave; one alone has all cores."""
+    if len(wave) == 1:
+        return [choose(wave[0])]
+    with two_at_a_time() as threads, fold.given_up_if_it_fails():
+        choices = threads.map(choose, wave)
+        return [*_told(wave, choices, progress)]
+
+
+def _told(wave: Sequence[_Asked], choices: Iterator[Choice], progress: Report) -> Iterator[Choice]:
     """Wait for one choice after the other, and tell which it is."""
     for each in wave:
-        progress(f"choosing folds: {each.where}", 0, 0)
+        progress(each.where, 0, 0)
         yield next(choices)
 
 
@@ -244,7 +255,7 @@ class _Asked:
     Attributes:
         subject: The subject.
         report: What is known of it before.
-        where: Which of how many it is, for people.
+        where: Which of how many it is, as progress says it.
     """
 
     subject: Subject
@@ -265,7 +276,7 @@ class _Fold:
         reports: What was folded, and what never can be, by places in the graph.
         finished: Nodes of streams that were folded.
         rotated: Values of streams with norms that were.
-        is_over: Whether it was done, or given up: no further candidate is weighed.
+        is_given_up: Whether no further candidate is to be weighed.
     """
 
     editor: Editor
@@ -276,19 +287,20 @@ class _Fold:
     reports: list[tuple[int, StreamReport]] = field(default_factory=list)
     finished: set[ir.Node] = field(default_factory=set)
     rotated: set[ir.Value] = field(default_factory=set)
-    is_over: bool = False
+    is_given_up: bool = False
 
     @contextlib.contextmanager
-    def going_on(self) -> Iterator[None]:
+    def given_up_if_it_fails(self) -> Iterator[None]:
         """Whoever waits for the threads that decide does not wait for all that they would weigh."""
         try:
             yield
-        finally:
-            self.is_over = True
+        except BaseException:
+            self.is_given_up = True
+            raise
 
     def judged(self, candidate: Candidate, stream: Subject) -> CandidateReport:
         """Weigh a candidate."""
-        if self.is_over:
+        if self.is_given_up:
             raise CancelledError
         return candidate.judged(stream, self.options, self.memo)
 
@@ -355,13 +367,14 @@ class _Round:
                 continue
             is_alone = self._is_merging or not isinstance(subject, Stream) or _is_normed(subject)
             is_alone |= subject.is_closed and _size(subject) < LARGE
-            if wave and (is_alone or (subject.is_closed and nodes & subject.nodes)):
+            own = subject.nodes
+            if wave and (is_alone or (subject.is_closed and nodes & own)):
                 yield wave
                 wave, nodes = [], set()
-            if self._waits(subject):
+            if self._waits(own, subject.width):
                 continue
             wave.append(_Asked(subject, report, where))
-            nodes |= subject.nodes
+            nodes |= own
             if is_alone:
                 yield wave
                 wave, nodes = [], set()
@@ -378,9 +391,8 @@ class _Round:
             fold.reports.append(fold.placed(subject, report))
         return report.is_foldable
 
-    def _waits(self, subject: Subject) -> bool:
+    def _waits(self, nodes: set[ir.Node], width: int) -> bool:
         """Whether a neighbour has just changed, or is to: it is looked at in the next round."""
-        nodes, width = subject.nodes, subject.width
         wider = max((self._waiting.get(node, 0) for node in nodes), default=0)
         if not nodes & self.touched and not (self._is_merging and wider > width):
             return False
@@ -421,7 +433,7 @@ def _subjects(
     passes: Sequence[FoldPass],
     progress: Report,
 ) -> Iterator[tuple[Subject, str]]:
-    """What the passes are asked about, and which of how many it is.
+    """What the passes are asked about, and what progress says of it.
 
     Streams that only an orthogonal basis passes through are looked for if a pass asks for them; the
     parts of open ones are among those that any basis passes through, with the reasons.
@@ -431,9 +443,11 @@ def _subjects(
     ``d``, ``d' d + d dⱼ`` becomes ``d' dⱼ``, which is less. So it keeps the narrowest, or none.
     """
 
-    def numbered(what: str, found: Sequence[Subject]) -> Iterator[tuple[Subject, str]]:
+    def told(what: str, found: Sequence[Subject]) -> Iterator[tuple[Subject, str]]:
         for number, subject in enumerate(found, 1):
-            yield subject, f"{what} {number} of {len(found)}"
+            where = f"choosing folds: {what} {number} of {len(found)}"
+            progress(where, 0, 0)
+            yield subject, where
         if found:
             progress("looking for streams", 0, 0)
 
@@ -442,22 +456,22 @@ def _subjects(
     if _ask(passes, "of_rows"):
         is_picked = any(each.options.by_reads for each in passes)
         found = [*find_row_layers(model.graph, shapes, is_picked=is_picked)]
-        yield from numbered("layer of a constant", found)
+        yield from told("layer of a constant", found)
     if _ask(passes, "of_branches"):
-        yield from numbered("sum of branches", [*find_branches(model.graph, shapes)])
+        yield from told("sum of branches", [*find_branches(model.graph, shapes)])
     if _ask(passes, "of_joined"):
-        yield from numbered("concatenation", [*find_joined(model.graph, shapes)])
+        yield from told("concatenation", [*find_joined(model.graph, shapes)])
     if _ask(passes, "of_divided"):
-        yield from numbered("piece", [*find_divided(model.graph, shapes)])
+        yield from told("piece", [*find_divided(model.graph, shapes)])
     if any(each.group == Group.ORTHOGONAL for each in passes):
         normed = find_norm_streams(model, activations, shapes.without_facts())
         ends = [each for each in normed if each.readers or not each.is_closed]
         between = [each for each in ends if each.written_by]
-        yield from numbered("stream with norms", between)
+        yield from told("stream with norms", between)
     streams = find_streams(model, activations, shapes)
     if _only_merge(passes):
         streams.sort(key=lambda stream: (-stream.width, len(stream.members)))
-    yield from numbered("stream", streams)
+    yield from told("stream", streams)
 
 
 def _ask(passes: Sequence[FoldPass], hook: str) -> bool:
@@ -467,7 +481,7 @@ def _ask(passes: Sequence[FoldPass], hook: str) -> bool:
 
 def _choose(
     asked: _Asked, fold: _Fold, passes: Sequence[FoldPass], later: Sequence[FoldPass]
-) -> tuple[StreamReport, Rewrite | None]:
+) -> Choice:
     """The best admissible candidate of a stream, or the reasons why there is none.
 
     What saves less than a candidate of the passes that are asked ``later`` waits for them. The

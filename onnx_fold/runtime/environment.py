@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
 
+from onnx_fold.base.threads import processors
 from onnx_fold.errors import MissingExtraError
 from onnx_fold.runtime.sessions import onnxruntime
 
@@ -73,7 +74,7 @@ def _machine() -> dict[str, Any]:
     return {
         "cpu": next(iter(_cpuinfo("model name")), platform.processor() or None),
         "cores": _cores(),
-        "threads": len(os.sched_getaffinity(0)),
+        "threads": processors(),
         "memory_mib": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20,
         "os": _os_name(),
         "kernel": platform.release(),
