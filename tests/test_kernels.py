@@ -179,3 +179,31 @@ def test_resize_of_opset_10(mode: str, scales: tuple[float, ...]) -> None:
     model = graph(text, 10, s=np.array(scales, np.float32))
     inputs = feeds(model, {"n": 2, "h": 4, "w": 6})
     assert_close(evaluator(model)(inputs)["y"], outputs(model, **inputs)["y"])
+
+
+VECTORS = {
+    "OneHot": ("int64[n, m] x", "float[n, p, m] y", "OneHot<axis = 1>(x, d, v)", "d"),
+    "CumSum": ("float[n, m] x", "float[n, m] y", "CumSum<reverse = 1>(x, a)", "a"),
+}
+
+
+@pytest.mark.parametrize("kind", VECTORS)
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_a_number_may_be_a_vector_of_one(kind: str, shape: tuple[int, ...]) -> None:
+    """As PaddlePaddle writes it, and ONNX Runtime takes it."""
+    read, made, call, name = VECTORS[kind]
+    held = {name: np.full(shape, 5 if kind == "OneHot" else -1, np.int64)}
+    if kind == "OneHot":
+        held["v"] = np.array([0.5, 2.0], np.float32)
+    model = graph(f"({read}) => ({made}) {{ y = {call} }}", **held)
+    x = np.array([[0, 4, -2], [1, -5, 3]]) if kind == "OneHot" else normal(2, 3)
+    found = evaluator(model)({"x": x})["y"]
+    np.testing.assert_array_equal(found, outputs(model, x=x)["y"])
+
+
+def test_scatter_of_opset_10() -> None:
+    text = "(float[n, m] x, int64[k, m] i) => (float[n, m] y) { y = Scatter<axis = 0>(x, i, u) }"
+    model = graph(text, 10, u=normal(2, 3, seed=1))
+    x, i = normal(4, 3), np.array([[0, 2, 1], [3, 0, 2]])
+    found = evaluator(model)({"x": x, "i": i})["y"]
+    np.testing.assert_array_equal(found, outputs(model, x=x, i=i)["y"])

@@ -3,8 +3,9 @@
 Its Conv writes out the window of every position, its MaxPool and ConvTranspose loop over them, its
 Erf calls Python for every element, in float32, its Gelu is exact to float32, its GatherElements
 fails on a matrix of more than 32 columns, its BatchNormalization below opset 14 mixes the
-statistics of its input in, and it has no Resize of opset 10. The kernels here compute the same from
-the ONNX specification. What no later node reads is dropped at once.
+statistics of its input in, its OneHot and CumSum take no ``[1]`` for a number, and it has no Resize
+of opset 10 and no Scatter. The kernels here compute the same from the ONNX specification. What no
+later node reads is dropped at once.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import numpy as np
 import onnx
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
+from onnx.reference.ops import op_cum_sum, op_one_hot, op_scatter_elements
 
 from onnx_fold.algebra.device import Array
 from onnx_fold.algebra.operators import Erf, Gelu
@@ -254,12 +256,39 @@ class Resize(OpRun):
         return (x,)
 
 
+class Scatter(op_scatter_elements.ScatterElements):
+    """What ScatterElements was called before opset 11."""
+
+    op_domain = ""
+
+
+class OneHot(op_one_hot.OneHot):
+    """As many places as a number says, or the one element of a vector."""
+
+    op_domain = ""
+
+    def _run(self, indices: Array, depth: Array, *others: Any, **how: Any) -> tuple[Array]:
+        found: tuple[Array] = super()._run(indices, np.reshape(depth, ()), *others, **how)
+        return found
+
+
+class CumSum(op_cum_sum.CumSum):
+    """Sums along an axis that a number names, or the one element of a vector."""
+
+    op_domain = ""
+
+    def _run(self, x: Array, axis: Array, *others: Any, **how: Any) -> tuple[Array]:
+        found: tuple[Array] = super()._run(x, np.reshape(axis, ()), *others, **how)
+        return found
+
+
 def evaluator(model: onnx.ModelProto) -> ReferenceEvaluator:
     """``model`` for :func:`run`, computed by NumPy in the types that it has."""
     asks_for_places = any(
         node.op_type == "MaxPool" and len(node.output) > 1 for node in model.graph.node
     )
-    own: list[type[OpRun]] = [BatchNormalization, Conv, ConvTranspose, Erf, GatherElements, Gelu]
+    own: list[type[OpRun]] = [BatchNormalization, Conv, ConvTranspose, CumSum, Erf, GatherElements]
+    own += [Gelu, OneHot, Scatter]
     if not asks_for_places:
         own.append(MaxPool)
     if any(each.domain in ("", "ai.onnx") and each.version == 10 for each in model.opset_import):
