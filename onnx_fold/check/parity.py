@@ -237,7 +237,7 @@ def verify(
     max_ratio = basis.max_ratio(precision(pair.before)) if max_ratio is None else max_ratio
     other = pair.after if pair.types else None
     known = pair.inner, pair.squashed
-    judge = Judge(pair.before, tolerance, max_ratio, report.notes, other, close, *known)
+    judge = Judge(pair.before, tolerance, max_ratio, report.notes, other, close, *known, run.anew)
     report.outputs = [judge.output(name, runs) for name in runs[0].original]
     failed = [
         f"output '{output.name}': {output.reason}" for output in report.outputs if output.reason

@@ -21,7 +21,7 @@ from onnx_fold.base.arguments import Provider
 from onnx_fold.base.progress import Report, ignore
 from onnx_fold.check import kernels
 from onnx_fold.check.judge import Feed, Run
-from onnx_fold.check.stored import StoredParity, compare_stored
+from onnx_fold.check.stored import DRAWS, StoredParity, compare_stored, rounded_anew
 from onnx_fold.errors import InvalidModelError, UsageError
 from onnx_fold.files.load import ModelSource, weight_bytes
 from onnx_fold.graph.widen import precision, widen
@@ -115,9 +115,7 @@ class Runner:
         return self._both(self._session, wide[0], wide[1], feeds, to)
 
     def _session(self, model: ModelSource) -> Function:
-        return functools.partial(
-            sessions.run, sessions.session(model, self.provider, config=RUN_ONCE)
-        )
+        return _run_once(model, self.provider)
 
     def _both(
         self,
@@ -242,20 +240,44 @@ class Runner:
             logger.debug("weights were not compared as stored: %s", error)
         return None
 
+    def anew(self, run: Run) -> Sequence[Arrays]:
+        """The reference of ``run`` with its weights rounded anew, in some draws; none if none is.
+
+        That takes a second copy of the weights.
+        """
+        to, size = _wider(self.pair.before)
+        if to is None or self.pair.module is not None or size > STORED_LIMIT:
+            return ()
+        self._tell("the reference with its weights rounded anew", run.feed)
+        for engine in self._engines(size):
+            try:
+                model = rounded_anew(self.pair.before, to, engine)
+                draws = (functools.partial(model, draw=draw) for draw in range(DRAWS))
+                return [_widening(draw, to)(run.feed.arrays) for draw in draws]
+            except (InvalidModelError, UsageError) as error:
+                logger.debug("no reference with its weights rounded anew: %s", error)
+        return ()
+
     def _wide_outputs(
         self, wide: ir.Model, feeds: list[Feed], to: ir.DataType, size: float
     ) -> list[Arrays | None]:
-        for provider in dict.fromkeys((self.provider, "cpu")):
+        *others, last = self._engines(size)
+        for engine in others:
             try:
-                session = sessions.session(wide, provider, config=RUN_ONCE)
-                return self._run_wide(functools.partial(sessions.run, session), feeds, to)
+                return self._run_wide(engine(wide), feeds, to)
             except (InvalidModelError, RunFailedError) as error:
-                if provider == "cpu" and size > EVALUATOR_LIMIT:
-                    raise
-                logger.debug("no reference on %s: %s", provider, error)
-        outputs = self._run_wide(evaluator(wide), feeds, to)
-        self.notes.append("the reference was computed by onnx.reference")
+                logger.debug("no reference: %s", error)
+        outputs = self._run_wide(last(wide), feeds, to)
+        if last is evaluator:
+            self.notes.append("the reference was computed by onnx.reference")
         return outputs
+
+    def _engines(self, size: float) -> Iterator[Callable[[ir.Model], Function]]:
+        """What may run a model whose weights take so many bytes in a wider type."""
+        for provider in dict.fromkeys((self.provider, "cpu")):
+            yield functools.partial(_run_once, provider=provider)
+        if size <= EVALUATOR_LIMIT:
+            yield evaluator
 
     def _run_wide(
         self, engine: Function, feeds: list[Feed], to: ir.DataType
@@ -274,6 +296,10 @@ class Runner:
         if self.greedy is not None:
             self.greedy.run_reference(function)
         return outputs
+
+
+def _run_once(model: ModelSource, provider: Provider) -> Function:
+    return functools.partial(sessions.run, sessions.session(model, provider, config=RUN_ONCE))
 
 
 def _wider(model: ir.Model) -> tuple[ir.DataType | None, float]:

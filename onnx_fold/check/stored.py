@@ -45,7 +45,7 @@ from onnx_fold.graph.inline import inline_all
 from onnx_fold.runtime.generate import Function
 from onnx_fold.runtime.inputs import Arrays
 
-__all__ = ["LIMIT", "StoredParity", "compare_stored"]
+__all__ = ["DRAWS", "LIMIT", "StoredParity", "compare_stored", "rounded_anew"]
 
 DRAWS = 3
 """How often the weights are rounded anew."""
@@ -395,6 +395,18 @@ def _worst_ratio(squares: Array, drawn: Array, floor: float) -> float:
 
 
 # --- The models -----------------------------------------------------------------------------------
+
+
+def rounded_anew(
+    model: ir.Model, to: ir.DataType, engine: Callable[[ir.Model], Function]
+) -> Switchable:
+    """``model`` in the type ``to``, with all its weights rounded anew where a draw is asked for.
+
+    Raises:
+        UsageError: A function cannot be inlined.
+    """
+    prepared = _prepared(model)
+    return Switchable(prepared, (), to, engine, [name for name, _ in _floats(prepared)])
 
 
 def _prepared(model: ir.Model) -> ir.Model:
