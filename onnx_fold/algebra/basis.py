@@ -47,10 +47,10 @@ MAX_RATIO = 8.0
 seen, all rows of an interpolated stream go up to d = 1024 (6.4 times; 7.8 to 8.6 at d = 2048)."""
 
 MAX_NARROW_RATIO = 3.0
-"""The same in 16 bits, where it is seen: 88 (d = 1024, 4096) to 95 of 100 rows go."""
+"""The same in 16 bits, where it is seen: 88 (d = 4096) to 98 of 100 rows go."""
 
 MAX_NARROW_RATIO_FOR_SIZE = 6.0
-"""The same in 16 bits where only size counts: 98 of 100 rows go up to d = 2048, 95 at 4096."""
+"""The same in 16 bits where only size counts: 98 of 100 rows go up to d = 4096."""
 
 
 PIECE = 2.0
