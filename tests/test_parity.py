@@ -15,6 +15,7 @@ from onnx_fold.check import judge, runner, stored, switchable
 from onnx_fold.check.parity import verify
 from onnx_fold.errors import InvalidModelError, UsageError
 from onnx_fold.runtime import sessions
+from onnx_fold.runtime.align import decided
 from onnx_fold.runtime.sessions import RunFailedError
 
 BFLOAT16 = ir.DataType.BFLOAT16.numpy()
@@ -828,3 +829,86 @@ def test_weights_are_rounded_anew_where_a_row_is_over_its_limit(dtype, monkeypat
     for draw in draws:
         error = np.linalg.norm(draw - reference) / np.linalg.norm(reference)
         assert 0.1 * unit < error < 10 * unit
+
+
+DECISIONS = {
+    "argmax": ("int64[n] y", "y = ArgMax<axis = 1, keepdims = 0>(l)", {}),
+    "largest": (
+        "int64[n, 5] y",
+        "v, i = TopK<axis = 1>(l, five) y = Identity(i)",
+        {"five": np.array([5])},
+    ),
+    "mask": ("bool[n, 256] y", "y = Greater(l, zero)", {"zero": np.array(0, np.float16)}),
+}
+
+
+def deciding(kind: str, gain: float = 1.0) -> ir.Model:
+    """Two layers in a row, and what is decided by the floats behind them."""
+    made, how, constants = DECISIONS[kind]
+    types = {"p": (64, 64), "m": (64, 64), "head": (64, 256)}
+    held = {
+        name: normal(*shape, seed=seed, dtype=np.float16)
+        for seed, (name, shape) in enumerate(types.items())
+    }
+    held["m"] = (held["m"] * np.float16(gain)).astype(np.float16)
+    return model(
+        f"m (float16[n, 64] x) => ({made}) {{ a = MatMul(x, p) b = MatMul(a, m) c = Relu(b)"
+        f" l = MatMul(c, head) {how} }}",
+        **held,
+        **constants,
+    )
+
+
+@pytest.mark.parametrize("kind", DECISIONS)
+def test_ties_of_floats_may_be_decided_otherwise(kind):
+    """And the floats themselves are judged."""
+    result = onnx_fold.fold(deciding(kind), shapes={"n": 4096}, provider="cpu")
+    assert result.report.folded
+    parity = result.report.verification
+    assert [each.name for each in parity.outputs] == ["l", "y"]
+    assert parity.outputs[0].ratio is not None
+    if kind != "argmax":
+        (note,) = (each for each in parity.notes if "elements differ" in each)
+        assert "of the original in other roundings up to" in note
+
+
+@pytest.mark.parametrize("kind", DECISIONS)
+def test_what_decides_is_seen(kind):
+    """A gain changes no largest element and no sign, but what these are of."""
+    report = verify(deciding(kind), deciding(kind, gain=1.25), shapes={"n": 4})
+    assert not report.ok
+    assert "output 'l': error" in report.reason
+
+
+def test_elements_that_no_rounding_moves_must_be_equal():
+    source = model("m (float[n] x) => (int64[n] y) { y = Cast<to = 7>(x) }")
+    before = np.arange(10_000)
+    after = before.copy()
+    after[:3] += 1
+
+    def found(drawn: np.ndarray) -> tuple[bool, list[str]]:
+        notes: list[str] = []
+        run = judge.Run(judge.Feed("", {}), {"y": before}, {"y": after}, {"y": before})
+        judged = judge.Judge(source, None, 3.0, notes, anew=lambda _: [{"y": drawn}])
+        return judged.output("y", [run]).ok, notes
+
+    assert found(before) == (False, [])
+    moved = before.copy()
+    moved[7] += 1
+    is_ok, (note,) = found(moved)
+    assert is_ok
+    assert "3 of 10000 elements differ (), of the original in other roundings up to 1" in note
+    after[3] += 1  # four times as many
+    assert found(moved) == (False, [])
+    after += 1  # all of them: nothing could be told
+    assert found(1 - before) == (False, [])
+
+
+def test_what_decides_integers():
+    text = (
+        "m (float[n, 4] x, int64[n] ids) => (int64[n] y, int64[k] s, int64[n] z)"
+        " { l = MatMul(x, w) p = ArgMax<axis = 1, keepdims = 0>(l) y = Add(p, ids)"
+        " r = Relu(x) s = Shape(r) q = Cast<to = 7>(x) z = ReduceSum<keepdims = 0>(q, one) }"
+    )
+    assert decided(model(text, w=normal(4, 4), one=np.array([1]))) == {"l"}
+    assert decided(deciding("mask")) == {"l"}

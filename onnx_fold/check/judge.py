@@ -46,8 +46,12 @@ of float64 takes the place of ``max_ratio * u``.
 
 A ``tolerance`` limits ``e_f`` further; it never allows more. Without a reference, or if ``e_o`` is
 beyond ``4 * sqrt(u)``, which is no yardstick, ``||a - b||_2 / ||a||_2`` is at most
-:data:`TOLERANCE` of the type. Integers, booleans and strings must be equal, and NaN and infinity
-must be at the same places.
+:data:`TOLERANCE` of the type. NaN and infinity must be at the same places.
+
+Integers, booleans and strings must be equal, but for ties of floats by which they are decided: at
+most ``max_ratio`` times as many elements may be other ones than in ``r`` as in the original, or in
+``r`` with its weights rounded anew, and no more than ``4 * sqrt(u)`` of them. These floats are
+judged, too.
 
 **Models of other float types**, such as a model and its float16 version, have no yardstick in
 common: the same holds for them, by the coarsest of the types that the weights and the output have
@@ -60,7 +64,7 @@ float output ``|a - b| <= atol + rtol * |a|``. What is no float is judged as abo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -160,6 +164,7 @@ class Run:
         folded: Those of the folded model.
         reference: Those of the original in a wider type, if it ran so.
         rounded: Those of both with every operator's result rounded, if they ran so, too.
+        drawn: Those of the reference with its weights rounded anew, if that was asked.
     """
 
     feed: Feed
@@ -167,6 +172,16 @@ class Run:
     folded: Arrays = field(default_factory=dict)
     reference: Arrays | None = None
     rounded: Run | None = None
+    drawn: Sequence[Arrays] | None = None
+
+    def both(self, name: str) -> Iterator[tuple[Array, Array]]:
+        """An output of the original and of the folded model, in each way in which they ran."""
+        yield self.original[name], self.folded[name]
+        if self.rounded is not None:
+            ways = self.rounded.original, self.rounded.folded
+            before, after = (outputs.get(name, np.zeros(0)) for outputs in ways)
+            if before.shape == after.shape == self.original[name].shape:  # it may be another then
+                yield before, after
 
 
 @dataclass
@@ -240,23 +255,39 @@ class Judge:
             result.reason = f"shape {list(a.shape)} became {shape} ({label})"
         elif not is_float(a):
             if not np.array_equal(a, b):
-                count = int(np.count_nonzero(a != b))
-                result.max_abs_error = _exact_distance(a, b)
-                result.reason = f"{count} of {a.size} elements differ ({label})"
+                self._compare_exact(result, a, b, run)
         else:
             reference = None if run.reference is None else run.reference.get(result.name)
             if reference is not None and reference.shape != a.shape:
                 self._note(f"output '{result.name}': the reference has another shape ({label})")
                 reference = None
             wide = None if reference is None else _wide(reference)
-            both = [(a, b)]
-            if run.rounded is not None:
-                ways = run.rounded.original, run.rounded.folded
-                before, after = (outputs.get(result.name, np.zeros(0)) for outputs in ways)
-                if before.shape == after.shape == a.shape:  # which may depend on the numbers
-                    both.append((before, after))
-            pairs = [(_wide(before), _wide(after)) for before, after in both]
+            pairs = [(_wide(before), _wide(after)) for before, after in run.both(result.name)]
             self._compare_floats(result, pairs, wide, run, dtype)
+
+    def _compare_exact(self, result: OutputParity, a: Array, b: Array, run: Run) -> None:
+        """Elements that differ pass where floats were as near to deciding otherwise before."""
+        result.max_abs_error = _exact_distance(a, b)
+        result.reason = f"{np.count_nonzero(a != b)} of {a.size} elements differ ({run.feed.label})"
+        r = None if run.reference is None else run.reference.get(result.name)
+        if r is None or r.shape != a.shape:
+            return
+        before, after = zip(*run.both(result.name), strict=True)
+        own, error = (
+            max(np.count_nonzero(each != r) for each in side)
+            for side in ((*before, *self._drawn(result.name, run, r.shape)), after)
+        )
+        ceiling = 4 * math.sqrt(unit_roundoff(self.narrowest)) * a.size
+        if error <= min(self.max_ratio * own, ceiling):
+            reason = f"{result.reason}, of the original in other roundings up to {own}"
+            self._note(f"output '{result.name}': {reason}")
+            result.reason = ""
+
+    def _drawn(self, name: str, run: Run, shape: tuple[int, ...]) -> list[Array]:
+        """An output of the reference with its weights rounded anew, in the draws that have it."""
+        if run.drawn is None:
+            run.drawn = self.anew(run)
+        return [each[name] for each in run.drawn if each[name].shape == shape]
 
     def _compare_floats(
         self,
@@ -293,8 +324,8 @@ class Judge:
         if r is None or marks[0].name == "relative":
             self._note_no_yardstick(result.name, a, r)
         elif any(mark.margin > 1.0 and mark.is_of_few for mark in marks):
-            draws = [_wide(each[result.name]) for each in self.anew(run)]
-            drawn = [np.where(finite, draw, 0.0) for draw in draws if draw.shape == r.shape]
+            draws = self._drawn(result.name, run, r.shape)
+            drawn = [np.where(finite, _wide(draw), 0.0) for draw in draws]
             runs = replace(runs, drawn=[draw for draw in drawn if np.isfinite(draw).all()])
             marks = self._marks(runs, r, dtype, logits, unit)
             if all(mark.margin <= 1.0 for mark in marks):

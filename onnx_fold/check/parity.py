@@ -221,7 +221,7 @@ def verify(
     feeds, more = _feeds(pair, inputs, shapes, samples, seed, ranges)
     whole, pair = pair, pair.comparing(several(at))
     if close is None and pair.module is None:
-        pair = pair.unsquashed()
+        pair = pair.opened()
     run = Runner(pair, provider, emulate, report.notes, check, more, progress)
     try:
         runs = run.both(feeds)

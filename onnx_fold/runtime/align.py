@@ -8,13 +8,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
+from onnx_fold.algebra.precision import FRACTION_BITS
 from onnx_fold.base.arguments import nearest
 from onnx_fold.errors import UsageError
 from onnx_fold.graph.constants import constant
 from onnx_fold.graph.linear import label
 from onnx_fold.graph.operators import operator
 
-__all__ = ["renamed", "squashed", "with_outputs"]
+__all__ = ["decided", "renamed", "squashed", "with_outputs"]
 
 ORIGINAL, FOLDED = "the original", "the folded model"
 
@@ -135,6 +136,30 @@ def _squashed(output: ir.Value) -> set[ir.Value]:
         else:
             return set()
     return {value for value in sources if value.producer() is not None}
+
+
+_SIZES = frozenset({"Shape", "Size"})
+
+
+def decided(model: ir.Model) -> set[str]:
+    """Return the values by which outputs that are no floats are decided: floats, made by a node."""
+    if all(value.dtype in (None, *FRACTION_BITS) for value in model.graph.outputs):
+        return set()
+    copy = model.clone()
+    if any(value.dtype is None for value in _made(copy).values()):
+        ShapeInferencePass(check_type=False, strict_mode=False, data_prop=False)(copy)
+    sources, seen = set[str](), set[ir.Value]()
+    todo = [value for value in copy.graph.outputs if value.dtype not in FRACTION_BITS]
+    while todo:
+        value = todo.pop()
+        node = value.producer()
+        if node is None or value in seen or operator(node) in _SIZES:
+            continue
+        seen.add(value)
+        read = [each for each in node.inputs if each is not None and each.producer() is not None]
+        sources.update(str(each.name) for each in read if each.dtype in FRACTION_BITS)
+        todo += [each for each in read if each.dtype not in FRACTION_BITS]
+    return sources
 
 
 def _made(model: ir.Model) -> dict[str, ir.Value]:

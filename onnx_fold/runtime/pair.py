@@ -12,7 +12,7 @@ from onnx_fold.algebra.precision import FRACTION_BITS
 from onnx_fold.errors import UsageError
 from onnx_fold.files.load import ModelSource, load
 from onnx_fold.graph.widen import precision
-from onnx_fold.runtime.align import renamed, squashed, with_outputs
+from onnx_fold.runtime.align import decided, renamed, squashed, with_outputs
 from onnx_fold.runtime.module import ModuleFunction, is_module
 
 __all__ = ["Pair", "signature_difference"]
@@ -74,15 +74,16 @@ class Pair:
         a, b = with_outputs((self.before, self.after), inner)
         return replace(self, original=a, folded=b, before=a, after=b, inner=inner)
 
-    def unsquashed(self) -> Pair:
-        """With what Sigmoids read to make an output as outputs, too.
+    def opened(self) -> Pair:
+        """With what is behind outputs that hide it as outputs, too.
 
         A Sigmoid is rounded as 1 is, however small its result; and where it is close to 0 or 1
-        nothing tells two models apart but what it reads.
+        nothing tells two models apart but what it reads. An integer or a boolean tells nothing of
+        the floats by which it was decided.
         """
         found = squashed(self.before)
         theirs = {value.name for node in self.after.graph for value in node.outputs}
-        read = {name for names in found.values() for name in names & theirs}
+        read = set[str]().union(decided(self.before), *found.values()) & theirs
         return replace(self.comparing({*self.inner, *read}), squashed=frozenset(found))
 
     def difference(self, *, any_float: bool = False) -> str:
