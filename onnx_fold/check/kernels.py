@@ -262,24 +262,16 @@ class Scatter(op_scatter_elements.ScatterElements):
     op_domain = ""
 
 
-class OneHot(op_one_hot.OneHot):
-    """As many places as a number says, or the one element of a vector."""
+def _of_number(kernel: Any) -> type[OpRun]:
+    """``kernel``, whose second input is a number, or a vector of one."""
 
-    op_domain = ""
+    def run(self: Any, x: Array, number: Array, *others: Any, **how: Any) -> Any:
+        return kernel._run(self, x, np.reshape(number, ()), *others, **how)
 
-    def _run(self, indices: Array, depth: Array, *others: Any, **how: Any) -> tuple[Array]:
-        found: tuple[Array] = super()._run(indices, np.reshape(depth, ()), *others, **how)
-        return found
+    return type(kernel.__name__, (kernel,), {"op_domain": "", "_run": run})
 
 
-class CumSum(op_cum_sum.CumSum):
-    """Sums along an axis that a number names, or the one element of a vector."""
-
-    op_domain = ""
-
-    def _run(self, x: Array, axis: Array, *others: Any, **how: Any) -> tuple[Array]:
-        found: tuple[Array] = super()._run(x, np.reshape(axis, ()), *others, **how)
-        return found
+CumSum, OneHot = _of_number(op_cum_sum.CumSum), _of_number(op_one_hot.OneHot)
 
 
 def evaluator(model: onnx.ModelProto) -> ReferenceEvaluator:
