@@ -15,7 +15,7 @@ from onnx_fold.check import judge, runner, stored, switchable
 from onnx_fold.check.parity import verify
 from onnx_fold.errors import InvalidModelError, UsageError
 from onnx_fold.runtime import sessions
-from onnx_fold.runtime.align import decided
+from onnx_fold.runtime.align import decided, picked
 from onnx_fold.runtime.sessions import RunFailedError
 
 BFLOAT16 = ir.DataType.BFLOAT16.numpy()
@@ -912,3 +912,60 @@ def test_what_decides_integers():
     )
     assert decided(model(text, w=normal(4, 4), one=np.array([1]))) == {"l"}
     assert decided(deciding("mask")) == {"l"}
+
+
+def detector_of(gain: float = 1.0) -> ir.Model:
+    """Boxes and scores behind two layers in a row, and those of them that overlap with no other."""
+    shapes = {"p": (64, 64), "m": (64, 64), "head": (64, 8), "corners": (64, 4)}
+    held = {
+        name: normal(*shape, seed=seed, dtype=np.float16)
+        for seed, (name, shape) in enumerate(shapes.items())
+    }
+    held["corners"] = (held["corners"] * np.float16(gain)).astype(np.float16)
+    return model(
+        "m (float16[1, n, 64] x) => (float[k, 4] y, int64[k, 3] picked) {"
+        " a = MatMul(x, p) b = MatMul(a, m) c = Relu(b)"
+        " l = MatMul(c, head) f = Cast<to = 1>(l) scores = Transpose<perm = [0, 2, 1]>(f)"
+        " e = MatMul(c, corners) boxes = Cast<to = 1>(e)"
+        " picked = NonMaxSuppression(boxes, scores, most, overlap, least)"
+        " at = Gather<axis = 1>(picked, two) all = Squeeze(boxes, zero) y = Gather(all, at) }",
+        **held,
+        most=np.array([100]),
+        overlap=np.array([0.5], np.float32),
+        least=np.array([0.1], np.float32),
+        two=np.array(2),
+        zero=np.array([0]),
+    )
+
+
+def test_other_roundings_may_pick_others():
+    """The floats that decide are judged; what they pick, where the original is sure of it."""
+    source = detector_of()
+    assert picked(source) == {"y", "picked"}
+    result = onnx_fold.fold(source, shapes=[{"n": 8}, {"n": 2000}], provider="cpu")
+    assert result.report.folded
+    parity = result.report.verification
+    found = {each.name: each for each in parity.outputs}
+    assert list(found) == ["scores", "boxes", "y", "picked"]
+    assert found["y"].left_out == 1
+    assert found["y"].ratio is not None  # of the smaller input
+    assert any("other roundings pick others (n=2000)" in note for note in parity.notes)
+    report = verify(source, detector_of(1.25), shapes={"n": 2000})
+    assert not report.ok
+    assert "output 'boxes': error" in report.reason
+
+
+@pytest.mark.parametrize("shape", [(9, 4), (8, 4)])
+def test_what_the_original_is_sure_of_is_not_left_out(shape):
+    notes: list[str] = []
+    r = np.arange(32.0).reshape(8, 4)
+    drawn = np.resize(r, shape)
+
+    def found(folded: dict[str, np.ndarray], drawn: np.ndarray) -> bool:
+        run = judge.Run(judge.Feed("", {}), {"y": r}, folded, {"y": r})
+        how = {"picked": {"y"}, "anew": lambda _: [{"y": drawn}]}
+        return judge.Judge(detector_of(), None, 3.0, notes, **how).output("y", [run]).ok
+
+    assert not found({"y": r[:7]}, r)
+    assert not found({}, drawn)
+    assert found({"y": r[:7]}, drawn if len(drawn) > 8 else r[::-1])

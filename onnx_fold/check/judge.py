@@ -50,8 +50,10 @@ beyond ``4 * sqrt(u)``, which is no yardstick, ``||a - b||_2 / ||a||_2`` is at m
 
 Integers, booleans and strings must be equal, but for ties of floats by which they are decided: at
 most ``max_ratio`` times as many elements may be other ones than in ``r`` as in the original, or in
-``r`` with its weights rounded anew, and no more than ``4 * sqrt(u)`` of them. These floats are
-judged, too.
+``r`` with its weights rounded anew, and no more than ``4 * sqrt(u)`` of them. Outputs of which
+elements are picked, or put in order, by their numbers (NonMaxSuppression, TopK, NonZero) are left
+out, with a note, on inputs where the original itself picks others in another rounding: it is
+another number of them, or more than ``4 * sqrt(u)`` off. The floats that decide are judged, too.
 
 **Models of other float types**, such as a model and its float16 version, have no yardstick in
 common: the same holds for them, by the coarsest of the types that the weights and the output have
@@ -197,6 +199,7 @@ class Judge:
         close: ``atol`` and ``rtol``, if the rule is NumPy's.
         inner: Names of outputs that are inner values of the model, and so no logits.
         squashed: Names of outputs of which all comes from Sigmoids.
+        picked: Names of outputs whose elements are picked, or put in order, by numbers.
         anew: Gives the reference of a run with its weights rounded anew, in a few draws.
     """
 
@@ -208,6 +211,7 @@ class Judge:
     close: tuple[float, float] | None = None
     inner: Collection[str] = ()
     squashed: Collection[str] = ()
+    picked: Collection[str] = ()
     anew: Callable[[Run], Sequence[Arrays]] = lambda _: ()
 
     def __post_init__(self) -> None:
@@ -217,6 +221,7 @@ class Judge:
         values = [value for node in self.model.graph.all_nodes() for value in node.outputs]
         held = {value.dtype for value in values} & TOLERANCE.keys()
         self.narrowest = max((*held, self.precision), key=unit_roundoff)
+        self.ceiling = 4 * math.sqrt(unit_roundoff(self.narrowest))
 
     def output(self, name: str, runs: Sequence[Run]) -> OutputParity:
         """Compare one output over all runs."""
@@ -227,11 +232,27 @@ class Judge:
         result = OutputParity(name, "" if own is None else own.name)
         coarsest = self._coarsest(*dtypes)
         for run in runs:
-            self._compare(result, run, coarsest)
+            found = replace(result)
+            self._compare(found, run, coarsest)
+            if found.reason and name in self.picked and self._picks_others(name, run):
+                result.left_out = 1.0
+                self._note(f"output '{name}': other roundings pick others ({run.feed.label})")
+                continue
+            result = found
             if result.reason:
                 break
         result.ok = not result.reason
         return result
+
+    def _picks_others(self, name: str, run: Run) -> bool:
+        """Whether the original itself, in another rounding, gives other elements."""
+        r = None if run.reference is None else run.reference.get(name)
+        if r is None or name not in run.folded:
+            return False
+        known = [run.original, *self._draws(run)]
+        known += [] if run.rounded is None else [run.rounded.original]
+        others = [each[name] for each in known if name in each]
+        return any(x.shape != r.shape or _share_off(x, r) > self.ceiling for x in others)
 
     def greedy(self, check: GreedyCheck) -> GreedyParity:
         """Judge greedy decoding by the same rule."""
@@ -277,17 +298,20 @@ class Judge:
             max(np.count_nonzero(each != r) for each in side)
             for side in ((*before, *self._drawn(result.name, run, r.shape)), after)
         )
-        ceiling = 4 * math.sqrt(unit_roundoff(self.narrowest)) * a.size
-        if error <= min(self.max_ratio * own, ceiling):
+        if error <= min(self.max_ratio * own, self.ceiling * a.size):
             reason = f"{result.reason}, of the original in other roundings up to {own}"
             self._note(f"output '{result.name}': {reason}")
             result.reason = ""
 
     def _drawn(self, name: str, run: Run, shape: tuple[int, ...]) -> list[Array]:
         """An output of the reference with its weights rounded anew, in the draws that have it."""
+        found = (each[name] for each in self._draws(run) if name in each)
+        return [each for each in found if each.shape == shape]
+
+    def _draws(self, run: Run) -> Sequence[Arrays]:
         if run.drawn is None:
             run.drawn = self.anew(run)
-        return [each[name] for each in run.drawn if each[name].shape == shape]
+        return run.drawn
 
     def _compare_floats(
         self,
@@ -322,7 +346,7 @@ class Judge:
         unit = float(result.name in self.squashed)
         marks = self._marks(runs, r, dtype, logits, unit)
         if r is None or marks[0].name == "relative":
-            self._note_no_yardstick(result.name, a, r)
+            self._note_no_yardstick(result.name, runs, r)
         elif any(mark.margin > 1.0 and mark.is_of_few for mark in marks):
             draws = self._drawn(result.name, run, r.shape)
             drawn = [np.where(finite, _wide(draw), 0.0) for draw in draws]
@@ -446,11 +470,12 @@ class Judge:
             return "; float16 ends at 65504, which the original exceeds: use bfloat16 or float32"
         return ""
 
-    def _note_no_yardstick(self, name: str, a: Array, r: Array | None) -> None:
+    def _note_no_yardstick(self, name: str, runs: _Outputs, r: Array | None) -> None:
         if r is not None:
+            own = max(_relative_error(each, r) for each in runs.before)
             self._note(
-                f"output '{name}': the original is {_relative_error(a, r):.0e} off its own"
-                " reference, which is no yardstick"
+                f"output '{name}': the original is {own:.0e} off its own reference, which is no"
+                " yardstick"
             )
 
     def _is_logits(self, name: str, a: Array) -> bool:
@@ -526,6 +551,13 @@ class _Mark:
             f"{what} {self.error:.2e} is over the limit {self.limit:.2e}{times}, which is"
             f" {self.source} ({label})"
         )
+
+
+def _share_off(x: Array, r: Array) -> float:
+    """The relative error of floats, and the share of other elements that are not ``r``'s."""
+    if is_float(r):
+        return _relative_error(_wide(x), _wide(r))
+    return float(np.mean(x != r)) if r.size else 0.0
 
 
 def _worst_element(a: Array, b: Array, atol: float, rtol: float) -> _Mark:

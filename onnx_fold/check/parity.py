@@ -236,7 +236,7 @@ def verify(
     report.shapes = [each.feed.label for each in runs]
     max_ratio = basis.max_ratio(precision(pair.before)) if max_ratio is None else max_ratio
     other = pair.after if pair.types else None
-    known = pair.inner, pair.squashed
+    known = pair.inner, pair.squashed, pair.picked
     judge = Judge(pair.before, tolerance, max_ratio, report.notes, other, close, *known, run.anew)
     report.outputs = [judge.output(name, runs) for name in runs[0].original]
     failed = [

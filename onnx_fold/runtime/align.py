@@ -15,7 +15,7 @@ from onnx_fold.graph.constants import constant
 from onnx_fold.graph.linear import label
 from onnx_fold.graph.operators import operator
 
-__all__ = ["decided", "renamed", "squashed", "with_outputs"]
+__all__ = ["decided", "picked", "renamed", "squashed", "with_outputs"]
 
 ORIGINAL, FOLDED = "the original", "the folded model"
 
@@ -140,16 +140,36 @@ def _squashed(output: ir.Value) -> set[ir.Value]:
 
 _SIZES = frozenset({"Shape", "Size"})
 
+_PICKS = frozenset({"Compress", "NonMaxSuppression", "NonZero", "TopK", "Unique"})
+"""Operators that pick elements by their numbers, or put them in the order of these."""
+
+
+def picked(model: ir.Model) -> set[str]:
+    """Return the outputs whose elements are picked, or put in order, by numbers."""
+    values = {output for node in model.graph if operator(node) in _PICKS for output in node.outputs}
+    todo = list(values)
+    while todo:
+        for node, _ in todo.pop().uses():
+            todo += (new := [each for each in node.outputs if each not in values])
+            values.update(new)
+    return {str(value.name) for value in model.graph.outputs if value in values}
+
 
 def decided(model: ir.Model) -> set[str]:
-    """Return the values by which outputs that are no floats are decided: floats, made by a node."""
-    if all(value.dtype in (None, *FRACTION_BITS) for value in model.graph.outputs):
+    """Return the floats, made by a node, that decide something.
+
+    That is what elements are picked, and what outputs are that are no floats.
+    """
+    picks = [node for node in model.graph if operator(node) in _PICKS]
+    is_exact = any(value.dtype not in (None, *FRACTION_BITS) for value in model.graph.outputs)
+    if not picks and not is_exact:
         return set()
     copy = model.clone()
     if any(value.dtype is None for value in _made(copy).values()):
         ShapeInferencePass(check_type=False, strict_mode=False, data_prop=False)(copy)
-    sources, seen = set[str](), set[ir.Value]()
     todo = [value for value in copy.graph.outputs if value.dtype not in FRACTION_BITS]
+    todo += [node.outputs[0] for node in copy.graph if operator(node) in _PICKS]
+    sources, seen = set[str](), set[ir.Value]()
     while todo:
         value = todo.pop()
         node = value.producer()

@@ -12,7 +12,7 @@ from onnx_fold.algebra.precision import FRACTION_BITS
 from onnx_fold.errors import UsageError
 from onnx_fold.files.load import ModelSource, load
 from onnx_fold.graph.widen import precision
-from onnx_fold.runtime.align import decided, renamed, squashed, with_outputs
+from onnx_fold.runtime.align import decided, picked, renamed, squashed, with_outputs
 from onnx_fold.runtime.module import ModuleFunction, is_module
 
 __all__ = ["Pair", "signature_difference"]
@@ -31,6 +31,7 @@ class Pair:
         types: The float types of the folded model's inputs, where they are not the original's.
         inner: Inner values that are compared, and so outputs of ``before`` and ``after``.
         squashed: Outputs of which all comes from Sigmoids.
+        picked: Outputs whose elements are picked, or put in order, by numbers.
     """
 
     original: Any
@@ -41,6 +42,7 @@ class Pair:
     types: Mapping[str, ir.DataType] = field(default_factory=dict)
     inner: frozenset[str] = frozenset()
     squashed: frozenset[str] = frozenset()
+    picked: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, original: Any, folded: ModelSource, args: Any, kwargs: Any) -> Pair:
@@ -79,12 +81,13 @@ class Pair:
 
         A Sigmoid is rounded as 1 is, however small its result; and where it is close to 0 or 1
         nothing tells two models apart but what it reads. An integer or a boolean tells nothing of
-        the floats by which it was decided.
+        the floats by which it was decided, and so do elements that are picked by their numbers.
         """
         found = squashed(self.before)
         theirs = {value.name for node in self.after.graph for value in node.outputs}
         read = set[str]().union(decided(self.before), *found.values()) & theirs
-        return replace(self.comparing({*self.inner, *read}), squashed=frozenset(found))
+        opened = self.comparing({*self.inner, *read})
+        return replace(opened, squashed=frozenset(found), picked=frozenset(picked(self.before)))
 
     def difference(self, *, any_float: bool = False) -> str:
         """The first difference of the two signatures in words, or an empty string."""
