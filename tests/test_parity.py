@@ -969,3 +969,10 @@ def test_what_the_original_is_sure_of_is_not_left_out(shape):
     assert not found({"y": r[:7]}, r)
     assert not found({}, drawn)
     assert found({"y": r[:7]}, drawn if len(drawn) > 8 else r[::-1])
+
+
+def test_a_large_model_is_not_written_anew_for_what_decides(monkeypatch):
+    monkeypatch.setattr("onnx_fold.runtime.pair.fits_message", lambda _: False)
+    report = verify(detector_of(), detector_of())
+    assert report.ok
+    assert [each.name for each in report.outputs] == ["y", "picked"]

@@ -14,6 +14,7 @@ from onnx_fold.files.load import ModelSource, load
 from onnx_fold.graph.widen import precision
 from onnx_fold.runtime.align import decided, picked, renamed, squashed, with_outputs
 from onnx_fold.runtime.module import ModuleFunction, is_module
+from onnx_fold.runtime.sessions import fits_message
 
 __all__ = ["Pair", "signature_difference"]
 
@@ -81,13 +82,15 @@ class Pair:
 
         A Sigmoid is rounded as 1 is, however small its result; and where it is close to 0 or 1
         nothing tells two models apart but what it reads. An integer or a boolean tells nothing of
-        the floats by which it was decided, and so do elements that are picked by their numbers.
+        the floats by which it was decided, nor do elements that are picked by their numbers; of
+        large models, which would have to be written anew for it, these floats are not looked at.
         """
-        found = squashed(self.before)
+        found, is_small = squashed(self.before), fits_message(self.before)
         theirs = {value.name for node in self.after.graph for value in node.outputs}
-        read = set[str]().union(decided(self.before), *found.values()) & theirs
+        deciding, picks = (find(self.before) if is_small else set() for find in (decided, picked))
+        read = deciding.union(*found.values()) & theirs
         opened = self.comparing({*self.inner, *read})
-        return replace(opened, squashed=frozenset(found), picked=frozenset(picked(self.before)))
+        return replace(opened, squashed=frozenset(found), picked=frozenset(picks))
 
     def difference(self, *, any_float: bool = False) -> str:
         """The first difference of the two signatures in words, or an empty string."""

@@ -28,6 +28,7 @@ from onnx_fold.runtime.placement import CPU, RECORD, misplaced, placement
 __all__ = [
     "MissingKernelError",
     "RunFailedError",
+    "fits_message",
     "one_line",
     "onnxruntime",
     "placement",
@@ -224,7 +225,7 @@ def _as_file_or_bytes(source: ModelSource) -> Iterator[tuple[str | bytes, str]]:
             return
     model = load(source)
     name = f"model '{model.graph.name}'"
-    if weight_bytes(model) <= PROTOBUF_LIMIT // 2:
+    if fits_message(model):
         copy = model.clone()
         read_in(copy)
         yield ir.to_proto(copy).SerializeToString(), name
@@ -233,6 +234,11 @@ def _as_file_or_bytes(source: ModelSource) -> Iterator[tuple[str | bytes, str]]:
         path = Path(folder) / "model.onnx"
         write(model, path)
         yield os.fspath(path), name
+
+
+def fits_message(model: ir.Model) -> bool:
+    """Whether a model that is in no file of its own is handed over in memory, not written first."""
+    return weight_bytes(model) <= PROTOBUF_LIMIT // 2
 
 
 _CUDA_FAILURE = re.compile(r"\b(cuda|cudnn|cublas)\w* (error|failure)[^;]*", re.IGNORECASE)
