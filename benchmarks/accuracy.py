@@ -396,7 +396,7 @@ def char_gqa_model(state: State) -> SkiplessTransformer:
 
 def all_models(quick: bool, trained: Mapping[str, State]) -> Iterator[ModelResult]:
     """Measure random models, and trained ones."""
-    yield from measure_model("gaussian", random_model(256, "gaussian"))
+    yield from measure_model("gaussian", random_model(256, "gaussian", 1 if quick else 2))
     char_gqa = char_gqa_model(trained["char-gqa"])
     yield measure_file("char-gqa", "fp32", char_gqa.config, matrices.CHAR_GQA)
     if not quick:
@@ -408,7 +408,7 @@ def all_models(quick: bool, trained: Mapping[str, State]) -> Iterator[ModelResul
 
 def deep_models(quick: bool) -> Iterator[ModelResult]:
     """Measure random models of many blocks, and two blocks of the shape of Mistral-7B."""
-    for kind, width, blocks, dtypes in (("gaussian", 256, 4, ("fp16",)),) if quick else DEPTHS:
+    for kind, width, blocks, dtypes in (("gaussian", 256, 2, ("fp16",)),) if quick else DEPTHS:
         yield from measure_model(kind, random_model(width, kind, blocks), dtypes, DEEP)
     if not quick:
         yield preset("mistral-7b", 2, "fp16")

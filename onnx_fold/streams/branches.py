@@ -42,15 +42,29 @@ _LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum", "com.microsoft::
 
 @dataclass(frozen=True, eq=False)
 class _Path:
-    """A way from ``source`` to an operand of a sum, nearest nodes last."""
+    """A way from ``source`` to an operand of a sum, nearest nodes last, and what these are."""
 
     source: ir.Value
     map: LinearMap
     nodes: tuple[ir.Node, ...] = ()
+    operators: frozenset[str] = frozenset()
+
+    @classmethod
+    def through(cls, source: ir.Value, map: LinearMap, *nodes: ir.Node) -> _Path:  # noqa: A002
+        """The way through ``nodes``."""
+        return cls(source, map, nodes, frozenset(operator(node) for node in nodes))
 
     @property
     def has_layer(self) -> bool:
-        return any(operator(node) in _LAYERS for node in self.nodes)
+        return not self.operators.isdisjoint(_LAYERS)
+
+    def then(self, other: _Path) -> _Path | None:
+        """This way, and ``other`` behind it."""
+        joined = self.map.then(other.map)
+        if joined is None:
+            return None
+        nodes, operators = (*self.nodes, *other.nodes), self.operators | other.operators
+        return _Path(self.source, joined, nodes, operators)
 
 
 @dataclass(eq=False)
@@ -215,7 +229,7 @@ def _single(node: ir.Node, axis: int, graph: ir.Graph, shapes: Shapes) -> Branch
     inside = {node} if x is None else _inside([node], [x[0]], axis, graph, shapes)
     for path in _paths(node.outputs[0], axis, shapes, inside):
         beside = (*_BESIDE, *_GAINS) if path.map.axis < -1 else _BESIDE
-        is_beside = any(operator(each) in beside for each in path.nodes)
+        is_beside = not path.operators.isdisjoint(beside)
         if path.has_layer and (is_beside or _is_layer_scale(node)):
             return Branches(path.source, node.outputs[0], path.map, [], [*path.nodes], shapes)
     return _behind_layout(node, axis, graph, shapes)
@@ -350,7 +364,7 @@ def _way(value: ir.Value, node: ir.Node, axis: int, shapes: Shapes) -> _Path | N
     if operator(node) in _GAINS and _ends_gelu(node):
         return None
     step = as_selection(value, axis, shapes) or as_map(node, axis, shapes)
-    return _laid_out(node, axis, shapes) if step is None else _Path(*step, (node,))
+    return _laid_out(node, axis, shapes) if step is None else _Path.through(*step, node)
 
 
 def _paths(value: ir.Value, axis: int, shapes: Shapes, inside: Collection[ir.Node]) -> list[_Path]:
@@ -366,10 +380,10 @@ def _paths(value: ir.Value, axis: int, shapes: Shapes, inside: Collection[ir.Nod
         if operator(node) in CUTS and not found[-1].has_layer:
             break
         way = _way(found[-1].source, node, axis, shapes)
-        joined = None if way is None else way.map.then(found[-1].map)
-        if way is None or joined is None:
+        longer = None if way is None else way.then(found[-1])
+        if longer is None:
             break
-        found.append(_Path(way.source, joined, (*way.nodes, *found[-1].nodes)))
+        found.append(longer)
     return found
 
 
@@ -403,7 +417,7 @@ def _laid_out(node: ir.Node, axis: int, shapes: Shapes) -> _Path | None:
             positions = _positions(value, axis, shapes) if has_layer and at == axis else None
             if positions is not None and positions == _positions(node.outputs[0], axis, shapes):
                 pays = axis == -1 or _pays_as_convolution(value, total, nodes, shapes)
-                return _Path(value, total, tuple(nodes)) if pays else None
+                return _Path.through(value, total, *nodes) if pays else None
     return None
 
 
