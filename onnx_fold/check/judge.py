@@ -24,10 +24,10 @@ hold
   square of all of them where that is larger. A small row has no small errors, and the worst one of
   the original is less a matter of chance than its error of the very same row would be.
 
-It is one where few rows hang on the last digits of what makes them: they may be lucky once. So
-where a row, a channel or the most likely token is over its limit, or an output that is one row, the
-reference runs again, its weights rounded anew (:mod:`onnx_fold.check.stored`) in a few draws. What
-a draw moves counts as an error of the original, whose weights were all rounded once.
+It still is one where few rows hang on the last digits of what makes them: they may be lucky once.
+So where a row, a channel or the most likely token is over its limit, or an output that is one row,
+the reference runs again, its weights rounded anew (:mod:`onnx_fold.check.stored`) in a few draws.
+What a draw moves counts as an error of the original, whose weights were all rounded once.
 
 A CPU runs float16 in float32 from operator to operator, so that an original is rounded once, at its
 outputs, but the weights of a fold once more. There both models also run with the result of every
@@ -66,8 +66,9 @@ float output ``|a - b| <= atol + rtol * |a|``. What is no float is judged as abo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeAlias
 
 import numpy as np
 import onnx_ir as ir
@@ -221,7 +222,7 @@ class Judge:
         values = [value for node in self.model.graph.all_nodes() for value in node.outputs]
         held = {value.dtype for value in values} & TOLERANCE.keys()
         self.narrowest = max((*held, self.precision), key=unit_roundoff)
-        self.ceiling = 4 * math.sqrt(unit_roundoff(self.narrowest))
+        self.ceiling = _half_of_the_digits(self.narrowest)
 
     def output(self, name: str, runs: Sequence[Run]) -> OutputParity:
         """Compare one output over all runs."""
@@ -344,14 +345,16 @@ class Judge:
             result.top1_agreement = min(top1, _or(result.top1_agreement, top1))
             result.kl_divergence = max(kl, _or(result.kl_divergence, kl))
         unit = float(result.name in self.squashed)
-        marks = self._marks(runs, r, dtype, logits, unit)
+        errors = {} if r is None else _errors(runs, r, unit)
+        marks = self._marks(runs, r, errors, dtype, logits, unit)
         if r is None or marks[0].name == "relative":
             self._note_no_yardstick(result.name, runs, r)
         elif any(mark.margin > 1.0 and mark.is_of_few for mark in marks):
             draws = self._drawn(result.name, run, r.shape)
             drawn = [np.where(finite, _wide(draw), 0.0) for draw in draws]
             runs = replace(runs, drawn=[draw for draw in drawn if np.isfinite(draw).all()])
-            marks = self._marks(runs, r, dtype, logits, unit)
+            errors = _errors(runs, r, unit)
+            marks = self._marks(runs, r, errors, dtype, logits, unit)
             if all(mark.margin <= 1.0 for mark in marks):
                 self._note(
                     f"output '{result.name}': at its worst the original is as far off with its"
@@ -359,7 +362,7 @@ class Judge:
                 )
         worst = max(marks, key=lambda mark: mark.margin)
         if result.margin is None or worst.margin > result.margin:
-            self._keep(result, worst, runs, r, unit)
+            self._keep(result, worst, runs, errors, unit)
         if worst.margin > 1.0:
             result.reason = worst.reason(label, result.ratio)
 
@@ -367,6 +370,7 @@ class Judge:
         self,
         runs: _Outputs,
         r: Array | None,
+        errors: _Errors,
         coarsest: ir.DataType,
         logits: bool,
         unit: float,
@@ -377,7 +381,7 @@ class Judge:
             return [_worst_element(a, b, *self.close)]
         u = unit_roundoff(coarsest)
         own = None if r is None else max(_relative_error(each, r, unit) for each in runs.before)
-        ceiling = 4 * math.sqrt(max(u, unit_roundoff(self.narrowest)))
+        ceiling = max(self.ceiling, _half_of_the_digits(coarsest))
         if r is None or own is None or own > ceiling:
             limit = TOLERANCE[coarsest]
             source = f"{coarsest.name.lower()}'s, without a yardstick"
@@ -388,7 +392,7 @@ class Judge:
             return [_Mark("relative", _relative_error(b, a, unit), limit, source)]
         marks = []
         floor = TOLERANCE[coarsest] if coarsest == ir.DataType.DOUBLE else self.max_ratio * u
-        for name, (own, error) in _errors(runs, r, unit).items():
+        for name, (own, error) in errors.items():
             limit, source = self.max_ratio * own + floor, f"{self.max_ratio:g}x the original's"
             if name == "folded" and ceiling < limit:
                 limit, source = ceiling, "half of the digits"
@@ -423,16 +427,15 @@ class Judge:
         result: OutputParity,
         worst: _Mark,
         runs: _Outputs,
-        r: Array | None,
+        errors: _Errors,
         unit: float,
     ) -> None:
         a, b = runs.before[0], runs.after[0]
         result.margin, result.limit = worst.margin, worst.limit
         result.judged, result.limit_from = worst.name, worst.source
         result.relative_error, result.cosine = _relative_error(b, a, unit), _cosine(a, b)
-        if r is None:
+        if not errors:
             return
-        errors = _errors(runs, r, unit)
         result.error_original, result.error_folded = errors["folded"]
         ratios = {name: error / own if own else None for name, (own, error) in errors.items()}
         result.ratio = ratios["folded"]
@@ -553,6 +556,11 @@ class _Mark:
         )
 
 
+def _half_of_the_digits(dtype: ir.DataType | None) -> float:
+    """The relative error at which half of the digits of ``dtype`` are lost, and two bits."""
+    return 4 * math.sqrt(unit_roundoff(dtype))
+
+
 def _share_off(x: Array, r: Array) -> float:
     """The relative error of floats, and the share of other elements that are not ``r``'s."""
     if is_float(r):
@@ -571,7 +579,11 @@ def _worst_element(a: Array, b: Array, atol: float, rtol: float) -> _Mark:
     return _Mark("element", float(errors[worst]), float(limits[worst]), source)
 
 
-def _errors(runs: _Outputs, r: Array, unit: float) -> dict[str, tuple[float, float]]:
+_Errors: TypeAlias = Mapping[str, tuple[float, float]]
+"""The errors of the whole, the worst row and the worst channel: before, and after."""
+
+
+def _errors(runs: _Outputs, r: Array, unit: float) -> _Errors:
     """Return the errors of the whole, the worst row, the worst channel: before, and after."""
     rows = -1, r.shape[-1] if r.ndim else 1
     sides = runs.before, runs.after, runs.drawn

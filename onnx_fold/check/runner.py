@@ -21,7 +21,7 @@ from onnx_fold.base.arguments import Provider
 from onnx_fold.base.progress import Report, ignore
 from onnx_fold.check import kernels
 from onnx_fold.check.judge import Feed, Run
-from onnx_fold.check.stored import DRAWS, StoredParity, compare_stored, rounded_anew
+from onnx_fold.check.stored import DRAWS, StoredParity, compare_stored, with_weights_anew
 from onnx_fold.errors import InvalidModelError, UsageError
 from onnx_fold.files.load import ModelSource, weight_bytes
 from onnx_fold.graph.widen import precision, widen
@@ -251,7 +251,7 @@ class Runner:
         self._tell("the reference with its weights rounded anew", run.feed)
         for engine in self._engines(size):
             try:
-                model = rounded_anew(self.pair.before, to, engine)
+                model = with_weights_anew(self.pair.before, to, engine)
                 draws = (functools.partial(model, draw=draw) for draw in range(DRAWS))
                 return [_widening(draw, to)(run.feed.arrays) for draw in draws]
             except (InvalidModelError, UsageError) as error:

@@ -45,7 +45,7 @@ from onnx_fold.graph.inline import inline_all
 from onnx_fold.runtime.generate import Function
 from onnx_fold.runtime.inputs import Arrays
 
-__all__ = ["DRAWS", "LIMIT", "StoredParity", "compare_stored", "rounded_anew"]
+__all__ = ["DRAWS", "LIMIT", "StoredParity", "compare_stored", "with_weights_anew"]
 
 DRAWS = 3
 """How often the weights are rounded anew."""
@@ -397,7 +397,7 @@ def _worst_ratio(squares: Array, drawn: Array, floor: float) -> float:
 # --- The models -----------------------------------------------------------------------------------
 
 
-def rounded_anew(
+def with_weights_anew(
     model: ir.Model, to: ir.DataType, engine: Callable[[ir.Model], Function]
 ) -> Switchable:
     """``model`` in the type ``to``, with all its weights rounded anew where a draw is asked for.

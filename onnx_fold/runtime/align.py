@@ -149,9 +149,9 @@ def picked(model: ir.Model) -> set[str]:
     values = {output for node in model.graph if operator(node) in _PICKS for output in node.outputs}
     todo = list(values)
     while todo:
-        for node, _ in todo.pop().uses():
-            todo += (new := [each for each in node.outputs if each not in values])
-            values.update(new)
+        read = {output for node, _ in todo.pop().uses() for output in node.outputs} - values
+        values |= read
+        todo += read
     return {str(value.name) for value in model.graph.outputs if value in values}
 
 
@@ -160,9 +160,9 @@ def decided(model: ir.Model) -> set[str]:
 
     That is what elements are picked, and what outputs are that are no floats.
     """
-    picks = [node for node in model.graph if operator(node) in _PICKS]
+    is_picking = any(operator(node) in _PICKS for node in model.graph)
     is_exact = any(value.dtype not in (None, *FRACTION_BITS) for value in model.graph.outputs)
-    if not picks and not is_exact:
+    if not is_picking and not is_exact:
         return set()
     copy = model.clone()
     if any(value.dtype is None for value in _made(copy).values()):

@@ -186,7 +186,7 @@ def _branches(node: ir.Node, axis: int, graph: ir.Graph, shapes: Shapes) -> Bran
     first = operands[next(iter(chosen))][1]
     others = len(rest)
     total, rest = _shifted(total, rest, shapes.rank(first) or 0)
-    has_gain = any(operator(each) in _GAINS for path in chosen.values() for each in path.nodes)
+    has_gain = any(not path.operators.isdisjoint(_GAINS) for path in chosen.values())
     if len(chosen) == 1 and not (0 < len(rest) < others or (has_gain and not rest)):
         return None
     nodes = dict.fromkeys(each for path in chosen.values() for each in path.nodes)
